@@ -1,0 +1,51 @@
+# make demo     from a fresh clone to printed answers
+# make test     from a fresh clone to a green test run
+# make help     everything else
+
+PYTHON     ?= python3
+VENV       ?= .venv
+CHECKPOINT ?= checkpoints/tiny
+ENGINE     ?= engines/diffusiongemma
+TARGET     ?= auto
+DTYPE      ?= auto
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install engine serve demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo
+	@echo "Variables: CHECKPOINT=$(CHECKPOINT) ENGINE=$(ENGINE) TARGET=$(TARGET) DTYPE=$(DTYPE) PYTHON=$(PYTHON)"
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED) ## Create the virtual environment with everything in it
+
+engine: $(INSTALLED) ## Build ENGINE from CHECKPOINT (TARGET=auto|tensorrt|inductor, DTYPE=auto|float32|bfloat16)
+	$(BIN)/python -m builder build $(CHECKPOINT) $(ENGINE) --target $(TARGET) --dtype $(DTYPE)
+
+serve: engine ## Build ENGINE if needed and serve it with Triton Inference Server until Ctrl-C
+	$(BIN)/python -m backend serve --engine $(ENGINE)
+
+demo: engine ## Build the tiny engine if needed, serve it, ask a few questions, stop
+	$(BIN)/python examples/demo.py $(ENGINE)
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: engine ## Measure ENGINE against transformers on the same checkpoint
+	$(BIN)/python benchmarks/generation.py --checkpoint $(CHECKPOINT) --engine $(ENGINE)
+
+clean: ## Remove what was built; the virtual environment stays
+	rm -rf engines build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,152 @@
+"""The canvas loop's step: every active row's canvas goes through one denoise, head and sampler update.
+
+One denoising step of a row, numbered as in transformers' `generate` (1.c.i to 1.c.v):
+
+1. denoise and head: raw logits of the canvas, given the prefix and the previous step's soft embeddings.
+2. Processed logits (soft-cap, temperature), argmax canvas, denoiser canvas.
+3. Accept by the entropy bound, renoise the rest.
+4. Converged? Then the row is done: its argmax canvas is the result.
+5. Soft embeddings of the processed logits, for the next step.
+
+Rows are independent: each has its own step, temperature, bound, seed and limits, and joins and leaves between any two steps.
+The state of a row is a few tensors of canvas size; logits live only inside a chunk of rows of the head.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from backend import sampler
+from backend.kv_cache import PagedKVCache
+from backend.noise import gumbel_noise_rows, initial_canvas_rows, renoise_tokens_rows, seed_bits
+from backend.sampling_config import ResolvedSampling
+from backend.session import Session
+
+# float32 tensors of the size of a head chunk's logits that are alive at once: raw, processed, noise, temporaries.
+_LOGITS_COPIES = 5
+
+
+class CanvasLoop:
+    """The canvases of all slots of a KV cache. One owner, one thread."""
+
+    def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20):
+        """`workspace_bytes` bounds the memory of the head and the sampler, however many rows there are."""
+        model, num_slots, device = session.manifest.model, len(cache.length), session.device
+        self._session, self._cache, self._model = session, cache, model
+        fitting = workspace_bytes // (4 * model.vocab_size * _LOGITS_COPIES)
+        self._chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
+        self._embed_scale = model.hidden_size**0.5
+
+        def state(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
+
+        length = model.canvas_length
+        self._within = torch.arange(length, device=device)
+        self._canvas = state(torch.int64, length)
+        self._argmax = state(torch.int64, length)
+        self._soft_embeds = state(session.dtype, length, model.hidden_size)
+        self._stable_steps = state(torch.int64)
+        self._step = state(torch.int64)
+        self._canvas_index = state(torch.int64)
+        self._seed = state(torch.int64)
+        self._num_steps = state(torch.int64)
+        self._t_min, self._t_max = state(torch.float64), state(torch.float64)
+        self._entropy_bound, self._confidence = state(torch.float32), state(torch.float32)
+        self._stability = state(torch.int64)
+        self._greedy = state(torch.bool)
+
+    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
+        """Fills the slot's canvas with its initial noise; the prefix must be in the cache."""
+        self._seed[slot] = seed_bits(sampling.seed)
+        self._canvas_index[slot] = canvas_index
+        self._canvas[slot] = initial_canvas_rows(
+            self._seed[slot : slot + 1], self._canvas_index[slot : slot + 1], self._within, self._model.vocab_size
+        )
+        self._argmax[slot] = sampler.NO_CANVAS
+        self._soft_embeds[slot] = 0
+        self._stable_steps[slot] = 0
+        self._step[slot] = 0
+        self._num_steps[slot] = sampling.max_denoising_steps
+        self._t_min[slot], self._t_max[slot] = sampling.t_min, sampling.t_max
+        self._entropy_bound[slot] = sampling.entropy_bound
+        self._confidence[slot] = sampling.confidence_threshold
+        self._stability[slot] = sampling.stability_threshold
+        self._greedy[slot] = sampling.greedy
+
+    def argmax_canvas(self, slot: int) -> list[int]:
+        """The most likely tokens at the row's last step: what is committed and returned."""
+        return self._argmax[slot].tolist()
+
+    def num_steps(self, slot: int) -> int:
+        """Denoising steps that the row's canvas has taken."""
+        return int(self._step[slot])
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        """One denoising step of each of `slots`; returns which of their canvases are finished."""
+        rows = torch.tensor(slots)
+        canvas = self._canvas[rows]
+        # 1.
+        hidden = self._session.denoise(
+            canvas.int(),
+            self._soft_embeds[rows],
+            torch.tensor([self._cache.length[slot] for slot in slots], dtype=torch.int32),
+            self._cache.tables(slots),
+        )
+        # 2. and 5.
+        argmax, sampled, entropy = self._vocabulary(rows, hidden)
+        # 3.
+        mask = sampler.accept(entropy, self._entropy_bound[rows])
+        seed, index, step = self._seed[rows, None], self._canvas_index[rows, None], self._step[rows, None]
+        renoise = renoise_tokens_rows(seed, index, step, self._within, self._model.vocab_size)
+        self._canvas[rows] = sampler.next_canvas(mask, sampled, renoise)
+        # 4.
+        convergence = sampler.converged(
+            argmax,
+            entropy,
+            previous_argmax_canvas=self._argmax[rows],
+            stable_steps=self._stable_steps[rows],
+            stability_threshold=self._stability[rows],
+            confidence_threshold=self._confidence[rows],
+        )
+        self._argmax[rows] = argmax
+        self._stable_steps[rows] = convergence.stable_steps
+        self._step[rows] += 1
+        return (convergence.converged | (self._step[rows] >= self._num_steps[rows])).tolist()
+
+    def _vocabulary(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Head and vocabulary pass, chunk by chunk: argmax, sampled and entropy, each [B, C]; writes the soft embeddings."""
+        batch, length = hidden.shape[:2]
+        hidden = hidden.flatten(0, 1)
+        steps = self._step[rows]
+        temperature = sampler.temperature_schedule(
+            self._t_min[rows], self._t_max[rows], self._num_steps[rows] - steps, self._num_steps[rows]
+        )
+        slot = rows.repeat_interleave(length)
+        position = self._within.repeat(batch)
+        temperature = temperature.repeat_interleave(length)
+        greedy = self._greedy[slot]
+        all_greedy = bool(greedy.all())
+        argmax, sampled = torch.empty_like(slot), torch.empty_like(slot)
+        entropy = torch.empty(slot.shape, dtype=torch.float32)
+        soft_embeds = torch.empty_like(hidden)
+        for begin in range(0, slot.numel(), self._chunk_rows):
+            chunk = slice(begin, begin + self._chunk_rows)
+            each = slot[chunk]
+            noise = None
+            if not all_greedy:
+                noise = gumbel_noise_rows(
+                    self._seed[each], self._canvas_index[each], self._step[each], position[chunk], self._model.vocab_size
+                )
+            result = sampler.vocabulary_pass(
+                self._session.head(hidden[chunk]),
+                cap=self._model.final_logit_softcapping,
+                temperature=temperature[chunk],
+                noise=noise,
+            )
+            argmax[chunk], entropy[chunk] = result.argmax, result.entropy
+            sampled[chunk] = torch.where(greedy[chunk], result.argmax, result.sampled)
+            soft_embeds[chunk] = sampler.soft_embeddings(
+                result.processed, self._session.embedding, self._embed_scale, self._session.dtype
+            )
+        self._soft_embeds[rows] = soft_embeds.view(batch, length, -1)
+        return argmax.view(batch, length), sampled.view(batch, length), entropy.view(batch, length)

@@ -1,0 +1,16 @@
+"""The one exception that a request can end with; its code is the one that Triton Inference Server sends to the client."""
+
+from typing import Literal
+
+ErrorCode = Literal["INVALID_ARGUMENT", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL"]
+
+
+class RequestError(Exception):
+    """A request that is refused or fails: one line that says what, got, expected, remedy.
+
+    It concerns one request alone; every other request goes on.
+    """
+
+    def __init__(self, code: ErrorCode, message: str):
+        super().__init__(message)
+        self.code: ErrorCode = code

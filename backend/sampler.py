@@ -1,0 +1,145 @@
+"""One sampler update of a denoising step: a pass over the vocabulary, acceptance, renoising, convergence. Plain PyTorch.
+
+The vocabulary pass works on flat rows (one row a canvas position), so that it can run over chunks of rows: nothing of size
+rows x vocabulary need outlive a chunk. What follows it works on canvases and is small.
+
+    1. temperature   temperature_schedule   per row, from its steps remaining
+    2. soft cap      soft_cap               raw logits in model dtype → float32
+    3. vocabulary    vocabulary_pass        processed logits → argmax, sampled token and entropy of each row
+    4. feedback      soft_embeddings        processed logits → soft embeddings for the next step's self-conditioning
+    5. acceptance    accept                 the low-entropy tokens of each canvas
+    6. renoising     next_canvas            accepted tokens stay, the others become random
+    7. convergence   converged              which rows are done
+
+Shapes: R rows, B sequences, C canvas length, V vocabulary, D hidden size. Everything is on the device of its inputs and nothing
+here waits for the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+NO_CANVAS = -1  # fills the previous argmax canvas of a row at its first step: equal to no token
+
+
+def temperature_schedule(
+    t_min: torch.Tensor, t_max: torch.Tensor, steps_remaining: torch.Tensor, num_steps: torch.Tensor
+) -> torch.Tensor:
+    """Temperature of each row at its step: t_min + (t_max - t_min) * steps_remaining / num_steps → [R] float32.
+
+    t_min, t_max: [R] float64 (not float32: their difference is rounded once). steps_remaining, num_steps: [R] integers; the
+    steps remaining count down from num_steps at the first step to 1 at the last. The order and precision of the operations
+    are those of transformers, bit for bit: the difference in float64, everything else in float32.
+    """
+    fraction = steps_remaining.to(torch.float32) / num_steps.to(torch.float32)
+    return t_min.to(torch.float32) + (t_max - t_min).to(torch.float32) * fraction
+
+
+def soft_cap(raw_logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(raw_logits / cap), or raw_logits where cap is None: always a new float32 tensor of the same shape."""
+    logits = raw_logits.to(torch.float32, copy=True)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+class VocabularyPass(NamedTuple):
+    """What one step keeps of R rows of logits. `processed` is the caller's to drop as soon as its chunk is done with."""
+
+    processed: torch.Tensor  # [R, V] float32: soft-capped logits / temperature
+    argmax: torch.Tensor  # [R] int64: the most likely token
+    sampled: torch.Tensor  # [R] int64: a token drawn from softmax(processed)
+    entropy: torch.Tensor  # [R] float32, nats, of softmax(processed)
+
+
+def vocabulary_pass(
+    raw_logits: torch.Tensor, *, cap: float | None, temperature: torch.Tensor, noise: torch.Tensor | None
+) -> VocabularyPass:
+    """Everything that needs a row's whole vocabulary, except self-conditioning.
+
+    raw_logits: [R, V] model dtype, not modified. temperature: [R] float32, above 0. noise: [R, V] float32 Gumbel noise, or
+    None to sample the argmax.
+
+    1. processed = soft_cap(raw_logits) / temperature
+    2. argmax = most likely token (the first of equals)
+    3. sampled = argmax(processed + noise), which has the distribution softmax(processed) (the Gumbel-max trick)
+    4. entropy = log(Z) - sum(w * shifted) / Z, with shifted = processed - max, w = exp(shifted), Z = sum(w):
+       -sum(p log p) with the logarithm split, so that nothing normalised is formed. Both terms are at least 0, so nothing
+       cancels where the entropy is small, which is where acceptance and convergence compare it.
+    """
+    processed = soft_cap(raw_logits, cap).div_(temperature[:, None])  # 1.
+    largest, argmax = processed.max(dim=-1, keepdim=True)  # 2.
+    argmax = argmax.squeeze(-1)
+    sampled = argmax if noise is None else (processed + noise).argmax(dim=-1)  # 3.
+
+    shifted = processed - largest  # 4.
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    if cap is None:  # an uncapped logit may be -infinity (a forbidden token), and 0 * -infinity is not the limit, 0
+        shifted.clamp_(min=torch.finfo(torch.float32).min)
+    entropy = total.log() - weights.mul_(shifted).sum(dim=-1) / total
+    return VocabularyPass(processed, argmax, sampled, entropy)
+
+
+def soft_embeddings(processed: torch.Tensor, embedding: torch.Tensor, embed_scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The prediction as an embedding: the mean of the token embeddings under softmax(processed), scaled → [R, D] `dtype`.
+
+    processed: [R, V] float32; embedding: [V, D] `dtype`, the tied embedding; embed_scale: sqrt(hidden_size). Logits are
+    rounded to the model's dtype before the softmax, probabilities after it, and the scale too: transformers does, and the
+    model was trained so.
+    """
+    probabilities = processed.to(dtype).softmax(dim=-1, dtype=torch.float32).to(dtype)
+    scale = torch.full((), embed_scale, dtype=torch.float32, device=processed.device).to(dtype)
+    return probabilities @ embedding * scale
+
+
+def accept(entropy: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """The tokens to keep from the denoiser canvas: the entropy-bound rule (Ben-Hamu et al., arXiv:2505.24857).
+
+    entropy: [B, C] float32, nats; bound: [B] float32. Result: [B, C] bool, at least one token a row.
+
+    1. Sort the tokens of a canvas by entropy, ascending (equal entropies in the order the device's sort leaves them).
+    2. Accept the longest run of first tokens with sum(entropies) - max(entropies) <= bound. The left side bounds the mutual
+       information of the run; its maximum is its last entropy, because it is sorted.
+    3. Put the decision back at the tokens' positions.
+    """
+    ascending, order = entropy.sort(dim=-1)  # 1.
+    accepted = ascending.cumsum(dim=-1) - ascending <= bound[:, None]  # 2.
+    return torch.zeros_like(accepted).scatter_(-1, order, accepted)  # 3.
+
+
+def next_canvas(mask: torch.Tensor, denoiser_canvas: torch.Tensor, renoise: torch.Tensor) -> torch.Tensor:
+    """The canvas that the next step sees: accepted tokens stay, the others become random. All [B, C]."""
+    return torch.where(mask, denoiser_canvas, renoise)
+
+
+class Convergence(NamedTuple):
+    """Which rows are done, and the one number a row that `converged` needs back at the next step."""
+
+    converged: torch.Tensor  # [B] bool
+    stable_steps: torch.Tensor  # [B] int64: steps in a row, this one included, that repeated the argmax canvas before them
+
+
+def converged(
+    argmax_canvas: torch.Tensor,
+    entropy: torch.Tensor,
+    *,
+    previous_argmax_canvas: torch.Tensor,
+    stable_steps: torch.Tensor,
+    stability_threshold: torch.Tensor,
+    confidence_threshold: torch.Tensor,
+) -> Convergence:
+    """A row has converged when it is stable and confident.
+
+    argmax_canvas: [B, C] int64; entropy: [B, C] float32, nats; stability_threshold: [B] integer, 0 is always stable;
+    confidence_threshold: [B] float32, nats. The caller owns the state, one entry a row, so rows join and leave at any step: the
+    argmax canvas of the step before and `stable_steps` from there. A row's first step starts from NO_CANVAS everywhere and 0.
+
+    1. stable: the argmax canvas equals those of the `stability_threshold` steps before. That they are all equal is the same
+    as each
+       equalling the one before it, so a count replaces the history.
+    2. confident: the mean entropy is below `confidence_threshold`.
+    """
+    repeated = (argmax_canvas == previous_argmax_canvas).all(dim=-1)
+    stable_steps = torch.where(repeated, stable_steps + 1, 0)
+    stable = stable_steps >= stability_threshold  # 1.
+    confident = entropy.mean(dim=-1) < confidence_threshold  # 2.
+    return Convergence(stable & confident, stable_steps)

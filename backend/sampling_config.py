@@ -1,0 +1,221 @@
+"""What one request chooses about its generation, checked when it is made, and the values that then hold.
+
+    mapping (JSON, request parameters) ──from_mapping──▶ SamplingConfig ──resolve(GenerationDefaults)──▶ ResolvedSampling
+
+Everything that is refused raises RequestError INVALID_ARGUMENT, one line: what, got, expected, remedy.
+"""
+
+import difflib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import NoReturn
+
+from backend.errors import RequestError
+from backend.generation_defaults import GenerationDefaults
+from backend.parameters import NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
+
+_FLAGS = ("ignore_eos", "skip_special_tokens")
+_NEVER_NONE = ("temperature",)
+_ALIASES = {"max_new_tokens": "max_tokens", "stop_words": "stop"}
+
+# Parameters of other servers that do nothing here: the values that ask for nothing. None always does.
+_NEUTRAL_VALUES = {
+    "n": (1,),
+    "best_of": (1,),
+    "num_beams": (1,),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "do_sample": (True,),
+    "length_penalty": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (0, -1),
+    "top_p": (1,),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSampling:
+    """A request's choices with every default filled in; nothing is None."""
+
+    max_tokens: int
+    max_denoising_steps: int
+    t_min: float  # of the temperature schedule, scaled by the request's temperature
+    t_max: float
+    greedy: bool  # the denoiser canvas is the argmax canvas: no Gumbel noise
+    entropy_bound: float  # nats
+    stability_threshold: int  # steps
+    confidence_threshold: float  # nats
+    seed: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # empty with ignore_eos
+    skip_special_tokens: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """A request's choices. None leaves a choice to the checkpoint's generation_config.json."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0  # scales the temperature schedule: 1 leaves it, 0 is greedy
+    t_min: float | None = None  # temperature that the schedule falls to; must not exceed t_max
+    t_max: float | None = None
+    seed: int | None = None  # None draws one
+    stop: tuple[str, ...] = ()  # a string or a list of strings is accepted
+    stop_token_ids: tuple[int, ...] = ()  # as eos tokens, and in force under ignore_eos
+    ignore_eos: bool = False
+    max_denoising_steps: int | None = None
+    entropy_bound: float | None = None  # nats; 0 accepts one token a step
+    stability_threshold: int | None = None  # steps; 0 is always stable
+    confidence_threshold: float | None = None  # nats; 0 never stops early
+    skip_special_tokens: bool = True  # in the text; token ids always have them
+
+    def __post_init__(self):
+        try:
+            for name, number in NUMBERS.items():
+                value = getattr(self, name)
+                if value is not None or name in _NEVER_NONE:
+                    object.__setattr__(self, name, number.checked(name, value))
+            for name in _FLAGS:
+                checked_flag(name, getattr(self, name))
+            object.__setattr__(self, "stop", _checked_stop(self.stop))
+            object.__setattr__(self, "stop_token_ids", _checked_token_ids(self.stop_token_ids))
+        except ValueError as error:
+            raise RequestError("INVALID_ARGUMENT", str(error)) from None
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object]) -> "SamplingConfig":
+        """From a client's parameters.
+
+        1. Unknown names are refused, all at once.
+        2. Parameters of other servers are accepted with a value that asks for nothing, else refused, all at once.
+        3. Aliases become our names; giving both is refused. None is as if not given.
+        4. Numbers and flags that arrive as strings are coerced.
+        """
+        if not isinstance(mapping, Mapping):
+            _refuse(f"sampling parameters: got {shown(mapping)}, expected a JSON object")
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in mapping if name not in known and name not in _ALIASES and name not in _NEUTRAL_VALUES]
+        if unknown:  # 1.
+            named = ", ".join(_with_closest(name, [*known, *_ALIASES]) for name in unknown)
+            _refuse(f"unknown sampling parameter {named}; expected {', '.join(known)}")
+        asking = [name for name, value in mapping.items() if name in _NEUTRAL_VALUES and not _is_neutral(name, value)]
+        if asking:  # 2.
+            named = ", ".join(f"{name}={shown(mapping[name])}" for name in asking)
+            _refuse(f"{named}: not supported by this server; remove it")
+        values = {name: value for name, value in canonical(mapping).items() if name not in _NEUTRAL_VALUES}  # 3.
+        return cls(**{name: _coerced(name, value) for name, value in values.items()})  # 4.
+
+    def resolve(self, defaults: GenerationDefaults) -> ResolvedSampling:
+        """Fills in the checkpoint's defaults and scales the temperature schedule.
+
+        Greedy (temperature 0) takes the argmax as the sampled token but divides the logits by the unscaled schedule.
+        Acceptance, convergence and self-conditioning read softmax(logits / temperature); as the temperature goes to 0 every
+        entropy does, so the first step would accept the whole canvas and count as confident, and the model would be fed
+        one-hot predictions that it was not trained on. Greedy is to choose otherwise, not to be surer.
+        """
+
+        def chosen(name: str):
+            value = getattr(self, name)
+            return getattr(defaults, name) if value is None else value
+
+        t_min, t_max = chosen("t_min"), chosen("t_max")
+        if t_min > t_max:
+            of_defaults = [name for name in ("t_min", "t_max") if getattr(self, name) is None]
+            remedy = f"set {of_defaults[0]} too, it is the checkpoint's" if of_defaults else "swap them"
+            _refuse(f"t_min: got {t_min:g}, expected at most t_max, {t_max:g}; {remedy}")
+        greedy = self.temperature == 0
+        scale = 1.0 if greedy else self.temperature
+        return ResolvedSampling(
+            max_tokens=chosen("max_tokens"),
+            max_denoising_steps=chosen("max_denoising_steps"),
+            t_min=t_min * scale,
+            t_max=t_max * scale,
+            greedy=greedy,
+            entropy_bound=chosen("entropy_bound"),
+            stability_threshold=chosen("stability_threshold"),
+            confidence_threshold=chosen("confidence_threshold"),
+            seed=secrets.randbits(64) if self.seed is None else self.seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            eos_token_ids=() if self.ignore_eos else defaults.eos_token_ids,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+
+
+def canonical(mapping: Mapping[str, object]) -> dict[str, object]:
+    """One source of parameters with aliases under our names and without None, so that sources can be laid over each other.
+
+    Raises RequestError INVALID_ARGUMENT for a parameter given under both of its names.
+    """
+    values = {name: value for name, value in mapping.items() if value is not None}
+    for alias, name in _ALIASES.items():
+        if alias in values:
+            if name in values:
+                _refuse(f"{name} and {alias}: both given, but mean the same; remove one")
+            values[name] = values.pop(alias)
+    return values
+
+
+def _checked_stop(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop: got {shown(stop)}, expected a non-empty string or a list of them")
+    return tuple(strings)
+
+
+def _checked_token_ids(token_ids: object) -> tuple[int, ...]:
+    if not isinstance(token_ids, list | tuple):
+        raise ValueError(f"stop_token_ids: got {shown(token_ids)}, expected a list of token ids")
+    return tuple(TOKEN_ID.checked("stop_token_ids", token_id) for token_id in token_ids)
+
+
+def _coerced(name: str, value: object) -> object:
+    """4. of `from_mapping`."""
+    if name in NUMBERS:
+        return NUMBERS[name].coerced(value)
+    if name in _FLAGS:
+        return coerced_flag(value)
+    if name == "stop_token_ids" and isinstance(value, list | tuple):
+        return [TOKEN_ID.coerced(token_id) for token_id in value]
+    return value
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether the value of a parameter that is not supported asks for nothing. True is not 1 here, but "1" is."""
+    if value is None:
+        return True
+    for neutral in _NEUTRAL_VALUES[name]:
+        if isinstance(neutral, bool):
+            candidate = coerced_flag(value)
+        elif isinstance(neutral, int):
+            try:
+                candidate = float(value) if isinstance(value, str) else value
+            except ValueError:
+                return False
+        else:
+            candidate = value
+        if isinstance(candidate, bool) == isinstance(neutral, bool) and candidate == neutral:
+            return True
+    return False
+
+
+def _with_closest(name: str, known: list[str]) -> str:
+    closest = difflib.get_close_matches(str(name), known, n=1)
+    return shown(name) + (f" (closest: {closest[0]!r})" if closest else "")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RequestError("INVALID_ARGUMENT", message)

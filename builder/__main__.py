@@ -1,0 +1,126 @@
+"""`python -m builder`: build an engine directory from a checkpoint, or say what is in one."""
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from builder.build import build_engine
+from builder.errors import BuildError
+from contract.checkpoint import CheckpointError
+from contract.manifest import BuildConfig, ManifestError, read_manifest
+
+app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+_DEFAULTS = {name: field.default for name, field in BuildConfig.model_fields.items()}
+
+
+class TargetOption(str, Enum):
+    auto = "auto"
+    tensorrt = "tensorrt"
+    inductor = "inductor"
+
+
+class DtypeOption(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def build(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
+    engine: Annotated[Path, typer.Argument(help="Engine directory to write; an older engine there is replaced.")],
+    target: Annotated[
+        TargetOption, typer.Option(help="auto picks what this machine can build and says why.")
+    ] = TargetOption.auto,
+    dtype: Annotated[DtypeOption, typer.Option(help="Of weights, activations and KV pages; auto is the checkpoint's.")] = (
+        DtypeOption.auto
+    ),
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
+    max_encode_tokens: Annotated[int, typer.Option(min=1, help="Tokens one encode pass may take.")] = (
+        _DEFAULTS["max_encode_tokens"]
+    ),
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences one denoising step may take.")] = _DEFAULTS[
+        "max_sequences"
+    ],
+    max_head_rows: Annotated[int, typer.Option(min=1, help="Rows one head pass may take.")] = _DEFAULTS["max_head_rows"],
+    force: Annotated[bool, typer.Option("--force", help="Build even if the engine is up to date.")] = False,
+) -> None:
+    """Build ENGINE from CHECKPOINT. Safe to run again: it does nothing when the engine is up to date."""
+    console, started = Console(), time.monotonic()
+    try:
+        with console.status("reading the checkpoint") as status:
+
+            def report(line: str) -> None:
+                console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {line}", highlight=False, soft_wrap=True)
+                status.update(line)
+
+            build_engine(
+                checkpoint,
+                engine,
+                target=target.value,
+                dtype=dtype.value,
+                force=force,
+                report=report,
+                page_size=page_size,
+                max_encode_tokens=max_encode_tokens,
+                max_sequences=max_sequences,
+                max_head_rows=max_head_rows,
+            )
+    except (BuildError, CheckpointError) as error:
+        _fail(error)
+
+
+@app.command()
+def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -> None:
+    """Print what ENGINE was built from and every binding of its programs."""
+    try:
+        manifest = read_manifest(engine)
+    except ManifestError as error:
+        _fail(error)
+    console = Console()
+    weight_bytes = sum(_num_elements(weight.shape) * _ITEM_BYTES[weight.dtype] for weight in manifest.weights.values())
+    facts = Table("engine", str(engine), title_justify="left")
+    facts.add_row("target, dtype", f"{manifest.build.target}, {manifest.build.dtype}")
+    facts.add_row("checkpoint", f"{manifest.checkpoint.path} ({', '.join(manifest.checkpoint.files)})")
+    facts.add_row("weights", f"{len(manifest.weights)} tensors, {weight_bytes / 1e6:,.1f} MB, inputs of the programs")
+    facts.add_row("layers", f"{manifest.model.num_layers}: {', '.join(manifest.model.layer_types)}")
+    facts.add_row("canvas, vocabulary", f"{manifest.model.canvas_length}, {manifest.model.vocab_size}")
+    facts.add_row("limits", manifest.build.model_dump_json(exclude={"target", "dtype"}).strip("{}").replace('"', " ").strip())
+    facts.add_row("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items()))
+    console.print(facts)
+    for program in manifest.programs.values():
+        table = Table(
+            "binding", "dtype", "shape", title=f"{program.file} ({len(program.weights)} weights)", title_justify="left"
+        )
+        for binding in program.inputs:
+            table.add_row(binding.name, binding.dtype, " x ".join(str(size) for size in binding.shape))
+        table.add_section()
+        for binding in program.outputs:
+            table.add_row(binding.name, binding.dtype, " x ".join(str(size) for size in binding.shape))
+        console.print(table)
+
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def _num_elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _fail(error: Exception) -> None:
+    """One line a problem on standard error; exit status 1."""
+    for line in str(error).splitlines():
+        typer.echo(f"error: {line}", err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

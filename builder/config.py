@@ -1,0 +1,213 @@
+"""Reads a checkpoint's `config.json` into the resolved `ModelConfig`.
+
+Every key is either used, known to change nothing, or refused by name: a model is never built from a half-understood file.
+All problems are reported at once.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from builder.errors import BuildError
+from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig
+
+# Keys that do not change what the network computes at inference.
+_INERT = frozenset(
+    "_name_or_path architectures attention_dropout chunk_size_feed_forward dtype id2label initializer_range "
+    "is_encoder_decoder label2id model_type output_attentions output_hidden_states problem_type return_dict torch_dtype "
+    "transformers_version use_cache vision_soft_tokens_per_image".split()
+)
+_LAYER_TYPES = ("sliding_attention", "full_attention")
+_DEFAULT_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
+_SUPPORTED_DTYPES = ("float32", "bfloat16")
+_REQUIRED = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_experts top_k_experts num_hidden_layers "
+    "num_attention_heads num_key_value_heads head_dim sliding_window max_position_embeddings"
+).split()
+
+
+class _Fields:
+    """The keys of one JSON object; each is taken once, and what is left over at the end is unknown."""
+
+    def __init__(self, values: dict[str, Any], where: str, problems: list[str]):
+        self._values, self._where, self._problems = dict(values), where, problems
+
+    def take(self, key: str, default: Any = None) -> Any:
+        return self._values.pop(key, default)
+
+    def take_size(self, key: str, default: int | None = None) -> int:
+        """A positive integer; a problem, and 1 to go on with, where it is not."""
+        value = self.take(key, default)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        got = "nothing" if value is None else repr(value)
+        self._problems.append(f"{self._where}{key}: got {got}, expected a positive integer")
+        return 1
+
+    def take_fixed(self, key: str, expected: Any, why: str) -> None:
+        value = self.take(key, expected)
+        if value != expected:
+            self._problems.append(f"{self._where}{key}: got {value!r}, expected {expected!r}; {why}")
+
+    def finish(self) -> None:
+        for key in sorted(set(self._values) - _INERT):
+            self._problems.append(f"{self._where}{key}: unknown key; this builder does not know what it changes")
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """Reads and checks `checkpoint/config.json`.
+
+    Raises:
+        BuildError: the file is missing or not JSON, or one line for each key that is missing, wrong, unsupported or unknown.
+    """
+    path = checkpoint / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BuildError(f"{path}: no such file; expected the directory of a Hugging Face checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BuildError(f"{path}: not valid JSON ({error}); download the checkpoint's config.json again") from None
+    if not isinstance(values, dict):
+        raise BuildError(f"{path}: got a JSON {type(values).__name__}, expected an object")
+    problems: list[str] = []
+    config = _parse(values, problems)
+    if problems or config is None:
+        raise BuildError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
+    model_type = values.get("model_type")
+    if model_type != "diffusion_gemma" or not isinstance(values.get("text_config"), dict):
+        problems.append(
+            f"model_type: got {model_type!r}, expected 'diffusion_gemma' with a text_config; other families are not supported"
+        )
+        return None
+    dtype = values.get("dtype", values.get("torch_dtype")) or values["text_config"].get("dtype")
+    if dtype not in _SUPPORTED_DTYPES:
+        problems.append(f"dtype: got {dtype!r}, expected one of {', '.join(_SUPPORTED_DTYPES)}")
+    top = _Fields(values, "", problems)
+    text = _Fields(top.take("text_config"), "text_config.", problems)
+    top.take("vision_config")
+    for each in (top, text):
+        each.take_fixed("tie_word_embeddings", True, "the head is the embedding in this family")
+    text.take_fixed("attention_bias", False, "projections with a bias are not supported")
+    text.take_fixed("hidden_activation", "gelu_pytorch_tanh", "no other activation is supported")
+    text.take_fixed("attention_k_eq_v", True, "full-attention layers take their values from k_proj in this family")
+
+    size = {key: text.take_size(key) for key in _REQUIRED}
+    layer_types = _layer_types(text, size["num_hidden_layers"], problems)
+    attention = _attention(text, size, layer_types, problems)
+    bidirectional = text.take("use_bidirectional_attention")
+    if bidirectional not in (None, "vision"):
+        problems.append(
+            f"text_config.use_bidirectional_attention: got {bidirectional!r}, expected null or 'vision'; "
+            "an encoder that is bidirectional over text is not supported"
+        )
+    if size["top_k_experts"] > size["num_experts"]:
+        problems.append(
+            f"text_config.top_k_experts: got {size['top_k_experts']}, expected at most num_experts {size['num_experts']}"
+        )
+    eos = top.take("eos_token_id", text.take("eos_token_id"))
+    text.take("eos_token_id")
+    pad = text.take("pad_token_id", 0)
+    fields = {
+        **{key: size[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size")},
+        **{key: size[key] for key in ("num_experts", "top_k_experts", "num_attention_heads", "max_position_embeddings")},
+        "layer_types": layer_types,
+        "attention": attention,
+        "rms_norm_eps": text.take("rms_norm_eps", 1e-6),
+        "final_logit_softcapping": text.take("final_logit_softcapping", 30.0),
+        "canvas_length": top.take_size("canvas_length", 256),
+        "bidirectional_images": bidirectional == "vision",
+        "bos_token_id": text.take("bos_token_id", 2),
+        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "pad_token_id": 0 if pad is None else pad,
+        "image_token_id": top.take("image_token_id", 258_880),
+        "dtype": dtype,
+    }
+    for key in ("boi_token_id", "eoi_token_id"):
+        top.take(key)
+    top.finish()
+    text.finish()
+    return None if problems else ModelConfig(**fields)
+
+
+def _layer_types(text: _Fields, num_layers: int, problems: list[str]) -> tuple[LayerType, ...]:
+    layer_types = text.take("layer_types")
+    if layer_types is None:  # the family's default: five sliding layers, then a full one
+        layer_types = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(num_layers)]
+        layer_types[-1] = "full_attention"
+    for unknown in sorted({str(each) for each in layer_types} - set(_LAYER_TYPES)):
+        problems.append(f"text_config.layer_types: got {unknown!r}, expected one of {', '.join(_LAYER_TYPES)}")
+    if len(layer_types) != num_layers:
+        problems.append(f"text_config.layer_types: got {len(layer_types)} layers, expected num_hidden_layers {num_layers}")
+    if layer_types and layer_types[-1] != "full_attention":
+        problems.append(f"text_config.layer_types: last layer is {layer_types[-1]!r}, expected 'full_attention'")
+    return tuple(each for each in layer_types if each in _LAYER_TYPES)
+
+
+def _attention(
+    text: _Fields, size: dict[str, int], layer_types: tuple[LayerType, ...], problems: list[str]
+) -> dict[LayerType, AttentionConfig]:
+    """Sliding layers use head_dim and num_key_value_heads; full layers their global_* twins or `per_layer_config`."""
+    full = {
+        "head_dim": text.take("global_head_dim", 512),
+        "num_key_value_heads": text.take("num_global_key_value_heads") or size["num_key_value_heads"],
+    }
+    overrides = text.take("per_layer_config")
+    if overrides is not None:
+        expected = {str(layer) for layer, kind in enumerate(layer_types) if kind == "full_attention"}
+        distinct = [dict(each) for index, each in enumerate(overrides.values()) if each not in list(overrides.values())[:index]]
+        if set(overrides) != expected or len(distinct) != 1 or not set(distinct[0]) <= set(full):
+            problems.append(
+                "text_config.per_layer_config: expected the same head_dim and num_key_value_heads for every "
+                "full-attention layer and no other override"
+            )
+        else:
+            full = {"num_key_value_heads": size["num_key_value_heads"], "head_dim": size["head_dim"], **distinct[0]}
+    rope_parameters = text.take("rope_parameters") or _DEFAULT_ROPE
+    result: dict[LayerType, AttentionConfig] = {}
+    for kind in sorted(set(layer_types)):
+        sliding = kind == "sliding_attention"
+        head_dim = size["head_dim"] if sliding else full["head_dim"]
+        num_kv_heads = size["num_key_value_heads"] if sliding else full["num_key_value_heads"]
+        if size["num_attention_heads"] % num_kv_heads:
+            problems.append(
+                f"{kind}: num_attention_heads {size['num_attention_heads']} is not a multiple of {num_kv_heads} key/value heads"
+            )
+        result[kind] = AttentionConfig(
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            window=size["sliding_window"] if sliding else 0,
+            has_v_proj=sliding,
+            rope=_rope(rope_parameters.get(kind), kind, head_dim, problems),
+        )
+    if size["sliding_window"] < 2:
+        problems.append(f"text_config.sliding_window: got {size['sliding_window']}, expected at least 2")
+    return result
+
+
+def _rope(parameters: dict[str, Any] | None, kind: str, head_dim: int, problems: list[str]) -> RopeConfig:
+    where = f"text_config.rope_parameters.{kind}."
+    if not isinstance(parameters, dict):
+        problems.append(f"{where}: missing; expected rope_type and rope_theta")
+        return RopeConfig(theta=1.0, num_angles=0)
+    fields = _Fields(parameters, where, problems)
+    rope_type = fields.take("rope_type", "default")
+    theta = fields.take("rope_theta")
+    part = fields.take("partial_rotary_factor", 1.0)
+    if rope_type not in ("default", "proportional"):
+        problems.append(f"{where}rope_type: got {rope_type!r}, expected 'default' or 'proportional'")
+    elif rope_type == "default" and part != 1.0:
+        problems.append(f"{where}partial_rotary_factor: got {part}, expected 1.0 with rope_type 'default'")
+    if not isinstance(theta, (int, float)) or theta <= 0:
+        problems.append(f"{where}rope_theta: got {theta!r}, expected a positive number")
+        theta = 1.0
+    if rope_type in ("default", "proportional"):
+        fields.take_fixed("factor", 1.0, "scaled positions are not supported")
+        fields.finish()
+    return RopeConfig(theta=float(theta), num_angles=int(part * head_dim // 2))

@@ -1,0 +1,8 @@
+"""What passes between the two halves: the resolved model, the checkpoint's tensors and the engine directory's manifest.
+
+| module | holds |
+|---|---|
+| `model_config` | the resolved model: every size and constant that a program or the runtime needs |
+| `checkpoint` | the tensors of a checkpoint directory, memory-mapped |
+| `manifest` | `manifest.json` of an engine directory |
+"""

@@ -1,0 +1,121 @@
+"""The tensors of a checkpoint directory: safetensors files, one or sharded, memory-mapped and never copied."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from contract.model_config import Record
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FINGERPRINT_BLOCKS = 64
+_FINGERPRINT_BLOCK_BYTES = 4096
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used: one line for each problem."""
+
+
+class FileFingerprint(Record):
+    """Size in bytes and a digest of the file's header and of evenly spaced blocks: notices a changed or truncated file in
+    milliseconds, whatever its size."""
+
+    size_bytes: int
+    digest: str
+
+
+class Checkpoint:
+    """The tensors of one directory by name. Opening reads headers only; `tensor` maps pages of the file.
+
+    Raises:
+        CheckpointError: no safetensors files, an index that names missing files, or files that are truncated or damaged;
+            every problem is listed.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._file_of: dict[str, str] = {}
+        self._files = {}
+        problems: list[str] = []
+        for name in self._file_names():
+            path = directory / name
+            try:
+                opened = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                problems.append(f"{path}: missing; {_INDEX} lists it, download the checkpoint again")
+                continue
+            except (SafetensorError, OSError, ValueError) as error:
+                problems.append(f"{path}: truncated or damaged ({error}); download this file again")
+                continue
+            self._files[name] = opened
+            self._file_of.update(dict.fromkeys(opened.keys(), name))
+        if problems:
+            raise CheckpointError("\n".join(problems))
+
+    def _file_names(self) -> list[str]:
+        index_path = self.directory / _INDEX
+        if index_path.exists():
+            try:
+                return sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
+        if (self.directory / _SINGLE).exists():
+            return [_SINGLE]
+        raise CheckpointError(f"{self.directory}: found neither {_SINGLE} nor {_INDEX}; expected a Hugging Face checkpoint")
+
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """PyTorch's name of the dtype, "bfloat16" say; the safetensors name where PyTorch has none we use."""
+        stored = self._files[self._file_of[name]].get_slice(name).get_dtype()
+        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored, stored)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as a view of the mapped file: no bytes are read until they are used."""
+        return self._files[self._file_of[name]].get_tensor(name)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()) -> None:
+        """Compares names and shapes with `expected`; tensors under `ignored_prefixes` may be there.
+
+        Raises:
+            CheckpointError: one line for each missing, unexpected or wrongly shaped tensor.
+        """
+        names = set(self.names())
+        problems = [f"{name}: missing, expected shape {list(expected[name])}" for name in sorted(set(expected) - names)]
+        problems += [
+            f"{name}: unexpected tensor; this builder does not know what it is for"
+            for name in sorted(names - set(expected))
+            if not name.startswith(ignored_prefixes)
+        ]
+        problems += [
+            f"{name}: got shape {list(self.shape(name))}, expected {list(expected[name])}"
+            for name in sorted(set(expected) & names)
+            if self.shape(name) != tuple(expected[name])
+        ]
+        if problems:
+            raise CheckpointError("\n".join(f"{self.directory}: {problem}" for problem in problems))
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        """File name → fingerprint, for every file that holds tensors."""
+        return {name: _fingerprint(self.directory / name) for name in sorted(self._files)}
+
+
+def _fingerprint(path: Path) -> FileFingerprint:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(header_bytes))
+        stride = max(_FINGERPRINT_BLOCK_BYTES, (size - header_bytes) // _FINGERPRINT_BLOCKS)
+        for offset in range(8 + header_bytes, size, stride):
+            file.seek(offset)
+            digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
+    return FileFingerprint(size_bytes=size, digest=digest.hexdigest())

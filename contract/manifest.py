@@ -1,0 +1,130 @@
+"""`manifest.json` of an engine directory: everything that the runtime knows about the engine.
+
+engines/<name>/
+  manifest.json          this record
+  <program>.<suffix>     the compiled programs of the target
+  tokenizer.json …       copied from the checkpoint
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from contract.checkpoint import FileFingerprint
+from contract.model_config import LayerType, ModelConfig, Record
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+"""Files of the checkpoint that an engine directory carries along, where the checkpoint has them."""
+
+Target = Literal["tensorrt", "inductor"]
+"""tensorrt: plans for Hopper. inductor: AOTInductor packages."""
+
+
+class ManifestError(Exception):
+    """An engine directory that cannot be used: what, got, expected, remedy."""
+
+
+class Binding(Record):
+    """One input or output of a program: a fixed size, or the name of a size that varies with its minimum and maximum."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Program(Record):
+    """One compiled program. It is called with the tensors of `inputs`, then of `weights`, in this order."""
+
+    file: str
+    inputs: tuple[Binding, ...]
+    weights: tuple[str, ...]
+    outputs: tuple[Binding, ...]
+
+
+class Weight(Record):
+    """Where a weight binding comes from: a checkpoint tensor, as it is or cast to the engine's dtype at load."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    transform: Literal["none", "cast"]
+
+
+class Checkpoint(Record):
+    """The checkpoint that the engine was built from; the path is relative to the engine directory."""
+
+    path: str
+    files: dict[str, FileFingerprint]
+
+
+class BuildConfig(Record):
+    """The choices of a build.
+
+    page_size: tokens a KV page. max_encode_tokens: tokens one encode pass may take (the chunk of a long prompt).
+    max_sequences: sequences one denoising step may take. max_head_rows: rows one head pass may take.
+    """
+
+    target: Target
+    dtype: Literal["float32", "bfloat16"]
+    page_size: int = 32
+    max_encode_tokens: int = 2048
+    max_sequences: int = 64
+    max_head_rows: int = 2048
+
+
+class Manifest(Record):
+    """The engine directory's one record; see the module docstring."""
+
+    format_version: int
+    plugin_abi: int
+    build: BuildConfig
+    model: ModelConfig
+    programs: dict[str, Program]
+    weights: dict[str, Weight]
+    checkpoint: Checkpoint
+    tools: dict[str, str]
+    source_digest: str
+
+    @property
+    def page_table_names(self) -> dict[LayerType, str]:
+        return {layer_type: f"{layer_type}.page_table" for layer_type in self.model.attention}
+
+    def write(self, directory: Path) -> None:
+        (directory / FILE_NAME).write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks `directory/manifest.json`.
+
+    Raises:
+        ManifestError: no manifest there, damaged, or written in another format version.
+    """
+    path = directory / FILE_NAME
+    remedy = "build the engine with: python -m builder build CHECKPOINT ENGINE"
+    try:
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ManifestError(f"{path}: no such file; expected an engine directory; {remedy}") from None
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ManifestError(
+            f"{path}: not a manifest of format {FORMAT_VERSION} ({where or 'file'}: {first['msg']}); {remedy} --force"
+        ) from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise ManifestError(f"{path}: got format {manifest.format_version}, expected {FORMAT_VERSION}; {remedy} --force")
+    return manifest

@@ -1,0 +1,38 @@
+"""The CPU path of the experts operator: rows grouped by expert, two matrix products for each expert that has rows."""
+
+import torch
+from torch.nn.functional import gelu
+
+
+def experts_cpu(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+) -> torch.Tensor:
+    """See the package's docstring.
+
+    1. Sort the N * k routed rows by expert. 2. Run each expert that has rows on its slice. 3. Weight and combine in float32.
+    """
+    num_rows, top_k = top_k_index.shape
+    width = down_proj.shape[2]
+    # 1.
+    flat = top_k_index.flatten()
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=gate_up_proj.shape[0]).tolist()
+    rows = hidden.index_select(0, order.div(top_k, rounding_mode="floor"))
+    # 2.
+    routed = torch.empty_like(rows)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        gate_up = torch.mm(rows[start : start + count], gate_up_proj[expert].t())
+        activated = gelu(gate_up[:, :width], approximate="tanh").mul_(gate_up[:, width:])
+        torch.mm(activated, down_proj[expert].t(), out=routed[start : start + count])
+        start += count
+    # 3.
+    weighted = torch.empty_like(routed)
+    weighted[order] = routed
+    return torch.bmm(top_k_weights.unsqueeze(1), weighted.view(num_rows, top_k, -1).float()).squeeze(1).to(hidden.dtype)

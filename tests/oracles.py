@@ -1,0 +1,107 @@
+"""transformers as the oracle: the same noise fed to its `generate`, and its logits one pass at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+
+from backend.noise import gumbel_noise, initial_canvas, renoise_tokens
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """canvases: argmax canvas of each canvas, whole. num_steps: denoising steps of each."""
+
+    canvases: list[list[int]]
+    num_steps: list[int]
+
+    def token_ids(self, *, max_tokens: int, ends: set[int]) -> list[int]:
+        """The canvases cut at max_tokens and before the first end token."""
+        flat = [token for canvas in self.canvases for token in canvas][:max_tokens]
+        return next((flat[:index] for index, token in enumerate(flat) if token in ends), flat)
+
+
+class Oracle:
+    """One checkpoint, loaded by transformers on the CPU."""
+
+    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32):
+        self.model = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=dtype).eval()
+        self.canvas_length = self.model.config.canvas_length
+        self.vocab_size = self.model.config.text_config.vocab_size
+
+    def generate(self, prompt_ids: list[int], *, seed: int, greedy: bool = False, **generation) -> OracleResult:
+        """`generate` of transformers with `torch.randint` and `torch.multinomial` replaced by our noise for `seed`.
+
+        Tokens after the end are not replaced by padding here (pad_token_id None), so that whole canvases are compared.
+        """
+        with _injected(seed, self.canvas_length, self.vocab_size, greedy) as trace:
+            output = self.model.generate(torch.tensor([prompt_ids]), **generation)
+        new = output.sequences[0, len(prompt_ids) :].tolist()
+        canvases = [new[start : start + self.canvas_length] for start in range(0, len(new), self.canvas_length)]
+        return OracleResult(canvases, trace.num_steps)
+
+    @torch.no_grad()
+    def encode(self, *chunks: list[int]) -> DynamicCache:
+        """The cache after the chunks, encoded one after the other."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        for chunk in chunks:
+            start = cache.get_seq_length()
+            self.model.model.encoder(
+                input_ids=torch.tensor([chunk]),
+                past_key_values=cache,
+                position_ids=torch.arange(start, start + len(chunk)).unsqueeze(0),
+                attention_mask=torch.ones(1, start + len(chunk), dtype=torch.bool),
+            )
+        return cache
+
+    @torch.no_grad()
+    def logits(self, cache: DynamicCache, canvas: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        """Soft-capped logits [C, V] float32 of canvas [C]; `previous`: the processed logits [C, V] of the step before."""
+        return self.model(
+            decoder_input_ids=canvas.unsqueeze(0),
+            past_key_values=cache,
+            self_conditioning_logits=None if previous is None else previous.unsqueeze(0),
+        ).logits[0]
+
+
+class _Trace:
+    """Follows the calls of one `generate`: a canvas opens with randint, each step is multinomial then randint."""
+
+    def __init__(self):
+        self.num_steps: list[int] = []
+        self.in_step = False
+
+
+@contextmanager
+def _injected(seed: int, canvas_length: int, vocab_size: int, greedy: bool) -> Iterator[_Trace]:
+    trace = _Trace()
+
+    def where() -> dict[str, int]:
+        return {
+            "seed": seed,
+            "canvas_index": len(trace.num_steps) - 1,
+            "canvas_length": canvas_length,
+            "vocab_size": vocab_size,
+        }
+
+    def randint(*, low, high, size, device):
+        assert (low, high, tuple(size)) == (0, vocab_size, (1, canvas_length))
+        if trace.in_step:
+            trace.in_step = False
+            return renoise_tokens(**where(), step=trace.num_steps[-1] - 1).unsqueeze(0)
+        trace.num_steps.append(0)
+        return initial_canvas(**where()).unsqueeze(0)
+
+    def multinomial(probabilities, num_samples):
+        assert num_samples == 1 and tuple(probabilities.shape) == (canvas_length, vocab_size)
+        trace.in_step = True
+        trace.num_steps[-1] += 1
+        scores = probabilities if greedy else probabilities.log() + gumbel_noise(**where(), step=trace.num_steps[-1] - 1)
+        return scores.argmax(dim=-1, keepdim=True)
+
+    with mock.patch.object(torch, "randint", randint), mock.patch.object(torch, "multinomial", multinomial):
+        yield trace

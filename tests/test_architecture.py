@@ -1,0 +1,45 @@
+"""Dependencies point one way: backend and builder never import each other, plugins and the contract import neither."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "contract": {"contract"},
+    "plugins": {"plugins"},
+    "builder": {"builder", "contract", "plugins"},
+    "backend": {"backend", "contract", "plugins"},
+    "model_repository": {"backend"},
+}
+OURS = {"contract", "plugins", "builder", "backend", "tests", "benchmarks", "examples"}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_point_one_way(folder):
+    files = list((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) & OURS <= MAY_IMPORT[folder], path
+
+
+def test_files_are_short_enough_to_read():
+    folders = (*MAY_IMPORT, "benchmarks", "examples", "checkpoints")
+    long = {
+        path: lines
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if (lines := path.read_text().count("\n")) > 320
+    }
+    assert not long

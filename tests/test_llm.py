@@ -1,0 +1,99 @@
+"""`LLM` on the compiled tiny engine: where results end, what is refused, what prompts may be."""
+
+import pytest
+from small_checkpoints import TINY
+
+from backend import LLM, RequestError, SamplingConfig
+from backend.generation_defaults import GenerationDefaults
+
+COUNT = "<bos><|turn>user\nCount from 3 to 31.<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
+ANSWER = " ".join(str(number) for number in range(3, 32))
+CANVAS = 32
+
+
+@pytest.fixture(scope="module")
+def llm(engine_dir) -> LLM:
+    return LLM(engine_dir)
+
+
+def one(llm: LLM, **sampling):
+    [result] = llm.generate(COUNT, SamplingConfig(**{"seed": 1, **sampling}))
+    return result
+
+
+def test_an_answer_over_several_canvases(llm):
+    result = one(llm)
+    assert (result.text, result.finish_reason) == (ANSWER, "stop")
+    assert len(result.num_steps) == -(-len(result.token_ids) // CANVAS)
+    assert result.num_prompt_tokens == len(llm.tokenizer.encode(COUNT, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("max_tokens", [1, CANVAS - 1, CANVAS, CANVAS + 1, 2 * CANVAS])
+def test_max_tokens_is_exact(llm, max_tokens):
+    result = one(llm, max_tokens=max_tokens)
+    assert (result.token_ids, result.finish_reason) == (one(llm).token_ids[:max_tokens], "length")
+    assert len(result.num_steps) == -(-max_tokens // CANVAS)
+
+
+def test_the_checkpoints_256_tokens_are_a_default_not_a_cap(llm):
+    assert len(one(llm, ignore_eos=True, max_denoising_steps=2).token_ids) == 256
+    assert len(one(llm, ignore_eos=True, max_denoising_steps=2, max_tokens=300).token_ids) == 300
+
+
+def test_end_tokens_end_and_are_not_part_of_the_result(llm):
+    ends = GenerationDefaults.from_json(TINY / "generation_config.json").eos_token_ids
+    assert not set(one(llm).token_ids) & set(ends)
+    assert set(one(llm, ignore_eos=True, max_tokens=128).token_ids) & set(ends)
+
+
+@pytest.mark.parametrize("stop", ["9 10", " 2", "31", "8 19 2"])
+def test_stop_strings(llm, stop):
+    result = one(llm, stop=stop)
+    assert (result.text, result.finish_reason) == (ANSWER[: ANSWER.index(stop)], "stop")
+    assert llm.tokenizer.decode(result.token_ids) == result.text
+
+
+def test_stop_token_ids(llm):
+    five = llm.tokenizer.token_to_id("5")
+    result = one(llm, stop_token_ids=[five])
+    assert (result.text, result.finish_reason) == ("3 4 ", "stop")
+
+
+def test_greedy_is_deterministic_for_a_seed(llm):
+    assert one(llm, temperature=0, seed=5) == one(llm, temperature=0, seed=5)
+    assert one(llm, temperature=0, seed=5).text == ANSWER
+
+
+def test_prompts_are_texts_or_token_ids_one_or_many(llm):
+    token_ids = llm.tokenizer.encode(COUNT, add_special_tokens=False).ids
+    config = SamplingConfig(seed=1)
+    expected = llm.generate(COUNT, config)
+    assert llm.generate(token_ids, config) == expected
+    assert llm.generate([COUNT, token_ids], config) == expected * 2
+    assert llm.generate(COUNT.removeprefix("<bos>"), config) == expected
+    assert llm.generate([], config) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ("", {}, "prompt: got no tokens, expected at least one"),
+        ([[]], {}, "prompt: got no tokens, expected at least one"),
+        ([[3, 448]], {}, "prompt: got token id 448, expected 0 to 447"),
+        ([[-1]], {}, "prompt: got token id -1"),
+        ([[18]], {}, "prompt: got image token 18, but images are not supported yet"),
+        ([[5] * 4000], {}, "prompt: got 4000 tokens and max_tokens 256 (8 canvases of 32), expected at most 4096 in all"),
+        (["a", "b"], [SamplingConfig()], "sampling: got 1 configurations, expected 2"),
+    ],
+)
+def test_refusals(llm, prompt, sampling, message):
+    with pytest.raises(RequestError) as raised:
+        llm.generate(prompt, sampling or None)
+    assert message in str(raised.value)
+    assert raised.value.code == "INVALID_ARGUMENT"
+    assert one(llm, max_tokens=1).token_ids
+
+
+def test_a_prompt_that_no_pages_can_hold(engine_dir):
+    with pytest.raises(RequestError, match="need more KV pages than this server has in all"):
+        LLM(engine_dir, max_cached_tokens=64).generate([[5] * 100])

@@ -1,0 +1,128 @@
+"""Proof ladder, rung 3: one encode, one denoise and one commit against transformers, with fixed inputs."""
+
+import pytest
+import torch
+from oracles import Oracle
+from small_checkpoints import network_session, random_checkpoint
+from tolerances import assert_as_exact, assert_close
+
+from backend.kv_cache import PagedKVCache
+from backend.sampler import soft_cap, soft_embeddings
+
+SHAPES = {
+    "sliding and full": {},
+    "all full": {"layer_types": ["full_attention"] * 3},
+    "alternating, wide heads": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "global_head_dim": 64,
+    },
+    "many experts, grouped keys": {"num_experts": 32, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "every expert": {"num_experts": 8, "moe_intermediate_size": 8},
+    "small window": {"sliding_window": 5},
+}
+
+
+class Passes:
+    """Our programs and pages, one pass at a time."""
+
+    def __init__(self, session):
+        model = session.manifest.model
+        self.session, self.model = session, model
+        self.cache = PagedKVCache(
+            model,
+            page_size=session.manifest.build.page_size,
+            num_pages=dict.fromkeys(model.attention, 64),
+            max_sequences=1,
+            max_tokens=512,
+            dtype=session.dtype,
+            device=session.device,
+        )
+        session.bind_pages(self.cache.pages)
+        self.slot = self.cache.open(256)
+
+    def encode(self, tokens: list[int]) -> list[torch.Tensor]:
+        start = self.cache.length[self.slot]
+        new_kv = self.session.encode(
+            torch.tensor(tokens, dtype=torch.int32),
+            torch.arange(start, start + len(tokens), dtype=torch.int32),
+            torch.tensor([0, len(tokens)], dtype=torch.int32),
+            torch.tensor([start], dtype=torch.int32),
+            self.cache.tables([self.slot]),
+        )
+        self.cache.append([self.slot], [len(tokens)], new_kv)
+        return new_kv
+
+    def logits(self, canvas: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+        length, hidden_size = canvas.numel(), self.model.hidden_size
+        soft = torch.zeros(length, hidden_size, dtype=self.session.dtype)
+        if previous is not None:
+            soft = soft_embeddings(previous, self.session.embedding, hidden_size**0.5, self.session.dtype)
+        prefix = torch.tensor([self.cache.length[self.slot]], dtype=torch.int32)
+        hidden = self.session.denoise(canvas.int().unsqueeze(0), soft.unsqueeze(0), prefix, self.cache.tables([self.slot]))
+        return soft_cap(self.session.head(hidden[0]), self.model.final_logit_softcapping)
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def passes_of(checkpoint, dtype: str) -> Passes:
+    return Passes(network_session(checkpoint, dtype=dtype, page_size=8))
+
+
+def kept(cache, new_kv) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs (ours, transformers') of keys and of values [tokens, K, head_dim]: the last ones, which its sliding layers keep."""
+    pairs = []
+    for layer, kv in zip(cache.layers, new_kv, strict=True):
+        count = min(kv.shape[0], layer.keys.shape[2])
+        for ours, theirs in ((kv[:, 0], layer.keys), (kv[:, 1], layer.values)):
+            pairs.append((ours[-count:], theirs[0, :, -count:].transpose(0, 1)))
+    return pairs
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_equals_transformers(shape, tmp_path):
+    """Keys and values of a prompt and of a committed canvas; logits of two denoising steps after them."""
+    checkpoint = random_checkpoint(tmp_path, feedback=1.0, **SHAPES[shape])
+    oracle, passes = Oracle(checkpoint), passes_of(checkpoint, "float32")
+    chunks = []
+    for chunk in (tokens(41, seed=1), tokens(16, seed=2)):
+        chunks.append(chunk)
+        cache = oracle.encode(*chunks)
+        for ours, theirs in kept(cache, passes.encode(chunk)):
+            assert_close(ours, theirs, torch.float32)
+        canvas = torch.tensor(tokens(16, seed=3))
+        first = oracle.logits(cache, canvas, None)
+        assert_close(passes.logits(canvas, None), first, torch.float32)
+        assert_close(passes.logits(canvas, first / 0.7), oracle.logits(cache, canvas, first / 0.7), torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_is_as_exact_as_transformers(shape, tmp_path):
+    checkpoint = random_checkpoint(tmp_path, feedback=1.0, **SHAPES[shape])
+    exact, oracle, passes = Oracle(checkpoint), Oracle(checkpoint, torch.bfloat16), passes_of(checkpoint, "bfloat16")
+    prompt, canvas = tokens(41, seed=1), torch.tensor(tokens(16, seed=3))
+    exact_cache, cache, new_kv = exact.encode(prompt), oracle.encode(prompt), passes.encode(prompt)
+    for (_, truth), (ours, theirs) in zip(kept(exact_cache, new_kv), kept(cache, new_kv), strict=True):
+        assert_as_exact(ours, theirs, truth)
+    first = exact.logits(exact_cache, canvas, None)
+    for previous in (None, first / 0.7):
+        truth = exact.logits(exact_cache, canvas, previous)
+        assert_as_exact(passes.logits(canvas, previous), oracle.logits(cache, canvas, previous), truth)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 24, 40])
+def test_a_prompt_encoded_in_chunks_gives_the_same_logits(chunk, tmp_path):
+    checkpoint = random_checkpoint(tmp_path, feedback=1.0)
+    session = network_session(checkpoint, page_size=8)
+    prompt, canvas = tokens(61, seed=4), torch.tensor(tokens(16, seed=5))
+    whole, chunked = Passes(session), Passes(session)
+    session.bind_pages(whole.cache.pages)
+    whole.encode(prompt)
+    expected = whole.logits(canvas, None)
+    session.bind_pages(chunked.cache.pages)
+    for start in range(0, len(prompt), chunk):
+        chunked.encode(prompt[start : start + chunk])
+    assert_close(chunked.logits(canvas, None), expected, torch.float32)

@@ -1,0 +1,270 @@
+"""What a request may choose, what it is told otherwise, and what it gets when it says nothing."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from backend.errors import RequestError
+from backend.generation_defaults import GenerationDefaults
+from backend.sampling_config import ResolvedSampling, SamplingConfig
+
+DEFAULTS = GenerationDefaults(
+    max_tokens=512,
+    entropy_bound=0.2,
+    stability_threshold=2,
+    confidence_threshold=0.01,
+    eos_token_ids=(1, 106, 50),
+    pad_token_id=0,
+)
+NAMES = ", ".join(field.name for field in dataclasses.fields(SamplingConfig))
+
+
+def refusal(function, *arguments, **named) -> str:
+    with pytest.raises(RequestError) as error:
+        function(*arguments, **named)
+    assert error.value.code == "INVALID_ARGUMENT"
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_values_are_normalised():
+    config = SamplingConfig(
+        max_tokens=np.int32(5), temperature=1, t_max=np.float32(0.5), seed=np.uint64(2**64 - 1), stop="end", stop_token_ids=[3]
+    )
+    assert (config.max_tokens, config.temperature, config.t_max, config.seed) == (5, 1.0, 0.5, 2**64 - 1)
+    assert (config.stop, config.stop_token_ids) == (("end",), (3,))
+    assert type(config.max_tokens) is type(config.seed) is int
+    assert type(config.temperature) is type(config.t_max) is float
+    assert SamplingConfig(stop=["a", "b"]).stop == ("a", "b")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 1),
+        ("temperature", 0),
+        ("temperature", 0.01),
+        ("temperature", 100),
+        ("t_min", 0),
+        ("seed", 0),
+        ("max_denoising_steps", 1),
+        ("entropy_bound", 0),
+        ("stability_threshold", 0),
+        ("confidence_threshold", 0),
+        ("stop", []),
+        ("stop", ()),
+    ],
+)
+def test_limits_are_included(name, value):
+    assert getattr(SamplingConfig(**{name: value}), name) == (tuple(value) if name == "stop" else value)
+
+
+EXPECTED = {
+    "max_tokens": "an integer from 1 to 2147483647",
+    "temperature": "0 (greedy) or a finite number from 0.01 to 100",
+    "t_min": "a finite number from 0 to 100",
+    "t_max": "a finite number from 0.01 to 100",
+    "seed": "an integer from 0 to 18446744073709551615",
+    "stop": "a non-empty string or a list of them",
+    "max_denoising_steps": "an integer from 1 to 65536",
+    "entropy_bound": "a finite number of at least 0",
+    "stability_threshold": "an integer from 0 to 2147483647",
+    "confidence_threshold": "a finite number of at least 0",
+    "ignore_eos": "true or false",
+    "skip_special_tokens": "true or false",
+}
+REFUSED = {
+    "max_tokens": [0, -1, 2**31, 1.0, True, "5", [1]],
+    "temperature": [-0.1, 0.005, 101, math.nan, math.inf, -math.inf, True, "1", None, 10**400],
+    "t_min": [-1, math.nan, 101, False],
+    "t_max": [0, 0.001, math.inf, "0.8"],
+    "seed": [-1, 2**64, 1.5, True, "7"],
+    "stop": ["", [""], ["a", 1], 5, {"a": 1}, None],
+    "max_denoising_steps": [0, 65_537, 2.5, True],
+    "entropy_bound": [-0.1, math.nan, True, 10**400],
+    "stability_threshold": [-1, 1.0, True],
+    "confidence_threshold": [-1e-9, math.inf, False],
+    "ignore_eos": [0, 1, "true", None],
+    "skip_special_tokens": [1, "no", None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
+def test_refused_values(name, value):
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    assert refusal(SamplingConfig, **{name: value}) == f"{name}: got {shown}, expected {EXPECTED[name]}"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (5, "stop_token_ids: got 5, expected a list of token ids"),
+        (None, "stop_token_ids: got None, expected a list of token ids"),
+        ([1, -1], "stop_token_ids: got -1, expected an integer from 0 to 2147483647"),
+        ([True], "stop_token_ids: got True, expected an integer from 0 to 2147483647"),
+    ],
+)
+def test_refused_stop_token_ids(value, message):
+    assert refusal(SamplingConfig, stop_token_ids=value) == message
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({}, {}),
+        ({"max_tokens": "12"}, {"max_tokens": 12}),
+        ({"max_tokens": 12.0}, {"max_tokens": 12}),
+        ({"max_new_tokens": " 12 "}, {"max_tokens": 12}),
+        ({"temperature": "0.7"}, {"temperature": 0.7}),
+        ({"temperature": "0"}, {"temperature": 0.0}),
+        ({"seed": "18446744073709551615"}, {"seed": 2**64 - 1}),
+        ({"ignore_eos": "True", "skip_special_tokens": "false"}, {"ignore_eos": True, "skip_special_tokens": False}),
+        ({"stop": "x"}, {"stop": ("x",)}),
+        ({"stop_words": ["x", "y"]}, {"stop": ("x", "y")}),
+        ({"stop_token_ids": ["3", 4]}, {"stop_token_ids": (3, 4)}),
+        (dict.fromkeys((*EXPECTED, "max_new_tokens", "stop_words", "logprobs", "n")), {}),
+        ({"max_tokens": None, "max_new_tokens": 3}, {"max_tokens": 3}),
+    ],
+)
+def test_from_mapping(mapping, expected):
+    assert SamplingConfig.from_mapping(mapping) == SamplingConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "refused"),
+    [
+        ("n", [1, 1.0, "1", None], [2, 0, "2", True, "one"]),
+        ("best_of", [1], [3]),
+        ("num_beams", [1], [4]),
+        ("use_beam_search", [False, "false"], [True, 0]),
+        ("early_stopping", [False], [True]),
+        ("do_sample", [True, "true"], [False]),
+        ("length_penalty", [1.0], [0.9]),
+        ("frequency_penalty", [0, 0.0, "0.0"], [0.1, False]),
+        ("presence_penalty", [0], [-1]),
+        ("repetition_penalty", [1.0], [1.1]),
+        ("top_k", [0, -1, "-1"], [1, 50, math.nan]),
+        ("top_p", [1, 1.0, "1.0"], [0.95]),
+        ("min_p", [0.0], [0.05]),
+        ("typical_p", [1.0], [0.5]),
+        ("min_tokens", [0], [1]),
+        ("logit_bias", [{}, None], [{"5": 1}, []]),
+        ("bad_words", [[]], [["a"]]),
+        ("logprobs", [False, "false", None], [True, 0, 5]),
+        ("top_logprobs", [0], [5]),
+        ("prompt_logprobs", [None], [0, False]),
+        ("include_stop_str_in_output", [False], [True]),
+    ],
+)
+def test_unsupported_parameters(name, neutral, refused):
+    for value in neutral:
+        assert SamplingConfig.from_mapping({name: value}) == SamplingConfig()
+    for value in refused:
+        message = refusal(SamplingConfig.from_mapping, {name: value})
+        assert message == f"{name}={value!r}: not supported by this server; remove it"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ([], "sampling parameters: got [], expected a JSON object"),
+        ({"n": 2, "top_k": 5, "top_p": 1}, "n=2, top_k=5: not supported by this server; remove it"),
+        ({"foo": 1}, f"unknown sampling parameter 'foo'; expected {NAMES}"),
+        (
+            {"temprature": 1, "zzz": 2, "max_token": 3, "seed": 4},
+            "unknown sampling parameter 'temprature' (closest: 'temperature'), 'zzz', 'max_token' (closest: 'max_tokens'); "
+            f"expected {NAMES}",
+        ),
+        ({"max_tokens": 1, "max_new_tokens": 1}, "max_tokens and max_new_tokens: both given, but mean the same; remove one"),
+        ({"stop": "a", "stop_words": ["a"]}, "stop and stop_words: both given, but mean the same; remove one"),
+        ({"max_tokens": "5x"}, "max_tokens: got '5x', expected an integer from 1 to 2147483647"),
+        ({"max_tokens": "1_000"}, "max_tokens: got '1_000', expected an integer from 1 to 2147483647"),
+        ({"max_tokens": 1.5}, "max_tokens: got 1.5, expected an integer from 1 to 2147483647"),
+        ({"max_new_tokens": 0}, "max_tokens: got 0, expected an integer from 1 to 2147483647"),
+        ({"temperature": "hot"}, "temperature: got 'hot', expected 0 (greedy) or a finite number from 0.01 to 100"),
+        ({"temperature": "nan"}, "temperature: got nan, expected 0 (greedy) or a finite number from 0.01 to 100"),
+        ({"ignore_eos": "yes"}, "ignore_eos: got 'yes', expected true or false"),
+        ({"stop_words": ["a\nb", 3]}, "stop: got ['a\\nb', 3], expected a non-empty string or a list of them"),
+    ],
+)
+def test_refused_mappings(mapping, message):
+    assert refusal(SamplingConfig.from_mapping, mapping) == message
+
+
+def test_resolve_takes_the_defaults():
+    assert SamplingConfig(seed=5).resolve(DEFAULTS) == ResolvedSampling(
+        max_tokens=512,
+        max_denoising_steps=48,
+        t_min=0.4,
+        t_max=0.8,
+        greedy=False,
+        entropy_bound=0.2,
+        stability_threshold=2,
+        confidence_threshold=0.01,
+        seed=5,
+        stop=(),
+        stop_token_ids=(),
+        eos_token_ids=(1, 106, 50),
+        skip_special_tokens=True,
+    )
+
+
+def test_resolve_prefers_the_request():
+    config = SamplingConfig(
+        max_tokens=9999,  # the checkpoint's max_new_tokens is no cap
+        temperature=0.5,
+        t_min=0.2,
+        t_max=1.0,
+        seed=0,
+        stop="x",
+        stop_token_ids=[7],
+        ignore_eos=True,
+        max_denoising_steps=8,
+        entropy_bound=0.0,
+        stability_threshold=0,
+        confidence_threshold=0.0,
+        skip_special_tokens=False,
+    )
+    assert config.resolve(DEFAULTS) == ResolvedSampling(
+        max_tokens=9999,
+        max_denoising_steps=8,
+        t_min=0.1,
+        t_max=0.5,
+        greedy=False,
+        entropy_bound=0.0,
+        stability_threshold=0,
+        confidence_threshold=0.0,
+        seed=0,
+        stop=("x",),
+        stop_token_ids=(7,),
+        eos_token_ids=(),
+        skip_special_tokens=False,
+    )
+
+
+def test_greedy_keeps_the_temperature_schedule():
+    resolved = SamplingConfig(temperature=0, seed=1).resolve(DEFAULTS)
+    assert (resolved.greedy, resolved.t_min, resolved.t_max) == (True, 0.4, 0.8)
+
+
+def test_a_seed_is_drawn_for_each_request():
+    config = SamplingConfig()
+    seeds = {config.resolve(DEFAULTS).seed for _ in range(8)}
+    assert len(seeds) == 8 and all(0 <= seed < 2**64 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"t_min": 0.9}, "t_min: got 0.9, expected at most t_max, 0.8; set t_max too, it is the checkpoint's"),
+        ({"t_max": 0.3}, "t_min: got 0.4, expected at most t_max, 0.3; set t_min too, it is the checkpoint's"),
+        ({"t_min": 0.5, "t_max": 0.2}, "t_min: got 0.5, expected at most t_max, 0.2; swap them"),
+    ],
+)
+def test_t_min_above_t_max(given, message):
+    assert refusal(SamplingConfig(**given).resolve, DEFAULTS) == message
+    SamplingConfig(t_min=0.8).resolve(DEFAULTS)  # equal is a constant temperature
