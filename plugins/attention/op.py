@@ -18,3 +18,6 @@ def _(query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, imag
 
 
 paged_attention = torch.ops.diffusiongemma.paged_attention.default
+
+if torch.version.cuda:  # CPU builds of PyTorch come without triton, and have no use for it
+    from plugins.attention import cuda  # noqa: F401

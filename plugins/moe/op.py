@@ -17,3 +17,6 @@ def _(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj):
 
 
 experts = torch.ops.diffusiongemma.experts.default
+
+if torch.version.cuda:  # CPU builds of PyTorch come without triton, and have no use for it
+    from plugins.moe import cuda  # noqa: F401

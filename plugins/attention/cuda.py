@@ -1,0 +1,56 @@
+"""The CUDA path of the attention operator: its kernels, called directly or traced into a compiled program.
+
+A compiler sees through `diffusiongemma::paged_attention_triton`, not through `diffusiongemma::paged_attention`, whose node
+must stay whole for the targets that have an implementation of their own. So a program for CUDA is lowered after
+
+    exported.run_decompositions(CUDA_DECOMPOSITIONS)
+
+and its kernels are then compiled into the package. Import this module only where triton is installed; it needs neither a
+GPU nor a CUDA build of PyTorch.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from plugins.attention.launch import attention, choose_num_splits
+from plugins.library import LIBRARY
+
+
+@triton_op("diffusiongemma::paged_attention_triton", mutates_args={})
+def paged_attention_triton(
+    query: Tensor,
+    new_kv: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    prefix_lengths: Tensor,
+    sequence_starts: Tensor,
+    image_block_ids: Tensor,
+    causal: bool,
+    window: int,
+) -> Tensor:
+    """As `paged_attention`, open to compilers. Never splits the keys: with symbolic shapes the number is no constant."""
+    indices = (page_table, prefix_lengths, sequence_starts, image_block_ids)
+    return attention(query, new_kv, kv_pages, *indices, causal, window, wrap=wrap_triton)
+
+
+def paged_attention_cuda(
+    query: Tensor,
+    new_kv: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    prefix_lengths: Tensor,
+    sequence_starts: Tensor,
+    image_block_ids: Tensor,
+    causal: bool,
+    window: int,
+) -> Tensor:
+    """On the current stream, without waiting for the device."""
+    inputs = (query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids)
+    num_multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    return attention(*inputs, causal, window, num_splits=choose_num_splits(inputs, window, num_multiprocessors))
+
+
+LIBRARY.impl("paged_attention", paged_attention_cuda, "CUDA")
+
+CUDA_DECOMPOSITIONS = {torch.ops.diffusiongemma.paged_attention.default: paged_attention_triton}

@@ -1,0 +1,225 @@
+"""Triton-language kernels of the mixture of experts, one a pipeline stage: router, align, gate_up, down, combine.
+
+Shape legend: N rows, E experts, k experts a row, D hidden, F expert width. A routed row is one pair of a row and one of its
+experts; routed row n * k + j is row n with its j-th expert. A slot is a place in the routed rows' order by expert, where
+each expert starts a new tile of TILE_ROWS slots; a slot that holds no routed row holds N * k.
+
+| kernel | inputs | scalars | outputs | a program computes |
+|---|---|---|---|---|
+| router | logits [N, E], per_expert_scale [E] | num_rows | top_k_weights [N, k], top_k_index [N, k] | ROWS rows |
+| align | top_k_index [N, k] | num_routed, num_tiles | row_order [slots], tile_expert [tiles] | one expert |
+| gate_up | hidden [N, D], gate_up_proj [E, 2 F, D], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, TILE_WIDTH columns |
+| down | activated, down_proj [E, D, F], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, TILE_WIDTH columns |
+| combine | weighted [N * k, D] | | output [N, D] | one row, BLOCK columns |
+
+What a TensorRT plugin with embedded PTX can launch shapes the signatures: inputs, then int32 scalars, then outputs, then
+constants; scratch is an output and never assumed zeroed. Scalars are not specialised, so that one binary serves every
+number of rows there and here. All tensors are contiguous. The kernels compute in float32 and store in the output's dtype.
+"""  # noqa: E501
+
+# ruff: noqa: N803 - constants are in capitals
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=("num_rows",))
+def router_kernel(
+    logits,
+    per_expert_scale,
+    num_rows,
+    top_k_weights,
+    top_k_index,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+):
+    """Softmax over the experts, the k largest, renormalised, times the experts' scale; equal logits: the lower index first.
+
+    The softmax's denominator cancels in the renormalisation, so that only the k chosen exponentials are computed.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < num_rows
+    experts = tl.arange(0, EXPERTS_POW2)
+    places = tl.arange(0, TOP_K_POW2)
+    read_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    logits_at = logits + read_rows[:, None] * NUM_EXPERTS + experts[None, :]
+    left = tl.load(logits_at, mask=(experts < NUM_EXPERTS)[None, :], other=float("-inf")).to(tl.float32)
+    largest = tl.max(left, axis=1)
+    weights = tl.zeros((ROWS, TOP_K_POW2), dtype=tl.float32)
+    index = tl.zeros((ROWS, TOP_K_POW2), dtype=tl.int32)
+    for place in tl.static_range(TOP_K):
+        best, expert = tl.max(left, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        here = places[None, :] == place
+        weights = tl.where(here, tl.exp(best - largest)[:, None], weights)
+        index = tl.where(here, expert[:, None], index)
+        left = tl.where(experts[None, :] == expert[:, None], float("-inf"), left)
+    scale = tl.load(per_expert_scale + index).to(tl.float32)
+    weights = weights / tl.sum(weights, axis=1)[:, None] * scale
+    stored = in_rows[:, None] & (places < TOP_K)[None, :]
+    offsets = rows[:, None].to(tl.int64) * TOP_K + places[None, :]
+    tl.store(top_k_weights + offsets, weights.to(top_k_weights.dtype.element_ty), mask=stored)
+    tl.store(top_k_index + offsets, index.to(top_k_index.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=("num_routed", "num_tiles"))
+def align_kernel(
+    top_k_index,
+    num_routed,
+    num_tiles,
+    row_order,
+    tile_expert,
+    NUM_EXPERTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+):
+    """Orders the routed rows by expert, each expert's in their own order, and names every tile's expert (-1: unused).
+
+    1. Count every expert's routed rows. 2. Find this expert's first tile. 3. Place its routed rows. 4. Fill its last tile.
+    5. Name its tiles. 6. The last expert's program marks the tiles that no expert has.
+
+    Every program counts for itself instead of sharing counters: the index is small and stays in L2, and the result needs
+    no zeroed memory, no atomics and no second kernel, and is the same in every run.
+    """
+    expert = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS_POW2)
+    block = tl.arange(0, BLOCK)
+    # 1.
+    counts = tl.zeros((EXPERTS_POW2,), dtype=tl.int32)
+    for start in range(0, num_routed, BLOCK):
+        routed = start + block
+        index = tl.load(top_k_index + routed, mask=routed < num_routed, other=0).to(tl.int32)
+        counts += tl.histogram(index, EXPERTS_POW2, mask=routed < num_routed)
+    # 2.
+    tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    first_tile = tl.sum(tl.where(experts < expert, tiles, 0), axis=0)
+    end_tile = first_tile + tl.sum(tl.where(experts == expert, tiles, 0), axis=0)
+    # 3.
+    slot = first_tile * TILE_ROWS
+    for start in range(0, num_routed, BLOCK):
+        routed = start + block
+        index = tl.load(top_k_index + routed, mask=routed < num_routed, other=-1).to(tl.int32)
+        mine = (index == expert).to(tl.int32)
+        tl.store(row_order + slot + tl.cumsum(mine, axis=0) - 1, routed, mask=mine > 0)
+        slot += tl.sum(mine, axis=0)
+    # 4.
+    filling = slot + tl.arange(0, TILE_ROWS)
+    tl.store(row_order + filling, tl.zeros((TILE_ROWS,), dtype=tl.int32) + num_routed, mask=filling < end_tile * TILE_ROWS)
+    # 5.
+    for start in range(first_tile, end_tile, BLOCK):
+        tile = start + block
+        tl.store(tile_expert + tile, tl.zeros((BLOCK,), dtype=tl.int32) + expert, mask=tile < end_tile)
+    # 6.
+    if expert == NUM_EXPERTS - 1:
+        for start in range(end_tile, num_tiles, BLOCK):
+            tile = start + block
+            tl.store(tile_expert + tile, tl.full((BLOCK,), -1, dtype=tl.int32), mask=tile < num_tiles)
+
+
+@triton.jit(do_not_specialize=("num_routed",))
+def gate_up_kernel(
+    hidden,
+    gate_up_proj,
+    row_order,
+    tile_expert,
+    num_routed,
+    activated,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+):
+    """activated[routed row] = gelu_tanh(gate(hidden[its row])) * up(hidden[its row]), by its expert's projections.
+
+    Tiles are the grid's fast axis: the programs that run together share an expert's columns, which leave memory once.
+    """
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
+    taken = routed < num_routed  # about half of the slots at few rows; the others must not cost reads
+    columns = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
+    read_columns = columns if WIDTH % TILE_WIDTH == 0 else tl.minimum(columns, WIDTH - 1)
+    depth = tl.arange(0, TILE_DEPTH)
+    rows_at = hidden + (routed // TOP_K)[:, None].to(tl.int64) * HIDDEN + depth[None, :]
+    gate_at = gate_up_proj + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + read_columns[None, :] * HIDDEN + depth[:, None]
+    up_at = gate_at + WIDTH * HIDDEN
+    gate = tl.zeros((TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    up = tl.zeros((TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    for start in range(0, HIDDEN, TILE_DEPTH):
+        if HIDDEN % TILE_DEPTH == 0:
+            x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
+            gate_weight, up_weight = tl.load(gate_at + start), tl.load(up_at + start)
+        else:
+            inside = start + depth < HIDDEN
+            x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
+            gate_weight = tl.load(gate_at + start, mask=inside[:, None], other=0.0)
+            up_weight = tl.load(up_at + start, mask=inside[:, None], other=0.0)
+        gate = tl.dot(x, gate_weight, gate, input_precision="ieee")
+        up = tl.dot(x, up_weight, up, input_precision="ieee")
+    # gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
+    result = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    stored = taken[:, None] & (columns < WIDTH)[None, :]
+    activated_at = activated + routed[:, None].to(tl.int64) * WIDTH + columns[None, :]
+    tl.store(activated_at, result.to(activated.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=("num_routed",))
+def down_kernel(
+    activated,
+    down_proj,
+    top_k_weights,
+    row_order,
+    tile_expert,
+    num_routed,
+    weighted,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+):
+    """weighted[routed row] = its routing weight * down(activated[routed row]), by its expert's projection."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
+    taken = routed < num_routed
+    columns = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
+    read_columns = columns if HIDDEN % TILE_WIDTH == 0 else tl.minimum(columns, HIDDEN - 1)
+    depth = tl.arange(0, TILE_DEPTH)
+    rows_at = activated + routed[:, None].to(tl.int64) * WIDTH + depth[None, :]
+    down_at = down_proj + expert.to(tl.int64) * (HIDDEN * WIDTH) + read_columns[None, :] * WIDTH + depth[:, None]
+    result = tl.zeros((TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    for start in range(0, WIDTH, TILE_DEPTH):
+        if WIDTH % TILE_DEPTH == 0:
+            x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
+            weight = tl.load(down_at + start)
+        else:
+            inside = start + depth < WIDTH
+            x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
+            weight = tl.load(down_at + start, mask=inside[:, None], other=0.0)
+        result = tl.dot(x, weight, result, input_precision="ieee")
+    result *= tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)[:, None]
+    stored = taken[:, None] & (columns < HIDDEN)[None, :]
+    weighted_at = weighted + routed[:, None].to(tl.int64) * HIDDEN + columns[None, :]
+    tl.store(weighted_at, result.to(weighted.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def combine_kernel(weighted, output, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """output[row] = the sum of its k weighted routed rows, in the order of its experts: the same sum in every run."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < HIDDEN
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for place in tl.static_range(TOP_K):
+        total += tl.load(weighted + (row * TOP_K + place) * HIDDEN + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output + row * HIDDEN + columns, total.to(output.dtype.element_ty), mask=inside)

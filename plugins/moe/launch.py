@@ -1,0 +1,194 @@
+"""How each kernel of the mixture of experts is launched: arguments, grid, tile and scratch.
+
+`experts` is the whole operator: align, gate_up, down, combine. See the package's docstring for its arguments and
+`plugins.moe.kernel` for the shape legend and the kernels. Everything here works on CUDA tensors, on meta tensors (to
+describe and compile), and on CPU tensors in Triton's interpreter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from plugins.moe import kernel
+from plugins.triton_launch import Launch, Wrap, unwrapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What one program of a grouped product reads, and how it is pipelined: `rows` routed rows and `width` rows of the
+    expert's weight, `depth` columns of both at a time. Of gate_up's weight rows half are gate rows and half are up rows.
+    """
+
+    rows: int
+    width: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+FEW_ROWS = Tile(rows=32, width=64, depth=128, num_warps=4, num_stages=4)
+"""vLLM's published tile for this model at 256 rows, bfloat16, H200; not measured by us."""
+
+MANY_ROWS = Tile(rows=64, width=128, depth=64, num_warps=4, num_stages=4)
+"""For prefill: twice the rows read the weights half as often; the fewest rows that use wgmma. Not measured by us."""
+
+FLOAT32 = Tile(rows=32, width=64, depth=32, num_warps=4, num_stages=2)
+"""For comparisons in float32, without tensor cores: small enough for the registers. Not meant to be quick."""
+
+
+def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype) -> Tile:
+    """The tile for `num_rows` rows; a number that is symbolic, because a program is being traced, gets the few rows' tile."""
+    if dtype == torch.float32:
+        return FLOAT32
+    many = isinstance(num_rows, int) and num_rows * top_k >= MANY_ROWS.rows * num_experts
+    return MANY_ROWS if many else FEW_ROWS
+
+
+def num_tiles(num_routed: int, num_experts: int, tile_rows: int) -> int:
+    """The most tiles that the routed rows can need: every expert's last tile may hold a single one."""
+    return (num_routed + num_experts * (tile_rows - 1)) // tile_rows
+
+
+def router(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> Launch:
+    """Outputs top_k_weights [N, k] float32 and top_k_index [N, k] int64."""
+    num_rows, num_experts = logits.shape
+    num_warps = 4
+    return Launch(
+        kernel=kernel.router_kernel,
+        grid=(_ceil_div(num_rows, num_warps),),
+        inputs=(logits, per_expert_scale),
+        scalars=(num_rows,),
+        outputs=(
+            logits.new_empty(num_rows, top_k, dtype=torch.float32),
+            logits.new_empty(num_rows, top_k, dtype=torch.int64),
+        ),
+        constants={
+            "NUM_EXPERTS": num_experts,
+            "TOP_K": top_k,
+            "ROWS": num_warps,  # a row for each warp, so that no reduction crosses warps
+            "EXPERTS_POW2": triton.next_power_of_2(num_experts),
+            "TOP_K_POW2": triton.next_power_of_2(top_k),
+        },
+        num_warps=num_warps,
+        num_stages=1,
+    )
+
+
+def align(top_k_index: Tensor, num_experts: int, tile_rows: int) -> Launch:
+    """Outputs row_order [tiles * tile_rows] int32 and tile_expert [tiles] int32; slots of unused tiles stay undefined."""
+    num_routed = top_k_index.shape[0] * top_k_index.shape[1]
+    tiles = num_tiles(num_routed, num_experts, tile_rows)
+    return Launch(
+        kernel=kernel.align_kernel,
+        grid=(num_experts,),
+        inputs=(top_k_index,),
+        scalars=(num_routed, tiles),
+        outputs=(
+            top_k_index.new_empty(tiles * tile_rows, dtype=torch.int32),
+            top_k_index.new_empty(tiles, dtype=torch.int32),
+        ),
+        constants={
+            "NUM_EXPERTS": num_experts,
+            "TILE_ROWS": tile_rows,
+            "BLOCK": 1024,
+            "EXPERTS_POW2": triton.next_power_of_2(num_experts),
+        },
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert: Tensor, top_k: int, tile: Tile) -> Launch:
+    """Outputs activated [N * k, F] in the dtype of `hidden`."""
+    num_rows, hidden_size = hidden.shape
+    width, tile_width = gate_up_proj.shape[1] // 2, tile.width // 2
+    return Launch(
+        kernel=kernel.gate_up_kernel,
+        grid=(tile_expert.shape[0], _ceil_div(width, tile_width)),
+        inputs=(hidden, gate_up_proj, row_order, tile_expert),
+        scalars=(num_rows * top_k,),
+        outputs=(hidden.new_empty(num_rows * top_k, width),),
+        constants={"HIDDEN": hidden_size, "WIDTH": width, "TOP_K": top_k} | _tile_constants(tile, tile_width),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def down(
+    activated: Tensor, down_proj: Tensor, top_k_weights: Tensor, row_order: Tensor, tile_expert: Tensor, tile: Tile
+) -> Launch:
+    """Outputs weighted [N * k, D] in the dtype of `activated`.
+
+    The model's dtype and not float32: a routed row is rounded once, as on the CPU path, and takes half the bytes (0.74 and
+    not 1.48 GB, written and read, at 16,384 rows). The sum over a row's experts is in float32.
+    """
+    num_routed, width = activated.shape
+    hidden_size = down_proj.shape[1]
+    return Launch(
+        kernel=kernel.down_kernel,
+        grid=(tile_expert.shape[0], _ceil_div(hidden_size, tile.width)),
+        inputs=(activated, down_proj, top_k_weights, row_order, tile_expert),
+        scalars=(num_routed,),
+        outputs=(activated.new_empty(num_routed, hidden_size),),
+        constants={"HIDDEN": hidden_size, "WIDTH": width} | _tile_constants(tile, tile.width),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def combine(weighted: Tensor, top_k: int) -> Launch:
+    """Outputs [N, D] in the dtype of `weighted`."""
+    num_routed, hidden_size = weighted.shape
+    num_rows, block = num_routed // top_k, min(1024, triton.next_power_of_2(hidden_size))
+    return Launch(
+        kernel=kernel.combine_kernel,
+        grid=(num_rows, _ceil_div(hidden_size, block)),
+        inputs=(weighted,),
+        scalars=(),
+        outputs=(weighted.new_empty(num_rows, hidden_size),),
+        constants={"HIDDEN": hidden_size, "TOP_K": top_k, "BLOCK": block},
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def experts(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    tile: Tile | None = None,
+    wrap: Wrap = unwrapped,
+) -> Tensor:
+    """The operator as the package describes it, on the current stream; waits for nothing.
+
+    Raises:
+        ValueError: the weights are not of the dtype of `hidden`, or not contiguous (to copy them here would cost as much
+            as the products).
+    """
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if weight.dtype != hidden.dtype:
+            raise ValueError(f"experts: {name} is {weight.dtype}, hidden is {hidden.dtype}; convert one when it is loaded")
+        if not weight.is_contiguous():
+            raise ValueError(f"experts: {name} has strides {tuple(weight.stride())}; make it contiguous when it is loaded")
+    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
+    hidden, top_k_index, top_k_weights = hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
+    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
+    row_order, tile_expert = align(top_k_index, num_experts, tile.rows).run(wrap)
+    (activated,) = gate_up(hidden, gate_up_proj, row_order, tile_expert, top_k, tile).run(wrap)
+    (weighted,) = down(activated, down_proj, top_k_weights, row_order, tile_expert, tile).run(wrap)
+    (output,) = combine(weighted, top_k).run(wrap)
+    return output
+
+
+def _tile_constants(tile: Tile, tile_width: int) -> dict[str, int]:
+    return {"TILE_ROWS": tile.rows, "TILE_WIDTH": tile_width, "TILE_DEPTH": tile.depth}
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    """`triton.cdiv`, also for the symbolic numbers of a trace."""
+    return (dividend + divisor - 1) // divisor

@@ -1,0 +1,92 @@
+"""One launch of a Triton-language kernel, described once: run by PyTorch or the interpreter, compiled ahead of time.
+
+A description needs only the tensors' shapes and dtypes; made of meta tensors it can be compiled for a device that is not
+here, which is how the sm_90 check and a TensorRT plugin use it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+Wrap = Callable[[object], object]
+"""Makes a kernel callable where it is launched: `unwrapped`, or `torch.library.wrap_triton` where PyTorch traces."""
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+def unwrapped(kernel: object) -> object:
+    return kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A kernel with its arguments in the order in which it takes them: inputs, int32 scalars, outputs, constants.
+
+    `grid` counts programs, the fast axis first. `outputs` are uninitialised until `run`.
+    """
+
+    kernel: object
+    grid: tuple[int, ...]
+    inputs: tuple[Tensor, ...]
+    scalars: tuple[int, ...]
+    outputs: tuple[Tensor, ...]
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+    def run(self, wrap: Wrap = unwrapped) -> tuple[Tensor, ...]:
+        """Launches on the current stream, without waiting for it, and returns `outputs`."""
+        wrap(self.kernel)[self.grid](
+            *self.inputs,
+            *self.scalars,
+            *self.outputs,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+        return self.outputs
+
+    def signature(self) -> dict[str, str]:
+        """The type of every argument of the compiled kernel, by its name in the source.
+
+        Raises:
+            ValueError: the kernel's source does not take these arguments in this order.
+        """
+        types = [POINTERS[tensor.dtype] for tensor in self.inputs]
+        types += ["i32"] * len(self.scalars)
+        types += [POINTERS[tensor.dtype] for tensor in self.outputs]
+        names, constants = self.kernel.arg_names[: len(types)], self.kernel.arg_names[len(types) :]
+        if constants != list(self.constants):
+            raise ValueError(
+                f"kernel {self.kernel.__name__}: after {len(types)} inputs, scalars and outputs come the arguments "
+                f"{constants}, but the launch declares the constants {list(self.constants)}; make the two agree"
+            )
+        return dict(zip(names, types, strict=True))
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        """Compiles ahead of time; the device need not be here.
+
+        Every tensor is taken to start at a multiple of 16 bytes, as allocators and TensorRT give them: the kernels' wide
+        loads depend on it.
+        """
+        signature = self.signature()
+        aligned = [["tt.divisibility", 16]]
+        source = ASTSource(
+            self.kernel,
+            signature | dict.fromkeys(self.constants, "constexpr"),
+            constexprs=self.constants,
+            attrs={(place,): aligned for place, kind in enumerate(signature.values()) if kind.startswith("*")},
+        )
+        return triton.compile(source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages})

@@ -1,0 +1,121 @@
+"""The sampler's pass over the vocabulary: logits → argmax, Gumbel argmax and entropy of each row, in one read.
+
+    vocabulary_tile_kernel    a tile of a row's vocabulary each, so that few rows fill the device
+        1. processed = soft_cap(raw logits) / temperature, float32
+        2. the tile's largest processed logit and where it is
+        3. the largest of processed + Gumbel noise and where it is (rows that are greedy: the same as 2)
+        4. sums over the tile of w and of w * shifted, with shifted = processed - largest, w = exp(shifted)
+    vocabulary_merge_kernel   a row each: the tiles' maxima and sums into the row's
+        entropy = log(Z) - sum(w * shifted) / Z; both terms are at least 0, so nothing cancels where it is small
+
+Of equal values the first wins, within a tile and between tiles. Arguments: the package's, and between the two kernels
+
+    numbers   [4, R, S] float32   largest, sum of w, sum of w * shifted, largest of processed + noise
+    tokens    [2, R, S] int32     where the largest is; where the largest with noise is
+"""
+
+# ruff: noqa: N803 - constants are in capitals
+
+import triton
+import triton.language as tl
+
+from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words
+
+# Stands for -infinity, the logit of a forbidden token, where its product with a weight of 0 must be 0.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit(do_not_specialize=("num_rows",))
+def vocabulary_tile_kernel(
+    raw_logits,
+    temperature,
+    greedy,
+    seeds,
+    canvas_indices,
+    steps,
+    positions,
+    num_rows,
+    numbers,
+    tokens,
+    VOCAB_SIZE: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (R, S). CAP: 0 for none."""
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK - 1) // BLOCK
+    lanes = tile * BLOCK + tl.arange(0, BLOCK)
+    valid = lanes < VOCAB_SIZE
+    raw = tl.load(raw_logits + row.to(tl.int64) * VOCAB_SIZE + lanes, mask=valid, other=0.0).to(tl.float32)
+    capped = raw  # 1.
+    if CAP > 0:
+        capped = CAP * _tanh(raw * (1 / CAP))
+    processed = tl.where(valid, capped * tl.div_rn(1.0, tl.load(temperature + row)), float("-inf"))
+
+    largest, argmax = tl.max(processed, 0, return_indices=True)  # 2.
+    noisy, sampled = largest, argmax
+    if tl.load(greedy + row) == 0:  # 3.
+        words = gumbel_words(
+            tl.load(seeds + row),
+            tl.load(canvas_indices + row),
+            tl.load(steps + row),
+            tl.load(positions + row),
+            tile * BLOCK,
+            BLOCK,
+        )
+        noisy, sampled = tl.max(processed + gumbel_from_words(words), 0, return_indices=True)
+
+    # Where every token of the tile is forbidden, nothing has a weight; where one is, its term is 0, the limit of w * log w.
+    shifted = processed - tl.maximum(largest, _LOWEST)  # 4.
+    weights = tl.exp(shifted)
+    weighted = weights * tl.maximum(shifted, _LOWEST)
+
+    entry = row * num_tiles + tile
+    plane = num_rows * num_tiles
+    tl.store(numbers + entry, largest)
+    tl.store(numbers + plane + entry, tl.sum(weights, 0))
+    tl.store(numbers + 2 * plane + entry, tl.sum(weighted, 0))
+    tl.store(numbers + 3 * plane + entry, noisy)
+    tl.store(tokens + entry, tile * BLOCK + argmax)
+    tl.store(tokens + plane + entry, tile * BLOCK + sampled)
+
+
+@triton.jit(do_not_specialize=("num_rows",))
+def vocabulary_merge_kernel(
+    numbers, tokens, num_rows, argmax, sampled, entropy, NUM_TILES: tl.constexpr, BLOCK_TILES: tl.constexpr
+):
+    """Grid: (R,). BLOCK_TILES: NUM_TILES rounded up to a power of two."""
+    row = tl.program_id(0)
+    tiles = tl.arange(0, BLOCK_TILES)
+    valid = tiles < NUM_TILES
+    entries = row * NUM_TILES + tiles
+    plane = num_rows * NUM_TILES
+    maxima = tl.load(numbers + entries, mask=valid, other=float("-inf"))
+    totals = tl.load(numbers + plane + entries, mask=valid, other=0.0)
+    weighted = tl.load(numbers + 2 * plane + entries, mask=valid, other=0.0)
+    noisy = tl.load(numbers + 3 * plane + entries, mask=valid, other=float("-inf"))
+
+    largest, first = tl.max(maxima, 0, return_indices=True)
+    tl.store(argmax + row, tl.load(tokens + row * NUM_TILES + first).to(tl.int64))
+    _, first_noisy = tl.max(noisy, 0, return_indices=True)
+    tl.store(sampled + row, tl.load(tokens + plane + row * NUM_TILES + first_noisy).to(tl.int64))
+
+    # A tile's own sums are relative to its own maximum: move them to the row's.
+    shift = tl.maximum(maxima - largest, _LOWEST)
+    scale = tl.exp(shift)
+    total = tl.sum(totals * scale, 0)
+    mean = tl.sum((weighted + shift * totals) * scale, 0) / total
+    tl.store(entropy + row, tl.log(total) - mean)
+
+
+@triton.jit
+def _tanh(x):
+    """To two roundings. Small arguments by an odd polynomial, fitted at the Chebyshev nodes of [0, 0.625] to 1.5 * 2^-24."""
+    square = x * x
+    series = -0.006104945670813322 * square + 0.021003639325499535
+    series = series * square - 0.05385249853134155
+    series = series * square + 0.13332782685756683
+    series = series * square - 0.333333283662796
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * (square * series), tl.where(x < 0, -large, large))

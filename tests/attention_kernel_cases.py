@@ -1,0 +1,96 @@
+"""The cases of `test_attention_kernels.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1).
+
+Memory that must not be read is NaN: slots that no row may see, and every output and scratch tensor before its kernel runs.
+"""
+
+import pytest
+import torch
+from test_plugins import attention_inputs
+from tolerances import assert_close
+from triton_interpreter import let_dot_read_bfloat16
+
+from plugins.attention.launch import attention
+from plugins.attention.reference import paged_attention_reference
+
+let_dot_read_bfloat16()
+
+DTYPES = [torch.float32, torch.bfloat16]
+SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 16, "page_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """PyTorch's deterministic mode fills new tensors with NaN, or the largest integer: the kernels' outputs and scratch."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(inputs, causal, window, dtype, **options):
+    actual = attention(*inputs, causal, window, **options)
+    assert_close(actual, paged_attention_reference(*inputs, causal, window), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"prefixes": [0], "counts": [1], "window": 0},
+        {"prefixes": [1], "counts": [63], "window": 32},
+        {"prefixes": [31], "counts": [33], "window": 32},
+        {"prefixes": [32, 0, 500], "counts": [5, 1, 40], "window": 32},
+        {"prefixes": [100, 33], "counts": [3, 70], "window": 0},
+    ],
+    ids=str,
+)
+def test_prefixes_and_lengths(case, causal, dtype):
+    check(attention_inputs(**case, **SMALL, dtype=dtype), causal, case["window"], dtype)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(64, True), (0, False)])
+def test_257_new_tokens(window, causal):
+    inputs = attention_inputs(prefixes=[70], counts=[257], window=window, **SMALL, dtype=torch.bfloat16)
+    check(inputs, causal, window, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 8, 32, 64])
+def test_page_sizes(page_size, dtype):
+    """Below, at and above a block of keys: pages within a block, or blocks within a page."""
+    sizes = {**SMALL, "page_size": page_size}
+    check(attention_inputs(prefixes=[67, 32], counts=[9, 2], window=40, **sizes, dtype=dtype), True, 40, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(6, 1, 32), (16, 2, 16), (2, 2, 16), (16, 8, 256), (16, 2, 512)])
+def test_heads(heads, kv_heads, head_dim, dtype):
+    """Groups that are no power of two, and the model's own two shapes."""
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": 32}
+    check(attention_inputs(prefixes=[35], counts=[9], window=0, **sizes, dtype=dtype), True, 0, dtype)
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_images_see_each_other_beyond_their_tile_and_the_window(window):
+    """The first image spans tiles of query rows and is longer than the window; another sequence reuses its number."""
+    inputs = attention_inputs(prefixes=[20, 3], counts=[60, 20], window=window, **SMALL)
+    images = inputs[-1]
+    images[10:40], images[45:47], images[65:75] = 0, 1, 0
+    images[58] = 1
+    check(inputs, True, window, torch.float32)
+
+
+def test_many_sequences_some_of_them_empty():
+    """More sequences than the search for a tile's sequence reads at once."""
+    counts = [int(i in (2, 63, 64)) + int(i == 69) * 2 for i in range(70)]
+    prefixes = [(7 * i) % 20 for i in range(70)]
+    check(attention_inputs(prefixes=prefixes, counts=counts, window=16, **SMALL), False, 16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("num_splits", "causal", "dtype"), [(2, True, torch.bfloat16), (2, False, torch.float32), (5, True, torch.bfloat16)]
+)
+def test_splits_of_the_cached_keys(num_splits, causal, dtype):
+    """Also where a split has no cached keys at all, and where there are none."""
+    inputs = attention_inputs(prefixes=[200, 1, 0], counts=[33, 2, 3], window=0, **SMALL, dtype=dtype)
+    check(inputs, causal, 0, dtype, num_splits=num_splits)

@@ -1,0 +1,106 @@
+"""The attention and sampler kernels compile for Hopper at the real model's shapes, on a machine without a GPU.
+
+Run with `-s` to see registers, shared memory and instructions of each.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+
+from hopper import check_compiles
+
+from plugins.attention.launch import (
+    attention_launch,
+    choose_num_splits,
+    choose_tile,
+    combine_launch,
+    split_launch,
+)
+from plugins.vocabulary import launch as vocabulary
+
+LAYERS = {"sliding": {"kv_heads": 8, "head_dim": 256, "window": 1024}, "full": {"kv_heads": 2, "head_dim": 512, "window": 0}}
+HEADS, PAGE_SIZE, CANVAS_LENGTH, VOCAB_SIZE = 16, 32, 256, 262144
+
+
+def attention_inputs(*, kv_heads, head_dim, tokens=256, sequences=1, columns=256, dtype=torch.bfloat16, device="meta"):
+    def tensor(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device=device)
+
+    new_kv = tensor(tokens, 2, kv_heads, head_dim, of=dtype)
+    kv_pages = tensor(sequences * columns, PAGE_SIZE, 2, kv_heads, head_dim, of=dtype)
+    lengths = (tensor(sequences, columns), tensor(sequences), tensor(sequences + 1))
+    return (tensor(tokens, HEADS, head_dim, of=dtype), new_kv, kv_pages, *lengths, tensor(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_attention_compiles(layer, causal, dtype, tmp_path):
+    sizes = dict(LAYERS[layer])
+    window = sizes.pop("window")
+    launch = attention_launch(attention_inputs(**sizes, dtype=dtype), causal, window)
+    instructions = check_compiles(launch, tmp_path, f"{layer}, {'encode' if causal else 'denoise'}, {dtype}")
+    if dtype == torch.bfloat16:
+        assert instructions["wgmma.mma_async"] and instructions["cp.async.cg"]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+def test_split_attention_compiles(causal, tmp_path):
+    split = split_launch(attention_inputs(kv_heads=2, head_dim=512), causal, 0, 2)
+    check_compiles(split, tmp_path, f"full, {'encode' if causal else 'denoise'}, split")
+    check_compiles(combine_launch(*split.outputs, torch.bfloat16), tmp_path, "full")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_vocabulary_pass_compiles(dtype, tmp_path):
+    def rows(of: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(CANVAS_LENGTH, dtype=of, device="meta")
+
+    logits = torch.empty(CANVAS_LENGTH, VOCAB_SIZE, dtype=dtype, device="meta")
+    tile = vocabulary.tile_launch((logits, rows(torch.float32), rows(torch.bool), rows(), rows(), rows(), rows()), 30.0)
+    assert check_compiles(tile, tmp_path, str(dtype))["ld.global.v4"]
+    check_compiles(vocabulary.merge_launch(*tile.outputs), tmp_path, str(dtype))
+
+
+def test_acceptance_compiles(tmp_path):
+    def sequences(*length: int, of: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(4, *length, dtype=of, device="meta")
+
+    numbers = {"entropy": sequences(CANVAS_LENGTH, of=torch.float32), "bound": sequences(of=torch.float32)}
+    canvas = sequences(CANVAS_LENGTH)
+    of_the_step = (numbers["entropy"], canvas, canvas, numbers["bound"], numbers["bound"])
+    inputs = (*of_the_step, canvas, *[sequences()] * 5)
+    check_compiles(vocabulary.acceptance_launch(inputs, VOCAB_SIZE), tmp_path, f"canvas {CANVAS_LENGTH}")
+
+
+def test_grids_at_the_real_sizes():
+    sliding = attention_inputs(kv_heads=8, head_dim=256, tokens=4 * 256, sequences=4)
+    full = attention_inputs(kv_heads=2, head_dim=512, tokens=4 * 256, sequences=4)
+    assert attention_launch(sliding, False, 1024).grid == (1024 // 32 + 4, 8)
+    assert attention_launch(full, False, 0).grid == (1024 // 16 + 4, 2 * 2)
+    assert split_launch(full, False, 0, 3).grid == (1024 // 16 + 4, 2 * 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "window", "expected"),
+    [(256, 65536, 0, 1), (128, 65536, 0, 3), (1, 65536, 0, 16), (1, 8192, 0, 2), (1, 32, 0, 1), (1, 65536, 1024, 1)],
+)
+def test_splits_fill_the_device(tokens, prefix, window, expected):
+    """H200: 132 multiprocessors. A canvas has 17 tiles of 4 programs each."""
+    inputs = attention_inputs(kv_heads=2, head_dim=512, tokens=tokens, columns=prefix // PAGE_SIZE)
+    assert choose_num_splits(inputs, window, 132) == expected
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"),
+    [(48, torch.bfloat16, "got head_dim 48, expected a power of two"), (64, torch.float16, "expected torch.bfloat16 or")],
+)
+def test_shapes_without_a_kernel_are_refused(head_dim, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        choose_tile(head_dim, dtype)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="got 16 query heads and 3 key/value heads, expected a multiple"):
+        attention_launch(attention_inputs(kv_heads=3, head_dim=256), False, 0)
