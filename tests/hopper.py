@@ -14,6 +14,7 @@ from plugins.triton_launch import Launch  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MAX_SHARED_BYTES = 227 * 1024  # of one thread block, CUDA C++ programming guide, compute capability 9.0
+MAX_REGISTERS = 255  # of one thread, by the same guide
 PTX_TYPES = {"u64": "pointer", "u32": "i32"}
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.cg", "ld.global.v4")
 
@@ -34,6 +35,7 @@ def check_compiles(launch: Launch, directory: Path, title: str) -> dict[str, int
     print(f"\n{title}: {launch.kernel.__name__}, {used}, shared {metadata.shared} bytes, {instructions}")
 
     assert used["STACK"] == used["LOCAL"] == 0, "registers spilled"
+    assert used["REG"] <= MAX_REGISTERS
     assert metadata.shared <= MAX_SHARED_BYTES
     assert metadata.num_warps == launch.num_warps
     assert metadata.num_ctas == 1

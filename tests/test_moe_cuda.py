@@ -8,17 +8,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from hopper import HopperDriver  # noqa: E402
 
 from plugins import moe_op  # noqa: E402
 from plugins.moe.cuda import CUDA_DECOMPOSITIONS  # noqa: E402
-
-
-class HopperDriver:
-    """As much of a driver as tracing asks for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 @pytest.fixture

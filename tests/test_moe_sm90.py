@@ -3,26 +3,19 @@
 Run with `-s` to see registers, shared memory and instructions of each.
 """
 
-import re
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from hopper import check_compiles
 
-from plugins.moe import launch  # noqa: E402
-from plugins.triton_launch import Launch  # noqa: E402
+from plugins.moe import launch
+from plugins.triton_launch import Launch
 
-HOPPER = GPUTarget("cuda", 90, 32)
-MAX_SHARED_BYTES = 227 * 1024  # of one thread block, CUDA C++ programming guide, compute capability 9.0
-MAX_REGISTERS = 255
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
-PTX_TYPES = {"u64": "pointer", "u32": "i32"}
 PIPELINE = ["router", "align", "gate_up", "down", "combine"]
 
 
@@ -43,39 +36,15 @@ def launches(rows: int, dtype: torch.dtype) -> dict[str, Launch]:
     return dict(zip(PIPELINE, (router, align, gate_up, down, combine), strict=True))
 
 
-def resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """REG: registers a thread. STACK: bytes of its stack frame, where registers are spilled. LOCAL: its other memory."""
-    path.write_bytes(cubin)
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    printed = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-
-
 @pytest.mark.parametrize("name", PIPELINE)
 @pytest.mark.parametrize(
     ("rows", "dtype"), [(256, torch.bfloat16), (16384, torch.bfloat16), (256, torch.float32)], ids=lambda each: str(each)
 )
 def test_compiles(rows, dtype, name, tmp_path):
-    described = launches(rows, dtype)[name]
-    compiled = described.compile(HOPPER)
-    ptx, metadata = compiled.asm["ptx"], compiled.metadata
-    used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
-    instructions = {each: ptx.count(each) for each in ("wgmma.mma_async", "mma.sync", "cp.async.cg")}
-    print(f"\n{name}, {rows} rows, {dtype}: {used}, shared {metadata.shared} bytes, {instructions}")
-
-    assert used["STACK"] == used["LOCAL"] == 0, "registers spilled"
-    assert used["REG"] <= MAX_REGISTERS
-    assert metadata.shared <= MAX_SHARED_BYTES
-    assert metadata.num_warps == described.num_warps
-    assert metadata.num_ctas == 1
-    # The two arguments that Triton appends, scratch for the kernel and for its profiler, must be of no use.
-    assert metadata.global_scratch_size == metadata.profile_scratch_size == 0
-    declared = ["i32" if kind == "i32" else "pointer" for kind in described.signature().values()]
-    entry = re.search(r"\.entry[^)]*\)", ptx).group()
-    assert [PTX_TYPES[kind] for kind in re.findall(r"\.param \.(\w+)", entry)] == [*declared, "pointer", "pointer"]
+    instructions = check_compiles(launches(rows, dtype)[name], tmp_path, f"{rows} rows, {dtype}")
     if name in ("gate_up", "down") and dtype == torch.bfloat16:
-        assert instructions["wgmma.mma_async"] or instructions["mma.sync"], "no tensor cores"
-        assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
+        assert "wgmma.mma_async" in instructions or "mma.sync" in instructions, "no tensor cores"
+        assert "cp.async.cg" in instructions, "no 16-byte asynchronous copies"
 
 
 def test_grids_and_scratch_at_the_real_sizes():
