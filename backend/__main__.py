@@ -1,22 +1,28 @@
-"""The backend's command line: `python -m backend serve` and `python -m backend generate`."""
+"""The backend's command line: `python -m backend serve`, `openai`, `generate` and `chat`."""
 
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from backend.errors import RequestError
-from backend.triton_server.launch import MODEL_REPOSITORY, ServerError, TritonServer
+from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, TritonServer
+from backend.triton_server.model_config import Instances, config_pbtxt
 from backend.triton_server.request import parse_json_object
-from contract.checkpoint import CheckpointError
-from contract.manifest import ManifestError
+from backend.triton_server.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 _CHECK_INTERVAL_S = 0.5
+_Settings = Annotated[
+    list[str], typer.Option("--set", metavar="NAME=VALUE", help="A setting of config.pbtxt; may be repeated.")
+]
+_NumInstances = Annotated[int | None, typer.Option(min=1, help="Replicas, or replicas a GPU.")]
+_Gpus = Annotated[str, typer.Option(metavar="0,1,…", help="GPUs to have replicas on.")]
 
 
 @app.command()
@@ -27,6 +33,9 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8002,
+    setting: _Settings = (),
+    instances: _NumInstances = None,
+    gpus: _Gpus = "",
 ) -> None:
     """Serve an engine with Triton Inference Server until SIGINT or SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves the `with` block, as Ctrl-C does
@@ -37,6 +46,8 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         metrics_port=metrics_port,
+        parameters=dict(each.partition("=")[::2] for each in setting),
+        instances=_instances(instances, gpus),
     )
     try:
         with server:
@@ -51,6 +62,52 @@ def serve(
         _fail(str(error))
 
 
+@app.command("openai")
+def openai_front_end(
+    triton: Annotated[str, typer.Option(help="host:port of the Triton server's gRPC service.")] = "localhost:8001",
+    triton_metrics: Annotated[str | None, typer.Option(help="URL that /metrics passes on.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 9000,
+    model: Annotated[str, typer.Option(help="Triton model.")] = "diffusiongemma",
+    served_name: Annotated[str, typer.Option(help="What clients call the model.")] = "diffusiongemma",
+    api_key: Annotated[list[str] | None, typer.Option(help="A key that clients may send; may be repeated.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file of such keys, one a line.")] = None,
+) -> None:
+    """Serve OpenAI's API in front of a running Triton server until SIGINT or SIGTERM."""
+    from backend.openai_server.serve import FrontEndError, serve
+    from backend.openai_server.settings import OpenAISettings, read_api_keys
+
+    try:
+        settings = OpenAISettings(
+            triton_url=triton,
+            triton_metrics_url=triton_metrics,
+            model=model,
+            served_name=served_name,
+            host=host,
+            port=port,
+            api_keys=(*(api_key or []), *(read_api_keys(api_key_file) if api_key_file else ())),
+        )
+        serve(settings)
+    except (FrontEndError, ValueError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+
+
+@app.command()
+def config(
+    output: Annotated[Path, typer.Option(help="Where to write it.")] = MODEL_REPOSITORY / MODEL_NAME / "config.pbtxt",
+    setting: _Settings = (),
+    instances: _NumInstances = None,
+    gpus: _Gpus = "",
+) -> None:
+    """Write the model's config.pbtxt."""
+    try:
+        settings = Settings.from_parameters(dict(each.partition("=")[::2] for each in setting))
+    except ValueError as error:
+        _fail(str(error))
+    output.write_text(config_pbtxt(settings, _instances(instances, gpus) or Instances()), encoding="utf-8")
+    print(f"wrote {output}")
+
+
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
@@ -59,12 +116,16 @@ def generate(
     sampling: Annotated[str, typer.Option(help="Sampling parameters, a JSON object.", metavar="JSON")] = "{}",
 ) -> None:
     """Answer prompts without a server; all of them are one batch."""
-    from backend import LLM, SamplingConfig  # loads PyTorch, which `serve` and `--help` can do without
+    # These load PyTorch, which `serve`, `openai` and `--help` can do without.
+    from backend import LLM, SamplingConfig
+    from contract.checkpoint import CheckpointError
+    from contract.manifest import ManifestError
 
     try:
         config = SamplingConfig.from_mapping(parse_json_object("--sampling", sampling))
         llm = LLM(engine)
-        for result in llm.generate([_chat_token_ids(engine, prompt) for prompt in prompts] if chat else prompts, config):
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        for result in llm.chat(chats, config) if chat else llm.generate(prompts, config):
             print(result.text)
             steps = " ".join(map(str, result.num_steps))
             print(
@@ -74,13 +135,48 @@ def generate(
         _fail(str(error))
 
 
-def _chat_token_ids(engine: Path, prompt: str) -> list[int]:
-    from transformers import AutoTokenizer
+@app.command()
+def chat(
+    engine: Annotated[Path, typer.Option(help="Engine directory.")],
+    thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
+    sampling: Annotated[str, typer.Option(help="Sampling parameters, a JSON object.", metavar="JSON")] = "{}",
+) -> None:
+    """Chat in the terminal and watch the canvas resolve; or answer the lines of standard input."""
+    from rich.console import Console
 
-    if not (engine / "chat_template.jinja").is_file():
-        _fail(f"{engine}: got no chat_template.jinja, expected the checkpoint's; leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
-    return AutoTokenizer.from_pretrained(engine).apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    from backend import LLM, SamplingConfig
+    from backend.terminal_chat import HELP, TerminalChat
+    from contract.checkpoint import CheckpointError
+    from contract.manifest import ManifestError
+
+    console = Console()
+    try:
+        config = SamplingConfig.from_mapping(parse_json_object("--sampling", sampling))
+        session = TerminalChat(LLM(engine, max_sequences=1), console, config, {"enable_thinking": thinking})
+        if sys.stdin.isatty():
+            console.print(HELP, style="dim")
+            session.run(_typed_lines(console.input))
+        else:
+            session.run(sys.stdin)
+    except (RequestError, ManifestError, CheckpointError) as error:
+        _fail(str(error))
+
+
+def _typed_lines(ask: Callable[[str], str]) -> Iterator[str]:
+    """Until the end of input, or Ctrl-C at the prompt."""
+    while True:
+        try:
+            yield ask("[bold]> [/bold]")
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _instances(count: int | None, gpus: str) -> Instances | None:
+    """None if neither is given."""
+    numbers = [number for number in gpus.split(",") if number]
+    if not all(number.isdecimal() for number in numbers):
+        _fail(f"--gpus: got {gpus!r}, expected numbers and commas like 0,1")
+    return Instances(count=count or 1, gpus=tuple(map(int, numbers))) if count or numbers else None
 
 
 def _fail(line: str) -> NoReturn:

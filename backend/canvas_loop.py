@@ -8,22 +8,28 @@ One denoising step of a row, numbered as in transformers' `generate` (1.c.i to 1
 4. Converged? Then the row is done: its argmax canvas is the result.
 5. Soft embeddings of the processed logits, for the next step.
 
+A request may ask for more: a logit bias (in 2, before the temperature), filters (of the denoiser canvas in 2) and log
+probabilities. That is kept in `RowExtras`, and costs rows without it nothing.
+
 Rows are independent: each has its own step, temperature, bound, seed and limits, and joins and leaves between any two steps.
 The state of a row is a few tensors of canvas size; logits live only inside a chunk of rows of the head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from backend import sampler
+from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.noise import gumbel_noise_rows, initial_canvas_rows, renoise_tokens_rows, seed_bits
+from backend.row_extras import RowExtras
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 
-# float32 tensors of the size of a head chunk's logits that are alive at once: raw, processed, noise, temporaries.
-_LOGITS_COPIES = 5
+# float32 tensors of the size of a head chunk's logits that are alive at once: raw, processed, noise, temporaries (filters have
+# two and a half).
+_LOGITS_COPIES = 6
 
 
 class CanvasLoop:
@@ -54,6 +60,7 @@ class CanvasLoop:
         self._entropy_bound, self._confidence = state(torch.float32), state(torch.float32)
         self._stability = state(torch.int64)
         self._greedy = state(torch.bool)
+        self._extras: dict[int, RowExtras] = {}  # of the slots that have any
 
     def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
         """Fills the slot's canvas with its initial noise; the prefix must be in the cache."""
@@ -72,6 +79,10 @@ class CanvasLoop:
         self._confidence[slot] = sampling.confidence_threshold
         self._stability[slot] = sampling.stability_threshold
         self._greedy[slot] = sampling.greedy
+        self._extras.pop(slot, None)
+        extras = RowExtras.of(sampling, self._model.canvas_length, self._model.vocab_size, self._session.device)
+        if extras:
+            self._extras[slot] = extras
 
     def argmax_canvas(self, slot: int) -> list[int]:
         """The most likely tokens at the row's last step: what is committed and returned."""
@@ -81,19 +92,28 @@ class CanvasLoop:
         """Denoising steps that the row's canvas has taken."""
         return int(self._step[slot])
 
+    def logprobs(self, slot: int) -> list[TokenLogprob] | None:
+        """Those of `argmax_canvas`, if the request asks for them."""
+        extras = self._extras.get(slot)
+        return extras.logprobs.tolist() if extras and extras.logprobs else None
+
+    def needs_plain_step(self, slots: Sequence[int]) -> bool:
+        """Whether any of `slots` has extras, which only this class's `step` knows of."""
+        return any(slot in self._extras for slot in slots)
+
     def step(self, slots: Sequence[int]) -> list[bool]:
         """One denoising step of each of `slots`; returns which of their canvases are finished."""
-        rows = torch.tensor(slots)
+        rows = torch.tensor(slots, device=self._session.device)
         canvas = self._canvas[rows]
         # 1.
         hidden = self._session.denoise(
             canvas.int(),
             self._soft_embeds[rows],
-            torch.tensor([self._cache.length[slot] for slot in slots], dtype=torch.int32),
+            torch.tensor([self._cache.length[slot] for slot in slots], dtype=torch.int32, device=rows.device),
             self._cache.tables(slots),
         )
         # 2. and 5.
-        argmax, sampled, entropy = self._vocabulary(rows, hidden)
+        argmax, sampled, entropy = self._vocabulary(slots, rows, hidden)
         # 3.
         mask = sampler.accept(entropy, self._entropy_bound[rows])
         seed, index, step = self._seed[rows, None], self._canvas_index[rows, None], self._step[rows, None]
@@ -113,7 +133,9 @@ class CanvasLoop:
         self._step[rows] += 1
         return (convergence.converged | (self._step[rows] >= self._num_steps[rows])).tolist()
 
-    def _vocabulary(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _vocabulary(
+        self, slots: Sequence[int], rows: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Head and vocabulary pass, chunk by chunk: argmax, sampled and entropy, each [B, C]; writes the soft embeddings."""
         batch, length = hidden.shape[:2]
         hidden = hidden.flatten(0, 1)
@@ -127,11 +149,12 @@ class CanvasLoop:
         greedy = self._greedy[slot]
         all_greedy = bool(greedy.all())
         argmax, sampled = torch.empty_like(slot), torch.empty_like(slot)
-        entropy = torch.empty(slot.shape, dtype=torch.float32)
+        entropy = torch.empty(slot.shape, dtype=torch.float32, device=slot.device)
         soft_embeds = torch.empty_like(hidden)
         for begin in range(0, slot.numel(), self._chunk_rows):
-            chunk = slice(begin, begin + self._chunk_rows)
+            chunk = slice(begin, min(begin + self._chunk_rows, slot.numel()))
             each = slot[chunk]
+            extras = list(self._extras_within(slots, chunk))
             noise = None
             if not all_greedy:
                 noise = gumbel_noise_rows(
@@ -142,7 +165,10 @@ class CanvasLoop:
                 cap=self._model.final_logit_softcapping,
                 temperature=temperature[chunk],
                 noise=noise,
+                bias=[extra.bias(of_chunk) for extra, of_chunk, _ in extras],
             )
+            for extra, of_chunk, of_canvas in extras:
+                extra.after(result, noise, of_chunk, of_canvas)
             argmax[chunk], entropy[chunk] = result.argmax, result.entropy
             sampled[chunk] = torch.where(greedy[chunk], result.argmax, result.sampled)
             soft_embeds[chunk] = sampler.soft_embeddings(
@@ -150,3 +176,12 @@ class CanvasLoop:
             )
         self._soft_embeds[rows] = soft_embeds.view(batch, length, -1)
         return argmax.view(batch, length), sampled.view(batch, length), entropy.view(batch, length)
+
+    def _extras_within(self, slots: Sequence[int], chunk: slice) -> Iterator[tuple[RowExtras, slice, slice]]:
+        """Of each canvas with extras that has rows in the chunk: these rows of the chunk, and their positions in the canvas."""
+        length = self._model.canvas_length
+        for index, slot in enumerate(slots):
+            first, end = max(index * length, chunk.start), min((index + 1) * length, chunk.stop)
+            if first < end and slot in self._extras:
+                of_chunk = slice(first - chunk.start, end - chunk.start)
+                yield self._extras[slot], of_chunk, slice(first - index * length, end - index * length)

@@ -12,26 +12,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from backend.page_pool import PagePool
+from backend.prefix_cache import ImageSpan, usable_pages
 from contract.model_config import LayerType, ModelConfig
-
-
-class _Pool:
-    """Page numbers of one layer type. Reserving is a promise that taking later succeeds."""
-
-    def __init__(self, num_pages: int):
-        self.num_pages = num_pages
-        self.free = list(range(num_pages - 1, -1, -1))
-        self.num_reserved = 0
-
-    @property
-    def num_unreserved(self) -> int:
-        return self.num_pages - self.num_reserved
 
 
 class PagedKVCache:
     """The pages, who owns them, and the tables that programs read them through. One owner, one thread.
 
-    A sequence lives in a slot from `open` to `close`; `length[slot]` counts its cached tokens.
+    A sequence lives in a slot from `open` to `close`; `length[slot]` counts its cached tokens. Sequences share the pages of a
+    common prefix (`prefix_cache`); full pages are never written again, so no page is ever copied.
     """
 
     def __init__(
@@ -61,12 +51,14 @@ class PagedKVCache:
         ]
         self._layer_types = model.layer_types
         self._kept = {kind: attention.window - 1 if attention.window else None for kind, attention in model.attention.items()}
-        self._pools = {kind: _Pool(num_pages[kind]) for kind in model.attention}
+        self._pools = {kind: PagePool(num_pages[kind], gives_up=self._kept[kind] is not None) for kind in model.attention}
         columns = -(-max_tokens // page_size)
-        self._tables = {kind: torch.zeros(max_sequences, columns, dtype=torch.int32, device=device) for kind in model.attention}
+        # On the CPU, for pages change hands one at a time there; programs get copies.
+        self._tables = {kind: torch.zeros(max_sequences, columns, dtype=torch.int32) for kind in model.attention}
         self._owned: list[dict[LayerType, dict[int, int]]] = [{} for _ in range(max_sequences)]  # slot → column → page
-        self._promised: list[dict[LayerType, int]] = [{} for _ in range(max_sequences)]
+        self._most: list[dict[LayerType, int]] = [{} for _ in range(max_sequences)]  # pages that the slot may hold at once
         self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self._device = device
 
     def pages_needed(self, num_tokens: int) -> dict[LayerType, int]:
         """The most pages of each layer type that a sequence of `num_tokens` cached tokens ever owns at once."""
@@ -77,75 +69,150 @@ class PagedKVCache:
         # A window of `kept` tokens that starts in the middle of a page touches one page more.
         return pages if kept is None else min(pages, -(-kept // self.page_size) + 1)
 
-    def fits(self, num_tokens: int, *, when_empty: bool = False) -> bool:
-        """Whether a sequence of `num_tokens` can be opened now, or could be if no other were there."""
+    def fits(self, num_tokens: int, *, page_keys: Sequence[bytes] = (), when_empty: bool = False) -> bool:
+        """Whether a sequence of `num_tokens` can be opened now, or could be if no other were there. Pages that only the prefix
+        cache holds count as free."""
         needed = self.pages_needed(num_tokens)
         if when_empty:
             return all(pool.num_pages >= needed[kind] for kind, pool in self._pools.items())
-        return bool(self._free_slots) and all(pool.num_unreserved >= needed[kind] for kind, pool in self._pools.items())
+        if not self._free_slots:
+            return False
+        shared = self._shared(page_keys)
+        return all(
+            pool.num_available >= needed[kind] - len(shared[kind]) + pool.cost_of_sharing([*shared[kind].values()])
+            for kind, pool in self._pools.items()
+        )
 
-    def open(self, num_tokens: int) -> int:
-        """Reserves the pages for a sequence of at most `num_tokens` cached tokens and returns its slot; `fits` must hold."""
-        needed = self.pages_needed(num_tokens)
-        for kind, pool in self._pools.items():
-            assert pool.num_unreserved >= needed[kind]
-            pool.num_reserved += needed[kind]
+    def open(self, num_tokens: int, *, page_keys: Sequence[bytes] = (), images: Sequence[ImageSpan] = ()) -> int:
+        """Promises the pages for a sequence of at most `num_tokens` cached tokens and returns its slot; `fits` must hold.
+
+        page_keys: keys of the sequence's first pages (`prefix_cache`). Those that are cached are taken over: `length` of the
+        slot says how many tokens that is.
+        """
+        shared, most = self._shared(page_keys, images), self.pages_needed(num_tokens)
         slot = self._free_slots.pop()
-        self._promised[slot] = needed
-        self._owned[slot] = {kind: {} for kind in self._pools}
-        self.length[slot] = 0
+        self._owned[slot], self._most[slot] = shared, most
+        for kind, pool in self._pools.items():
+            for column, page in shared[kind].items():
+                pool.share(page)
+                self._tables[kind][slot, column] = page
+            pool.num_promised += most[kind] - len(shared[kind])
+            assert pool.num_available >= 0, "open without fits"
+        self.length[slot] = usable_pages(page_keys, self._pools, self._kept, self.page_size, images) * self.page_size
         return slot
 
+    def _shared(self, page_keys: Sequence[bytes], images: Sequence[ImageSpan] = ()) -> dict[LayerType, dict[int, int]]:
+        """The cached pages that a sequence with these keys starts from: column → page."""
+        end = usable_pages(page_keys, self._pools, self._kept, self.page_size, images)
+        shared: dict[LayerType, dict[int, int]] = {}
+        for kind, kept in self._kept.items():
+            first = 0 if kept is None else max(0, end * self.page_size - kept) // self.page_size
+            shared[kind] = {column: self._pools[kind].find(page_keys[column]) for column in range(first, end)}
+        return shared
+
     def close(self, slot: int) -> None:
-        """Gives back the slot, its pages and what was reserved for it."""
+        """Gives back the slot, its pages and what was promised to it."""
         for kind, pool in self._pools.items():
-            pool.free.extend(self._owned[slot][kind].values())
-            pool.num_reserved -= self._promised[slot][kind]
-        self._owned[slot], self._promised[slot] = {}, {}
+            owned = self._owned[slot][kind]
+            pool.num_promised -= self._most[slot][kind] - len(owned)
+            # Of full-attention layers the last pages go first: without the first ones they are of no use.
+            for column in sorted(owned, reverse=self._kept[kind] is None):
+                pool.release(owned[column])
+        self._owned[slot], self._most[slot] = {}, {}
         self._free_slots.append(slot)
 
     @property
+    def num_pages(self) -> dict[LayerType, int]:
+        return {kind: pool.num_pages for kind, pool in self._pools.items()}
+
+    @property
     def num_pages_used(self) -> dict[LayerType, int]:
-        return {kind: pool.num_pages - len(pool.free) for kind, pool in self._pools.items()}
+        """Pages that sequences hold; one that several share counts once."""
+        return {kind: pool.num_used for kind, pool in self._pools.items()}
+
+    @property
+    def num_pages_kept(self) -> dict[LayerType, int]:
+        """Pages that only the prefix cache holds."""
+        return {kind: pool.num_kept for kind, pool in self._pools.items()}
 
     def tables(self, slots: Sequence[int]) -> dict[LayerType, torch.Tensor]:
-        """The page tables of `slots` as [B, columns] int32, as wide as the longest of them needs."""
+        """The page tables of `slots` as [B, columns] int32 on the device, as wide as the longest of them needs."""
         rows = torch.tensor(slots)
         columns = max(1, max(-(-self.length[slot] // self.page_size) for slot in slots))
-        return {kind: table[:, :columns].index_select(0, rows) for kind, table in self._tables.items()}
+        return {kind: table[:, :columns].index_select(0, rows).to(self._device) for kind, table in self._tables.items()}
 
-    def append(self, slots: Sequence[int], counts: Sequence[int], new_kv: Sequence[torch.Tensor]) -> None:
-        """Writes the keys and values of new tokens behind what each sequence has, and frees pages that left the window.
+    def append(
+        self,
+        slots: Sequence[int],
+        counts: Sequence[int],
+        new_kv: Sequence[torch.Tensor],
+        *,
+        page_keys: Sequence[Sequence[bytes]] | None = None,
+    ) -> None:
+        """Writes the keys and values of new tokens behind what each sequence has, and gives up pages that left the window.
 
-        counts: new tokens of each of `slots`; new_kv: for each layer [sum(counts), 2, K, head_dim], in the order of `slots`.
+        counts: new tokens of each of `slots`; new_kv: for each layer [sum(counts) or more, 2, K, head_dim], in the order of
+        `slots`. page_keys: for each slot the keys of all of its full pages, which are then kept for the prefix cache; None
+        keeps nothing.
         """
+        firsts = {
+            kind: [self._advance(slot, kind, count) for slot, count in zip(slots, counts, strict=True)] for kind in self._pools
+        }
+        passing: dict[tuple[int, LayerType], dict[int, int]] = {}  # after all have what they were promised
+        if page_keys is not None:
+            for kind in self._pools:
+                for slot, first in zip(slots, firsts[kind], strict=True):
+                    passing[slot, kind] = self._take_passing(slot, kind, first)
         rows: dict[LayerType, torch.Tensor] = {}
         cells: dict[LayerType, torch.Tensor] = {}
         for kind in self._pools:
             parts_rows, parts_cells, begin = [], [], 0
-            for slot, count in zip(slots, counts, strict=True):
-                first = self._advance(slot, kind, count)
+            for slot, count, first in zip(slots, counts, firsts[kind], strict=True):
+                first -= len(passing.get((slot, kind), ())) * self.page_size
                 positions = torch.arange(first, self.length[slot] + count)
                 table = self._tables[kind][slot]
                 parts_cells.append(table[positions // self.page_size].long() * self.page_size + positions % self.page_size)
                 parts_rows.append(positions - self.length[slot] + begin)
                 begin += count
-            rows[kind], cells[kind] = torch.cat(parts_rows), torch.cat(parts_cells)
-        for kind, pages, kv in zip(self._layer_types, self.pages, new_kv, strict=True):
-            pages.flatten(0, 1).index_copy_(0, cells[kind], kv.index_select(0, rows[kind]))
-        for slot, count in zip(slots, counts, strict=True):
-            self.length[slot] += count
+            rows[kind], cells[kind] = torch.cat(parts_rows).to(self._device), torch.cat(parts_cells).to(self._device)
+        try:
+            for kind, pages, kv in zip(self._layer_types, self.pages, new_kv, strict=True):
+                pages.flatten(0, 1).index_copy_(0, cells[kind], kv.index_select(0, rows[kind]))
+            for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+                filled = range(self.length[slot] // self.page_size, (self.length[slot] + count) // self.page_size)
+                self.length[slot] += count
+                for kind, pool in self._pools.items():
+                    pages = self._owned[slot][kind] | passing.get((slot, kind), {})
+                    for column in filled if page_keys is not None else ():
+                        if column in pages:
+                            pool.name(pages[column], page_keys[index][column])
+        finally:
+            for (_, kind), pages in passing.items():
+                for page in pages.values():
+                    self._pools[kind].release(page, cold=True)
 
     def _advance(self, slot: int, kind: LayerType, count: int) -> int:
-        """Makes room for `count` more tokens; returns the first new position that is worth writing."""
+        """Makes room for `count` more tokens; returns the first new position to write, from which on whole pages are owned."""
         pool, owned, kept = self._pools[kind], self._owned[slot][kind], self._kept[kind]
         new_length = self.length[slot] + count
-        first_kept = 0 if kept is None else max(0, new_length - kept)
-        for column in [column for column in owned if column < first_kept // self.page_size]:
-            pool.free.append(owned.pop(column))
-        first = max(self.length[slot], first_kept)
+        first_column = 0 if kept is None else max(0, new_length - kept) // self.page_size
+        for column in [column for column in owned if column < first_column]:
+            pool.release(owned.pop(column))
+            pool.num_promised += 1
+        first = max(self.length[slot], first_column * self.page_size)
         for column in range(first // self.page_size, -(-new_length // self.page_size)):
             if column not in owned:
-                owned[column] = pool.free.pop()
+                owned[column] = pool.take()
+                pool.num_promised -= 1
                 self._tables[kind][slot, column] = owned[column]
         return first
+
+    def _take_passing(self, slot: int, kind: LayerType, first: int) -> dict[int, int]:
+        """Pages for new tokens that are out of the window already, for prompts that will part from this one there: as many as
+        there are spare ones, the last columns before position `first`. The caller releases them."""
+        pool, end = self._pools[kind], first // self.page_size
+        pages = {}
+        for column in range(max(-(-self.length[slot] // self.page_size), end - pool.num_spare), end):
+            pages[column] = pool.take()
+            self._tables[kind][slot, column] = pages[column]
+        return pages

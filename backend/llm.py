@@ -1,38 +1,43 @@
-"""Offline use: `LLM(engine_dir).generate(prompts, sampling)`."""
+"""Offline use: `LLM(engine_dir).generate(prompts, sampling)`, `.chat(messages, sampling)`, `.stream(prompt, sampling)`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+from tqdm import tqdm
+
+from backend.chat.answer import AnswerFormat
+from backend.chat.messages import chat_request
+from backend.chat.template import ChatTemplate
 from backend.engine import Engine, EngineLimits
 from backend.errors import RequestError
-from backend.sampling_config import SamplingConfig
-from backend.scheduler import CanvasOutput
+from backend.generation import Generation, Piece, PieceReader
+from backend.job import CanvasOutput, DraftOutput
+from backend.sampling_config import ResolvedSampling, SamplingConfig
+from contract.manifest import ManifestError
 
 Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
 
 
-@dataclass(kw_only=True)
-class Generation:
-    """The result of one prompt.
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """A prompt that can be served. form: how to read a chat's answer."""
 
-    token_ids: the new tokens, without the end-of-sequence token. num_steps: denoising steps of each canvas. finish_reason:
-    "stop" (end-of-sequence token, stop token or stop string) or "length" (max_tokens).
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    num_steps: list[int] = field(default_factory=list)
-    num_prompt_tokens: int = 0
+    prompt_ids: list[int]
+    sampling: ResolvedSampling
+    form: AnswerFormat | None = None
 
 
 class LLM:
-    """An engine directory, loaded for offline generation.
+    """An engine directory, loaded for offline generation. Used by one thread.
 
     llm = LLM("engines/tiny")
     [result] = llm.generate("What is 2 + 2?", SamplingConfig(seed=1))
+    [result] = llm.chat([{"role": "user", "content": "What is 2 + 2?"}])
     """
 
     def __init__(
@@ -50,11 +55,16 @@ class LLM:
         """
         limits = EngineLimits(max_sequences=max_sequences, max_cached_tokens=max_cached_tokens)
         self._engine = Engine.load(Path(engine_dir), limits, Path(checkpoint_dir) if checkpoint_dir else None)
+        try:
+            self._template = ChatTemplate.load(Path(engine_dir), self._engine.tokenizer)
+        except ValueError as error:
+            raise ManifestError(str(error)) from None
 
     @classmethod
     def from_engine(cls, engine: Engine) -> "LLM":
+        """Without a chat template."""
         llm = cls.__new__(cls)
-        llm._engine = engine
+        llm._engine, llm._template = engine, ChatTemplate(None, {}, engine.tokenizer)
         return llm
 
     @property
@@ -63,56 +73,139 @@ class LLM:
         return self._engine.tokenizer
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingConfig | Sequence[SamplingConfig] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[Generation]:
         """One result a prompt, in order. Prompts are texts or lists of token ids; one alone is taken as a list of one.
 
         `sampling` is one configuration for all or one for each. Prompts are denoised together, as many as fit, and each result
-        is what the prompt gives alone.
+        is what the prompt gives alone. `use_tqdm`: on a terminal, a bar says how many are done.
 
         Raises:
             RequestError: a prompt or a parameter that cannot be served; nothing is generated then.
         """
         listed = [prompts] if _is_one(prompts) else list(prompts)
-        configs = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingConfig()] * len(listed)
-        if len(configs) != len(listed):
-            raise RequestError(
-                "INVALID_ARGUMENT", f"sampling: got {len(configs)} configurations, expected {len(listed)}, one a prompt"
-            )
-        scheduler = self._engine.scheduler
-        requests = []
-        for prompt, config in zip(listed, configs, strict=True):
-            token_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-            if isinstance(prompt, str) and not prompt:
-                token_ids = []
-            resolved = config.resolve(self._engine.defaults)
-            scheduler.check(token_ids, resolved)
-            requests.append((token_ids, resolved))
+        pairs = zip(listed, _one_each(sampling, len(listed)), strict=True)
+        return self._results([self._request(prompt, config) for prompt, config in pairs], use_tqdm)
 
-        results = [Generation() for _ in listed]
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Generation]:
+        """One result a chat; `messages` is one chat or a list of them. Tools, tool_choice and messages are in the OpenAI form;
+        chat_template_kwargs are variables for the template, `{"enable_thinking": True}` for one. Else as `generate`."""
+        chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        pairs = zip(chats, _one_each(sampling, len(chats)), strict=True)
+        more = (tools, tool_choice, chat_template_kwargs)
+        return self._results([self._chat_request(chat, config, *more) for chat, config in pairs], use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingConfig | None = None, *, draft_interval_s: float | None = None
+    ) -> Iterator[Piece]:
+        """The result of one prompt, piece by piece: one a canvas, and with draft_interval_s drafts of canvases that are not
+        finished, at most one in this time. Leaving the iteration early ends the request.
+
+        Raises RequestError as `generate`, when called.
+        """
+        return self._pieces(self._request(prompt, sampling or SamplingConfig()), draft_interval_s)
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        sampling: SamplingConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        draft_interval_s: float | None = None,
+    ) -> Iterator[Piece]:
+        """As `stream`, for one chat as in `chat`."""
+        config = sampling or SamplingConfig()
+        return self._pieces(self._chat_request(messages, config, tools, tool_choice, chat_template_kwargs), draft_interval_s)
+
+    def _request(self, prompt: Prompt, config: SamplingConfig, form: AnswerFormat | None = None) -> _Request:
+        prompt_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        resolved = config.resolve(self._engine.defaults)
+        self._engine.scheduler.check(prompt_ids, resolved)
+        return _Request(prompt_ids=prompt_ids, sampling=resolved, form=form)
+
+    def _chat_request(self, messages: Messages, config: SamplingConfig, *more) -> _Request:
+        prompt = self._template.prompt(chat_request(messages, *more), keep_special_tokens=not config.skip_special_tokens)
+        # The tags in the answer are special tokens.
+        return self._request(prompt.text, replace(config, skip_special_tokens=False), prompt.form)
+
+    def _results(self, requests: Sequence[_Request], use_tqdm: bool) -> list[Generation]:
+        scheduler = self._engine.scheduler
+        jobs, collectors = [], []
+        # disable=None: no bar where there is no terminal.
+        with tqdm(total=len(requests), desc="prompts", unit="", disable=None if use_tqdm else True) as bar:
+            try:
+                for request in requests:
+                    collectors.append(_Collector(request, bar))
+                    jobs.append(scheduler.add(request.prompt_ids, request.sampling, collectors[-1].take))
+                while not all(collector.is_done() for collector in collectors):
+                    scheduler.tick()
+            finally:
+                for job in jobs:
+                    scheduler.cancel(job)  # nothing, unless generation was interrupted
+        return [collector.result for collector in collectors]
+
+    def _pieces(self, request: _Request, draft_interval_s: float | None) -> Iterator[Piece]:
+        scheduler, reader = self._engine.scheduler, PieceReader(request.form)
+        arrived: deque[CanvasOutput | DraftOutput | RequestError] = deque()
+        job = scheduler.add(request.prompt_ids, request.sampling, arrived.append, draft_interval_s=draft_interval_s)
         try:
-            for (token_ids, resolved), result in zip(requests, results, strict=True):
-                scheduler.add(token_ids, resolved, _collector(result))
-            while not scheduler.is_idle:
-                scheduler.tick()
-        except BaseException:
-            scheduler.fail_all(RequestError("CANCELLED", "generation was interrupted"))
-            raise
-        return results
+            finished = False
+            while not finished:
+                while not arrived:
+                    scheduler.tick()
+                output = arrived.popleft()
+                if isinstance(output, RequestError):
+                    raise output
+                piece = reader.piece(output)
+                finished = piece.finish_reason is not None
+                yield piece
+        finally:
+            scheduler.cancel(job)
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(each, int) for each in prompts))
 
 
-def _collector(result: Generation):
-    def collect(output: CanvasOutput | RequestError) -> None:
-        if isinstance(output, RequestError):
-            return  # only `fail_all` above, on the way out
-        result.token_ids += output.token_ids
-        result.text += output.text
-        result.num_steps.append(output.num_steps)
-        result.finish_reason = output.finish_reason
-        result.num_prompt_tokens = output.num_prompt_tokens
+def _one_each(sampling: SamplingConfig | Sequence[SamplingConfig] | None, count: int) -> list[SamplingConfig]:
+    configs = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingConfig()] * count
+    if len(configs) != count:
+        raise RequestError("INVALID_ARGUMENT", f"sampling: got {len(configs)} configurations, expected {count}, one a prompt")
+    return configs
 
-    return collect
+
+class _Collector:
+    """One request's outputs → its result."""
+
+    def __init__(self, request: _Request, bar: tqdm):
+        self.result = Generation()
+        self._reader, self._bar = PieceReader(request.form), bar
+        self._error: RequestError | None = None
+
+    def take(self, output: CanvasOutput | RequestError) -> None:
+        if isinstance(output, RequestError):
+            self._error = output
+            return
+        self.result.add(self._reader.piece(output))
+        self._bar.update(self.result.finish_reason is not None)
+
+    def is_done(self) -> bool:
+        """Raises the error that the request ended with."""
+        if self._error is not None:
+            raise self._error
+        return self.result.finish_reason is not None

@@ -85,6 +85,9 @@ INT32_MAX = (1 << 31) - 1
 NUMBERS = {
     "max_tokens": Number(kind=int, minimum=1, maximum=INT32_MAX),
     "temperature": Number(kind=float, minimum=0.01, maximum=100, zero="greedy"),
+    "top_k": Number(kind=int, minimum=-1, maximum=INT32_MAX),
+    "top_p": Number(kind=float, minimum=0, maximum=1),
+    "min_p": Number(kind=float, minimum=0, maximum=1),
     "t_min": Number(kind=float, minimum=0, maximum=100),
     "t_max": Number(kind=float, minimum=0.01, maximum=100),
     "seed": Number(kind=int, minimum=0, maximum=(1 << 64) - 1),
@@ -92,5 +95,7 @@ NUMBERS = {
     "entropy_bound": Number(kind=float, minimum=0),
     "stability_threshold": Number(kind=int, minimum=0, maximum=INT32_MAX),
     "confidence_threshold": Number(kind=float, minimum=0),
+    "top_logprobs": Number(kind=int, minimum=0, maximum=20),
 }
 TOKEN_ID = Number(kind=int, minimum=0, maximum=INT32_MAX)
+LOGIT_BIAS = Number(kind=float, minimum=-100, maximum=100)

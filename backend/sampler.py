@@ -5,7 +5,7 @@ rows x vocabulary need outlive a chunk. What follows it works on canvases and is
 
     1. temperature   temperature_schedule   per row, from its steps remaining
     2. soft cap      soft_cap               raw logits in model dtype → float32
-    3. vocabulary    vocabulary_pass        processed logits → argmax, sampled token and entropy of each row
+    3. vocabulary    vocabulary_pass        bias, temperature → processed logits → argmax, sampled token, entropy of each row
     4. feedback      soft_embeddings        processed logits → soft embeddings for the next step's self-conditioning
     5. acceptance    accept                 the low-entropy tokens of each canvas
     6. renoising     next_canvas            accepted tokens stay, the others become random
@@ -15,6 +15,7 @@ Shapes: R rows, B sequences, C canvas length, V vocabulary, D hidden size. Every
 here waits for the device.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,48 +36,76 @@ def temperature_schedule(
     return t_min.to(torch.float32) + (t_max - t_min).to(torch.float32) * fraction
 
 
-def soft_cap(raw_logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(raw_logits / cap), or raw_logits where cap is None: always a new float32 tensor of the same shape."""
-    logits = raw_logits.to(torch.float32, copy=True)
+def soft_cap(raw_logits: torch.Tensor, cap: float | None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """cap * tanh(raw_logits / cap), or raw_logits where cap is None: float32 of the same shape, in `out` or a new tensor."""
+    logits = raw_logits.to(torch.float32, copy=True) if out is None else out.copy_(raw_logits)
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+class LogitBias(NamedTuple):
+    """What one request adds to the soft-capped logits of its rows, first_row up to end_row of a chunk."""
+
+    first_row: int
+    end_row: int
+    token_ids: torch.Tensor  # [N] int64, each once
+    values: torch.Tensor  # [N] float32
 
 
 class VocabularyPass(NamedTuple):
     """What one step keeps of R rows of logits. `processed` is the caller's to drop as soon as its chunk is done with."""
 
-    processed: torch.Tensor  # [R, V] float32: soft-capped logits / temperature
+    processed: torch.Tensor  # [R, V] float32: (soft-capped logits + bias) / temperature
     argmax: torch.Tensor  # [R] int64: the most likely token
     sampled: torch.Tensor  # [R] int64: a token drawn from softmax(processed)
     entropy: torch.Tensor  # [R] float32, nats, of softmax(processed)
+    logprob: torch.Tensor  # [R] float32: log softmax(processed) of the argmax
 
 
 def vocabulary_pass(
-    raw_logits: torch.Tensor, *, cap: float | None, temperature: torch.Tensor, noise: torch.Tensor | None
+    raw_logits: torch.Tensor,
+    *,
+    cap: float | None,
+    temperature: torch.Tensor,
+    noise: torch.Tensor | None,
+    bias: Sequence[LogitBias] = (),
 ) -> VocabularyPass:
     """Everything that needs a row's whole vocabulary, except self-conditioning.
 
     raw_logits: [R, V] model dtype, not modified. temperature: [R] float32, above 0. noise: [R, V] float32 Gumbel noise, or
-    None to sample the argmax.
+    None to sample the argmax. bias: of the rows that have one.
 
-    1. processed = soft_cap(raw_logits) / temperature
+    1. processed = (soft_cap(raw_logits) + bias) / temperature
     2. argmax = most likely token (the first of equals)
     3. sampled = argmax(processed + noise), which has the distribution softmax(processed) (the Gumbel-max trick)
     4. entropy = log(Z) - sum(w * shifted) / Z, with shifted = processed - max, w = exp(shifted), Z = sum(w):
        -sum(p log p) with the logarithm split, so that nothing normalised is formed. Both terms are at least 0, so nothing
        cancels where the entropy is small, which is where acceptance and convergence compare it.
-    """
-    processed = soft_cap(raw_logits, cap).div_(temperature[:, None])  # 1.
-    largest, argmax = processed.max(dim=-1, keepdim=True)  # 2.
-    argmax = argmax.squeeze(-1)
-    sampled = argmax if noise is None else (processed + noise).argmax(dim=-1)  # 3.
+    5. logprob = -log(Z), because shifted is 0 there.
 
-    shifted = processed - largest  # 4.
-    weights = shifted.exp()
-    total = weights.sum(dim=-1)
-    if cap is None:  # an uncapped logit may be -infinity (a forbidden token), and 0 * -infinity is not the limit, 0
-        shifted.clamp_(min=torch.finfo(torch.float32).min)
-    entropy = total.log() - weights.mul_(shifted).sum(dim=-1) / total
-    return VocabularyPass(processed, argmax, sampled, entropy)
+    The steps are taken over a few rows at a time, as many as a CPU's cache holds.
+    """
+    processed = torch.empty_like(raw_logits, dtype=torch.float32)
+    argmax, sampled = (torch.empty(len(raw_logits), dtype=torch.int64, device=raw_logits.device) for _ in range(2))
+    entropy, logprob = (torch.empty(len(raw_logits), dtype=torch.float32, device=raw_logits.device) for _ in range(2))
+    for first, end in _row_blocks(raw_logits):
+        rows = slice(first, end)
+        block = soft_cap(raw_logits[rows], cap, out=processed[rows])  # 1.
+        for each in bias:
+            biased = slice(max(each.first_row - first, 0), max(each.end_row - first, 0))
+            block[biased, each.token_ids] += each.values
+        block.div_(temperature[rows, None])
+        largest, argmax[rows] = block.max(dim=-1)  # 2.
+        sampled[rows] = argmax[rows] if noise is None else (block + noise[rows]).argmax(dim=-1)  # 3.
+
+        shifted = block - largest[:, None]  # 4.
+        weights = shifted.exp()
+        total = weights.sum(dim=-1)
+        if cap is None:  # an uncapped logit may be -infinity (a forbidden token), and 0 * -infinity is not the limit, 0
+            shifted.clamp_(min=torch.finfo(torch.float32).min)
+        log_total = total.log()
+        entropy[rows] = log_total - weights.mul_(shifted).sum(dim=-1) / total
+        logprob[rows] = -log_total  # 5.
+    return VocabularyPass(processed, argmax, sampled, entropy, logprob)
 
 
 def soft_embeddings(processed: torch.Tensor, embedding: torch.Tensor, embed_scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -143,3 +172,24 @@ def converged(
     stable = stable_steps >= stability_threshold  # 1.
     confident = entropy.mean(dim=-1) < confidence_threshold  # 2.
     return Convergence(stable & confident, stable_steps)
+
+
+# Logits that a CPU core works on at a time: on one EPYC core (1 MiB L2), a row of [97, 262144] takes 2.2 ms in such blocks and
+# 3.7 ms in one piece.
+_CPU_BLOCK_LOGITS = 1 << 18
+
+
+def _row_blocks(logits: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """First and end rows of blocks: all rows at once, on a CPU as many as fit its caches.
+
+    No block is one row of several: the threads would split its sums among them, and round them otherwise.
+    """
+    num_rows, vocab_size = logits.shape
+    block_rows = num_rows
+    if logits.device.type == "cpu":
+        block_rows = max(2, torch.get_num_threads() * _CPU_BLOCK_LOGITS // vocab_size)
+    first = 0
+    while first < num_rows:
+        end = num_rows if num_rows - first <= block_rows + 1 else first + block_rows
+        yield first, end
+        first = end

@@ -13,10 +13,10 @@ from typing import NoReturn
 
 from backend.errors import RequestError
 from backend.generation_defaults import GenerationDefaults
-from backend.parameters import NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
+from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
 
-_FLAGS = ("ignore_eos", "skip_special_tokens")
-_NEVER_NONE = ("temperature",)
+_FLAGS = ("ignore_eos", "skip_special_tokens", "logprobs")
+_NEVER_NONE = ("temperature", "top_k", "top_p", "min_p", "top_logprobs")
 _ALIASES = {"max_new_tokens": "max_tokens", "stop_words": "stop"}
 
 # Parameters of other servers that do nothing here: the values that ask for nothing. None always does.
@@ -31,15 +31,9 @@ _NEUTRAL_VALUES = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
-    "top_k": (0, -1),
-    "top_p": (1,),
-    "min_p": (0,),
     "typical_p": (1,),
     "min_tokens": (0,),
-    "logit_bias": ({},),
     "bad_words": ([],),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
 }
@@ -54,6 +48,10 @@ class ResolvedSampling:
     t_min: float  # of the temperature schedule, scaled by the request's temperature
     t_max: float
     greedy: bool  # the denoiser canvas is the argmax canvas: no Gumbel noise
+    top_k: int  # tokens; 0 is off, as it is if greedy
+    top_p: float  # 1 is off, as it is if greedy
+    min_p: float  # 0 is off, as it is if greedy
+    logit_bias: tuple[tuple[int, float], ...]  # token ids, each once, and what is added to their logits
     entropy_bound: float  # nats
     stability_threshold: int  # steps
     confidence_threshold: float  # nats
@@ -62,6 +60,8 @@ class ResolvedSampling:
     stop_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]  # empty with ignore_eos
     skip_special_tokens: bool
+    logprobs: bool
+    top_logprobs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,11 @@ class SamplingConfig:
     temperature: float = 1.0  # scales the temperature schedule: 1 leaves it, 0 is greedy
     t_min: float | None = None  # temperature that the schedule falls to; must not exceed t_max
     t_max: float | None = None
+    top_k: int = 0  # the denoiser canvas takes only the k most likely tokens; 0 and -1 are off
+    top_p: float = 1.0  # … only the fewest most likely tokens that have this probability together; 1 is off
+    min_p: float = 0.0  # … only tokens at least this probable, relative to the most likely one; 0 is off
+    # Token id → number added to its soft-capped logit, before the temperature; a mapping is accepted.
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None  # None draws one
     stop: tuple[str, ...] = ()  # a string or a list of strings is accepted
     stop_token_ids: tuple[int, ...] = ()  # as eos tokens, and in force under ignore_eos
@@ -81,6 +86,8 @@ class SamplingConfig:
     stability_threshold: int | None = None  # steps; 0 is always stable
     confidence_threshold: float | None = None  # nats; 0 never stops early
     skip_special_tokens: bool = True  # in the text; token ids always have them
+    logprobs: bool = False  # log probabilities of the tokens of the result, at the last step of their canvas
+    top_logprobs: int = 0  # with logprobs: and of this many most likely tokens in each place
 
     def __post_init__(self):
         try:
@@ -92,6 +99,9 @@ class SamplingConfig:
                 checked_flag(name, getattr(self, name))
             object.__setattr__(self, "stop", _checked_stop(self.stop))
             object.__setattr__(self, "stop_token_ids", _checked_token_ids(self.stop_token_ids))
+            object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
+            if self.top_logprobs and not self.logprobs:
+                raise ValueError(f"top_logprobs: got {self.top_logprobs} without logprobs; set logprobs to true")
         except ValueError as error:
             raise RequestError("INVALID_ARGUMENT", str(error)) from None
 
@@ -102,7 +112,8 @@ class SamplingConfig:
         1. Unknown names are refused, all at once.
         2. Parameters of other servers are accepted with a value that asks for nothing, else refused, all at once.
         3. Aliases become our names; giving both is refused. None is as if not given.
-        4. Numbers and flags that arrive as strings are coerced.
+        4. Numbers and flags that arrive as strings are coerced, as are the keys of logit_bias.
+        5. A number as logprobs, which is how completions ask, stands for true and that many top_logprobs.
         """
         if not isinstance(mapping, Mapping):
             _refuse(f"sampling parameters: got {shown(mapping)}, expected a JSON object")
@@ -116,7 +127,8 @@ class SamplingConfig:
             named = ", ".join(f"{name}={shown(mapping[name])}" for name in asking)
             _refuse(f"{named}: not supported by this server; remove it")
         values = {name: value for name, value in canonical(mapping).items() if name not in _NEUTRAL_VALUES}  # 3.
-        return cls(**{name: _coerced(name, value) for name, value in values.items()})  # 4.
+        values = {name: _coerced(name, value) for name, value in values.items()}  # 4.
+        return cls(**_with_flag_for_logprobs(values))  # 5.
 
     def resolve(self, defaults: GenerationDefaults) -> ResolvedSampling:
         """Fills in the checkpoint's defaults and scales the temperature schedule.
@@ -125,6 +137,7 @@ class SamplingConfig:
         Acceptance, convergence and self-conditioning read softmax(logits / temperature); as the temperature goes to 0 every
         entropy does, so the first step would accept the whole canvas and count as confident, and the model would be fed
         one-hot predictions that it was not trained on. Greedy is to choose otherwise, not to be surer.
+        top_k 1, top_p 0 and min_p 1 leave nothing but the most likely token to choose, so they are greedy too.
         """
 
         def chosen(name: str):
@@ -136,14 +149,18 @@ class SamplingConfig:
             of_defaults = [name for name in ("t_min", "t_max") if getattr(self, name) is None]
             remedy = f"set {of_defaults[0]} too, it is the checkpoint's" if of_defaults else "swap them"
             _refuse(f"t_min: got {t_min:g}, expected at most t_max, {t_max:g}; {remedy}")
-        greedy = self.temperature == 0
-        scale = 1.0 if greedy else self.temperature
+        greedy = self.temperature == 0 or self.top_k == 1 or self.top_p == 0 or self.min_p == 1
+        scale = self.temperature or 1.0
         return ResolvedSampling(
             max_tokens=chosen("max_tokens"),
             max_denoising_steps=chosen("max_denoising_steps"),
             t_min=t_min * scale,
             t_max=t_max * scale,
             greedy=greedy,
+            top_k=0 if greedy else max(self.top_k, 0),
+            top_p=1.0 if greedy else self.top_p,
+            min_p=0.0 if greedy else self.min_p,
+            logit_bias=self.logit_bias,
             entropy_bound=chosen("entropy_bound"),
             stability_threshold=chosen("stability_threshold"),
             confidence_threshold=chosen("confidence_threshold"),
@@ -152,6 +169,8 @@ class SamplingConfig:
             stop_token_ids=self.stop_token_ids,
             eos_token_ids=() if self.ignore_eos else defaults.eos_token_ids,
             skip_special_tokens=self.skip_special_tokens,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
         )
 
 
@@ -182,6 +201,19 @@ def _checked_token_ids(token_ids: object) -> tuple[int, ...]:
     return tuple(TOKEN_ID.checked("stop_token_ids", token_id) for token_id in token_ids)
 
 
+def _checked_logit_bias(bias: object) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(bias.items()) if isinstance(bias, Mapping) else bias
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"logit_bias: got {shown(bias)}, expected an object of token ids and numbers")
+    checked = {}
+    for token_id, number in pairs:
+        token_id = TOKEN_ID.checked("logit_bias", token_id)
+        if token_id in checked:
+            raise ValueError(f"logit_bias: got token id {token_id} twice, expected once")
+        checked[token_id] = LOGIT_BIAS.checked(f"logit_bias of token id {token_id}", number)
+    return tuple(checked.items())
+
+
 def _coerced(name: str, value: object) -> object:
     """4. of `from_mapping`."""
     if name in NUMBERS:
@@ -190,7 +222,19 @@ def _coerced(name: str, value: object) -> object:
         return coerced_flag(value)
     if name == "stop_token_ids" and isinstance(value, list | tuple):
         return [TOKEN_ID.coerced(token_id) for token_id in value]
+    if name == "logit_bias" and isinstance(value, Mapping):
+        return tuple((TOKEN_ID.coerced(token_id), LOGIT_BIAS.coerced(number)) for token_id, number in value.items())
     return value
+
+
+def _with_flag_for_logprobs(values: dict[str, object]) -> dict[str, object]:
+    """5. of `from_mapping`."""
+    logprobs = NUMBERS["top_logprobs"].coerced(values.get("logprobs"))
+    if isinstance(logprobs, bool) or not isinstance(logprobs, int):
+        return values
+    if values.setdefault("top_logprobs", logprobs) != logprobs:
+        _refuse(f"logprobs={logprobs} and top_logprobs={shown(values['top_logprobs'])}: differ; give one number")
+    return {**values, "logprobs": True}
 
 
 def _is_neutral(name: str, value: object) -> bool:

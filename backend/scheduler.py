@@ -3,78 +3,77 @@
 A request's life: queued → encoding its prompt, chunk by chunk → denoising a canvas → committing it (one more encode) →
 the next canvas … → finished. At each tick:
 
-1. Admit from the queue, first come first served, what the free slots and KV pages hold.
-2. Encode: commits and prompts, packed, at most `max_encode_tokens` in all: a long prompt delays others by one chunk only.
-3. One denoising step of every row that has a canvas.
-4. Rows whose canvas is finished: trim, send, and finish or commit. A canvas that ends its request is not committed.
+1. Admit from the queue what the free slots and KV pages hold, strictly first come first served: nothing overtakes a request
+   that waits for pages. What the prefix cache has of a prompt is not encoded again.
+2. Encode: commits and prompts, packed into one pass of at most `max_encode_tokens`; `encode_budget` says who goes first.
+3. One denoising step of every row that has a canvas, in passes of at most `max_pass_rows` rows, so that the memory of a pass
+   does not grow with the number of sequences.
+4. Rows whose canvas is finished: trim, send, and finish or commit. The others send drafts, if the request wants them.
+
+A canvas that ends its request is not committed: that would cost an encode pass now, and a next turn that goes on from it
+encodes those tokens, one canvas at most, together with its own. With `commit_last` it is, up to its end, once its output is
+sent.
+
+A row's failure is its own: an error in its text, or in its `on_output`, ends that request. A device step that fails ends every
+request in flight; those in the queue stay, and the next tick starts clean.
 
 Not thread-safe: `service.py` gives it a thread, `llm.py` calls it directly.
 """
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 
-import torch
 from tokenizers import Tokenizer
 
+from backend.admission import check_request, most_cached_tokens
 from backend.canvas_loop import CanvasLoop
+from backend.encode_budget import share_encode_budget
+from backend.encode_pass import NewTokens, encode_new_tokens
 from backend.errors import RequestError
+from backend.job import CanvasOutput, DraftOutput, Job, OnOutput
 from backend.kv_cache import PagedKVCache
+from backend.metrics import MetricValues, Outcome
+from backend.prefix_cache import extend_page_keys
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 from backend.text_stream import TextStream
 
+__all__ = ["CanvasOutput", "DraftOutput", "Job", "OnOutput", "Scheduler"]
 
-@dataclass(frozen=True, kw_only=True)
-class CanvasOutput:
-    """What one finished canvas adds to a request.
-
-    text: new text, complete characters, stop strings cut. token_ids: new tokens, cut at max_tokens, before the first
-    end-of-sequence or stop token and at a stop string; tokens whose text is not decided yet come with a later canvas.
-    num_steps: denoising steps of this canvas. finish_reason: None until the last output, then "stop", "length" or "cancelled".
-    """
-
-    text: str
-    token_ids: list[int]
-    canvas_index: int
-    num_steps: int
-    finish_reason: str | None
-    num_prompt_tokens: int
-
-
-OnOutput = Callable[[CanvasOutput | RequestError], None]
-
-
-@dataclass(kw_only=True, eq=False)
-class Job:
-    """One request. `pending`: tokens that are not in the cache yet, of the prompt or of a canvas to commit. `tokens`: the
-    result so far, of which the first `num_sent` have been sent."""
-
-    prompt_ids: list[int]
-    sampling: ResolvedSampling
-    on_output: OnOutput
-    text: TextStream
-    slot: int = -1
-    pending: list[int] = field(default_factory=list)
-    canvas_index: int = 0
-    tokens: list[int] = field(default_factory=list)
-    num_sent: int = 0
-
-    @property
-    def is_encoding(self) -> bool:
-        return bool(self.pending)
+_logger = logging.getLogger(__name__)
 
 
 class Scheduler:
     """See the module docstring. The order of rows in a batch is the order of admission."""
 
-    def __init__(self, session: Session, cache: PagedKVCache, loop: CanvasLoop, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        session: Session,
+        cache: PagedKVCache,
+        loop: CanvasLoop,
+        tokenizer: Tokenizer,
+        *,
+        prefix_cache: bool = True,
+        commit_last: bool = False,
+        max_pass_rows: int | None = None,
+        metrics: MetricValues | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`max_pass_rows`: canvas positions that one denoising pass takes, at least one canvas; None takes all in one."""
         session.bind_pages(cache.pages)
-        self._session, self._cache, self._loop, self._tokenizer = session, cache, loop, tokenizer
+        self.metrics = metrics or MetricValues()
+        self.num_failed_steps = 0
+        """Device steps in a row that failed: a server whose device does not recover can tell by it."""
+        self._session, self._cache, self._loop, self._tokenizer, self._clock = session, cache, loop, tokenizer, clock
+        self._prefix_cache, self._commit_last = prefix_cache, commit_last
         self._canvas_length = session.manifest.model.canvas_length
+        self._max_pass_sequences = max(1, max_pass_rows // self._canvas_length) if max_pass_rows else len(cache.length)
         self._queue: deque[Job] = deque()
         self._active: list[Job] = []
+        self._num_ticks = 0
 
     @property
     def num_queued(self) -> int:
@@ -89,170 +88,210 @@ class Scheduler:
         return not self._queue and not self._active
 
     def check(self, prompt_ids: Sequence[int], sampling: ResolvedSampling) -> None:
-        """Refuses what can never be served; safe to call from any thread.
-
-        Raises:
-            RequestError INVALID_ARGUMENT: no tokens, one outside the vocabulary, or more than there are positions or pages.
-        """
+        """Refuses what can never be served; see `check_request`. Safe to call from any thread."""
         model = self._session.manifest.model
-        if not prompt_ids:
-            raise RequestError(
-                "INVALID_ARGUMENT", "prompt: got no tokens, expected at least one; send a prompt that is not empty"
-            )
-        bad = next((token for token in prompt_ids if not 0 <= token < model.vocab_size), None)
-        if bad is not None:
-            raise RequestError("INVALID_ARGUMENT", f"prompt: got token id {bad}, expected 0 to {model.vocab_size - 1}")
-        if model.image_token_id in prompt_ids:
-            raise RequestError(
-                "INVALID_ARGUMENT",
-                f"prompt: got image token {model.image_token_id}, but images are not supported yet; remove it",
-            )
-        canvases = -(-sampling.max_tokens // self._canvas_length)
-        total = len(prompt_ids) + canvases * self._canvas_length
-        if total > model.max_position_embeddings:
-            raise RequestError(
-                "INVALID_ARGUMENT",
-                f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} ({canvases} canvases of "
-                f"{self._canvas_length}), expected at most {model.max_position_embeddings} in all; "
-                "shorten the prompt or lower max_tokens",
-            )
-        if not self._cache.fits(self._cached_tokens(len(prompt_ids), sampling), when_empty=True):
-            raise RequestError(
-                "INVALID_ARGUMENT",
-                f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens}, which need more KV pages than "
-                "this server has in all; shorten the prompt or lower max_tokens",
-            )
+        check_request(model, self._cache, prompt_ids, sampling, commit_last=self._commit_last)
 
-    def add(self, prompt_ids: Sequence[int], sampling: ResolvedSampling, on_output: OnOutput) -> Job:
-        """Queues a request that passed `check`; `on_output` is called once a canvas, at last with a finish_reason or error."""
-        text = TextStream(self._tokenizer, stop=sampling.stop, skip_special_tokens=sampling.skip_special_tokens)
-        sequence = Job(prompt_ids=list(prompt_ids), sampling=sampling, on_output=on_output, text=text, pending=list(prompt_ids))
-        self._queue.append(sequence)
-        return sequence
+    def add(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: ResolvedSampling,
+        on_output: OnOutput,
+        *,
+        draft_interval_s: float | None = None,
+    ) -> Job:
+        """Queues a request that passed `check`; `on_output` is called once a canvas, at last with a finish_reason or error.
 
-    def cancel(self, sequence: Job) -> None:
+        draft_interval_s: send DraftOutputs of canvases that are not finished yet, at most one in this time (seconds; 0 after
+        every denoising step); None sends none. Drafts change no result.
+        """
+        job = Job(
+            prompt_ids=list(prompt_ids),
+            sampling=sampling,
+            on_output=on_output,
+            text=TextStream(self._tokenizer, stop=sampling.stop, skip_special_tokens=sampling.skip_special_tokens),
+            draft_interval_s=draft_interval_s,
+            added_at=self._clock(),
+            prefix=list(prompt_ids),
+        )
+        if self._prefix_cache:
+            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size)
+        self._queue.append(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
         """Ends a request now: its pages are free, and its last output says "cancelled". Nothing happens if it has ended."""
-        if self._remove(sequence):
-            self._send(sequence, [], "", 0, "cancelled")
+        if self._remove(job):
+            self._end(job, "cancelled", job.output("", slice(0), 0, "cancelled"))
 
-    def fail(self, sequence: Job, error: RequestError) -> None:
+    def fail(self, job: Job, error: RequestError) -> None:
         """Ends a request with an error. Nothing happens if it has ended."""
-        if self._remove(sequence):
-            sequence.on_output(error)
+        if self._remove(job):
+            self._end(job, "rejected" if job.slot < 0 else "failed", error)
 
-    def _remove(self, sequence: Job) -> bool:
-        """Takes a request out of the queue or the batch; False if it is in neither."""
-        if sequence in self._queue:
-            self._queue.remove(sequence)
-        elif sequence in self._active:
-            self._leave(sequence)
+    def fail_all(self, error: RequestError) -> None:
+        """Ends every request, active or queued."""
+        for job in [*self._queue, *self._active]:
+            if job.ended:
+                self._leave(job)
+            self.fail(job, error)
+
+    def _remove(self, job: Job) -> bool:
+        """Takes a request out of the queue or the batch; False if it has ended."""
+        if job.ended:
+            return False
+        if job in self._queue:
+            self._queue.remove(job)
+        elif job in self._active:
+            self._leave(job)
         else:
             return False
         return True
 
-    def fail_all(self, error: RequestError) -> None:
-        for sequence in [*self._queue, *self._active]:
-            self.fail(sequence, error)
+    def _leave(self, job: Job) -> None:
+        self._active.remove(job)
+        self._cache.close(job.slot)
+
+    def _end(self, job: Job, outcome: Outcome, output: CanvasOutput | RequestError) -> None:
+        job.ended = True
+        self.metrics.count("requests_total", 1, outcome)
+        try:
+            job.on_output(output)
+        except Exception:  # of the caller's function: whatever it is, the other requests go on
+            _logger.exception("a request's on_output failed at its end; the others go on")
 
     def tick(self) -> None:
         """One round of the module docstring's four steps; does nothing when idle."""
-        # 1.
-        while self._queue and self._cache.fits(self._most_cached_tokens(self._queue[0])):
-            sequence = self._queue.popleft()
-            sequence.slot = self._cache.open(self._most_cached_tokens(sequence))
-            self._active.append(sequence)
-        # 2.
-        encoding = [sequence for sequence in self._active if sequence.is_encoding]
-        # Commits are short and their rows wait to go on: they go before prompts.
-        self._encode(sorted(encoding, key=lambda sequence: sequence.canvas_index == 0))
-        # 3.
-        denoising = [sequence for sequence in self._active if not sequence.is_encoding]
-        if denoising:
-            finished = self._loop.step([sequence.slot for sequence in denoising])
-            # 4.
-            for sequence, is_finished in zip(denoising, finished, strict=True):
-                if is_finished:
-                    self._finish_canvas(sequence)
+        self._num_ticks += 1
+        try:
+            self._admit()  # 1.
+            self._encode([job for job in self._active if job.is_encoding])  # 2.
+            stepped = self._denoise([job for job in self._active if not job.is_encoding])  # 3.
+        except RuntimeError as error:  # PyTorch's and CUDA's errors, out of memory among them
+            self._fail_step(error)
+        else:
+            self.num_failed_steps = 0
+            for deliver in stepped:  # 4.
+                deliver()
+        self._set_gauges()
 
-    def _most_cached_tokens(self, sequence: Job) -> int:
-        return self._cached_tokens(len(sequence.prompt_ids), sequence.sampling)
+    def _fail_step(self, error: RuntimeError) -> None:
+        self.num_failed_steps += 1
+        _logger.exception("a device step failed; every request in flight ends with an error")
+        first_line = str(error).partition("\n")[0]
+        for job in list(self._active):
+            if job.ended:
+                self._leave(job)
+            self.fail(job, RequestError("INTERNAL", f"device step failed: {first_line}; send the request again"))
 
-    def _cached_tokens(self, num_prompt_tokens: int, sampling: ResolvedSampling) -> int:
-        """The prompt and every canvas but the last, which is never committed."""
-        canvases = -(-sampling.max_tokens // self._canvas_length)
-        return num_prompt_tokens + (canvases - 1) * self._canvas_length
+    def _admit(self) -> None:
+        while self._queue and self._cache.fits(self._most_cached_tokens(self._queue[0]), page_keys=self._queue[0].page_keys):
+            job = self._queue.popleft()
+            job.slot = self._cache.open(self._most_cached_tokens(job), page_keys=job.page_keys)
+            self._active.append(job)
+            num_hit = self._cache.length[job.slot]
+            self._wait_for_encode(job, len(job.prefix) - num_hit)
+            self.metrics.observe("queue_seconds", self._clock() - job.added_at)
+            self.metrics.count("input_tokens_total", len(job.prefix))
+            if self._prefix_cache:
+                self.metrics.count("prefix_cache_lookup_tokens_total", len(job.prefix))
+                self.metrics.count("prefix_cache_hit_tokens_total", num_hit)
 
-    def _encode(self, sequences: list[Job]) -> None:
+    def _most_cached_tokens(self, job: Job) -> int:
+        max_tokens = job.sampling.max_tokens
+        return most_cached_tokens(len(job.prompt_ids), max_tokens, self._canvas_length, commit_last=self._commit_last)
+
+    def _wait_for_encode(self, job: Job, num_pending: int) -> None:
+        """The last tokens of the job's prefix are to be encoded; with none to encode its canvas starts."""
+        job.num_pending, job.waiting_since = num_pending, self._num_ticks
+        if not num_pending:
+            self._start_canvas(job)
+
+    def _start_canvas(self, job: Job) -> None:
+        self._loop.start_canvas(job.slot, job.canvas_index, job.sampling)
+        job.canvas_started_at = self._clock()
+
+    def _encode(self, waiting: list[Job]) -> None:
         budget = self._session.manifest.build.max_encode_tokens
-        packed: list[tuple[Job, list[int]]] = []
-        for sequence in sequences:
-            if budget == 0:
-                break
-            chunk = sequence.pending[:budget]
-            budget -= len(chunk)
-            packed.append((sequence, chunk))
+        shares = share_encode_budget([job.num_pending for job in waiting], [job.waiting_since for job in waiting], budget)
+        packed = [(job, share) for job, share in zip(waiting, shares, strict=True) if share]
         if not packed:
             return
-        slots = [sequence.slot for sequence, _ in packed]
-        counts = [len(chunk) for _, chunk in packed]
-        lengths = [self._cache.length[slot] for slot in slots]
-        starts = [sum(counts[:index]) for index in range(len(counts) + 1)]
-        positions = [
-            position for length, count in zip(lengths, counts, strict=True) for position in range(length, length + count)
+        new_tokens = [
+            NewTokens(slot=job.slot, token_ids=job.next_tokens(count), page_keys=job.page_keys) for job, count in packed
         ]
-        int32 = {"dtype": torch.int32}
-        new_kv = self._session.encode(
-            torch.tensor([token for _, chunk in packed for token in chunk], **int32),
-            torch.tensor(positions, **int32),
-            torch.tensor(starts, **int32),
-            torch.tensor(lengths, **int32),
-            self._cache.tables(slots),
-        )
-        self._cache.append(slots, counts, new_kv)
-        for sequence, chunk in packed:
-            del sequence.pending[: len(chunk)]
-            if not sequence.pending:
-                self._loop.start_canvas(sequence.slot, sequence.canvas_index, sequence.sampling)
+        encode_new_tokens(self._session, self._cache, new_tokens, keep_pages=self._prefix_cache)
+        for job, count in packed:
+            job.num_pending -= count
+            if not job.num_pending and job.ended:
+                self._leave(job)
+            elif not job.num_pending:
+                self._start_canvas(job)
 
-    def _finish_canvas(self, sequence: Job) -> None:
-        """Trims the finished canvas, sends what is new, and ends the request or queues the canvas to be committed."""
-        canvas = self._loop.argmax_canvas(sequence.slot)
-        num_steps = self._loop.num_steps(sequence.slot)
-        tokens, reason = self._trim(canvas, sequence)
-        sequence.tokens += tokens
-        delta = sequence.text.push(tokens, last=reason is not None)
-        if delta.stopped:
-            reason = "stop"
-        new_tokens = sequence.tokens[sequence.num_sent : delta.num_tokens]
-        sequence.num_sent = delta.num_tokens
-        if reason is None:
-            sequence.pending = canvas
+    def _denoise(self, rows: list[Job]) -> list[Callable[[], None]]:
+        """One step of each row; returns what is to be done about the rows once all have made it."""
+        stepped: list[Callable[[], None]] = []
+        for start in range(0, len(rows), self._max_pass_sequences):
+            group = rows[start : start + self._max_pass_sequences]
+            finished = self._loop.step([job.slot for job in group])
+            for job, is_finished in zip(group, finished, strict=True):
+                if is_finished or self._draft_is_due(job):
+                    deliver = self._finish_canvas if is_finished else self._send_draft
+                    canvas, num_steps = self._loop.argmax_canvas(job.slot), self._loop.num_steps(job.slot)
+                    stepped.append(partial(self._isolated, deliver, job, canvas, num_steps))
+        return stepped
+
+    def _draft_is_due(self, job: Job) -> bool:
+        return job.draft_interval_s is not None and self._clock() - job.drafted_at >= job.draft_interval_s
+
+    def _isolated(self, deliver: Callable[[Job, list[int], int], None], job: Job, canvas: list[int], num_steps: int) -> None:
+        """Calls `deliver` unless the request has ended since; an error in it ends this request alone."""
+        if job.ended:
+            return
+        try:
+            deliver(job, canvas, num_steps)
+        except Exception:  # of the request's text or of the caller's on_output: whatever it is, the other requests go on
+            _logger.exception("a request failed; the others go on")
+            self.fail(job, RequestError("INTERNAL", "internal error in this request; see the server's log"))
+
+    def _send_draft(self, job: Job, canvas: list[int], num_steps: int) -> None:
+        job.drafted_at = self._clock()
+        job.on_output(job.draft(canvas, num_steps))
+
+    def _finish_canvas(self, job: Job, canvas: list[int], num_steps: int) -> None:
+        """Trims the finished canvas, sends what is new, and ends the request or has the canvas committed."""
+        num_before, is_first = len(job.tokens), job.canvas_index == 0
+        output = job.finish_canvas(canvas, num_steps, self._loop.logprobs(job.slot))
+        now = self._clock()
+        self.metrics.observe("canvas_steps", num_steps)
+        self.metrics.observe("canvas_seconds", now - job.canvas_started_at)
+        if is_first:
+            self.metrics.observe("first_canvas_seconds", now - job.added_at)
+        self.metrics.count("output_tokens_total", len(output.token_ids))
+        if output.finish_reason is None:
+            self._commit(job, canvas)
+            job.on_output(output)
+        elif self._commit_last and self._prefix_cache:
+            # With the token that ended it, which the next turn's prompt has too.
+            self._commit(job, canvas[: len(job.tokens) - num_before + 1])
+            self._end(job, "success", output)
         else:
-            self._leave(sequence)
-        self._send(sequence, new_tokens, delta.text, num_steps, reason)
-        sequence.canvas_index += 1
+            self._leave(job)
+            self._end(job, "success", output)
 
-    def _trim(self, canvas: list[int], sequence: Job) -> tuple[list[int], str | None]:
-        """The canvas up to max_tokens or the first end-of-sequence or stop token, which is not part of the result."""
-        room = sequence.sampling.max_tokens - len(sequence.tokens)
-        ends = {*sequence.sampling.eos_token_ids, *sequence.sampling.stop_token_ids}
-        for index, token in enumerate(canvas[:room]):
-            if token in ends:
-                return canvas[:index], "stop"
-        return canvas[:room], "length" if room <= len(canvas) else None
+    def _commit(self, job: Job, canvas: list[int]) -> None:
+        job.prefix += canvas
+        if self._prefix_cache:
+            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size)
+        self._wait_for_encode(job, len(canvas))
 
-    def _leave(self, sequence: Job) -> None:
-        self._active.remove(sequence)
-        self._cache.close(sequence.slot)
-
-    def _send(self, sequence: Job, tokens: list[int], text: str, num_steps: int, finish_reason: str | None) -> None:
-        sequence.on_output(
-            CanvasOutput(
-                text=text,
-                token_ids=tokens,
-                canvas_index=sequence.canvas_index,
-                num_steps=num_steps,
-                finish_reason=finish_reason,
-                num_prompt_tokens=len(sequence.prompt_ids),
-            )
-        )
+    def _set_gauges(self) -> None:
+        self.metrics.set("active_requests", len(self._active))
+        self.metrics.set("queued_requests", len(self._queue))
+        for name, pages in (
+            ("kv_pages", self._cache.num_pages),
+            ("kv_pages_used", self._cache.num_pages_used),
+            ("kv_pages_cached", self._cache.num_pages_kept),
+        ):
+            for kind, count in pages.items():
+                self.metrics.set(name, count, kind)

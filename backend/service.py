@@ -1,4 +1,11 @@
-"""A running engine for many threads: requests in, outputs out, one scheduler thread in between."""
+"""An engine worker for many threads: requests in, outputs out, and a new worker when one dies.
+
+    any thread                 submit, cancel ──────▶ worker's outbox ──▶ engine worker
+    supervising thread         on_output of every request ◀── reports ◀──┘
+                               starts the worker, watches it, starts it again
+
+What the worker had when it died ends with an error; what had not been sent to it waits for the next one.
+"""
 
 import itertools
 import logging
@@ -6,165 +13,278 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
-from backend.engine import Engine, EngineLimits
+from tokenizers import Tokenizer
+
 from backend.errors import RequestError
+from backend.job import CanvasOutput, DraftOutput, OnOutput
+from backend.metrics import MetricsDelta
+from backend.prompt_tokens import prompt_tokens
 from backend.sampling_config import ResolvedSampling, SamplingConfig
-from backend.scheduler import CanvasOutput, Job, OnOutput
+from backend.worker_messages import Cancel, Failure, LoadFailed, Ready, Report, Submit, is_last
+from backend.worker_process import WorkerConfig, WorkerError, WorkerProcess
 
 _logger = logging.getLogger(__name__)
+_WATCH_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceLimits:
+    """When to refuse, and when to give up.
+
+    max_queued: requests that wait for a place in the batch. queue_timeout_s: from `submit` to a place in the batch.
+    load_timeout_s: a worker may take to load the engine. progress_timeout_s: a loaded worker may be silent, which it is while a
+    step runs. max_deaths: of workers within deaths_window_s; the last of them is not replaced.
+    """
+
+    max_queued: int = 256
+    queue_timeout_s: float = 60.0
+    load_timeout_s: float = 1800.0
+    progress_timeout_s: float = 120.0
+    max_deaths: int = 3
+    deaths_window_s: float = 600.0
 
 
 @dataclass(kw_only=True)
-class _Entry:
-    """A request as the service knows it: `job` is set once the scheduler has it."""
+class _Request:
+    """`sent`: the worker has it. `started`: it has a place in the batch."""
 
     prompt_ids: list[int]
     sampling: ResolvedSampling
     on_output: OnOutput
-    queued_at: float
-    job: Job | None = None
+    draft_interval_s: float | None
+    queued_at_s: float
+    sent: bool = False
     started: bool = False
 
 
 class Service:
-    """Owns the scheduler's thread. Every method may be called from any thread.
+    """Owns the worker. Every method may be called from any thread.
 
     A request ends with exactly one last output: one with a finish_reason, or a RequestError.
     """
 
     def __init__(
         self,
-        engine_dir: str | PathLike,
+        config: WorkerConfig,
+        limits: ServiceLimits,
         *,
-        max_sequences: int = 16,
-        max_queued: int = 256,
-        queue_timeout_s: float = 60,
-        max_cached_tokens: int | None = None,
+        on_metrics: Callable[[MetricsDelta], None] = lambda delta: None,
+        on_death: Callable[[], None] = lambda: None,
+        on_restart: Callable[[], None] = lambda: None,
+        on_gave_up: Callable[[str], None] = lambda reason: None,
     ):
-        """Loads the engine and starts the thread. `queue_timeout_s` bounds the time from `submit` to the first encoding.
+        """Starts the worker and waits until it has loaded the engine.
+
+        Called from the supervising thread: on_metrics with what the worker has measured, on_death when it has died, on_restart
+        when another one is started in its place, on_gave_up with the reason when none is.
 
         Raises:
-            ManifestError, CheckpointError: the engine cannot be used.
+            WorkerError: the engine cannot be used, or the worker died or hung while loading it.
         """
-        self._engine = Engine.load(
-            Path(engine_dir), EngineLimits(max_sequences=max_sequences, max_cached_tokens=max_cached_tokens)
-        )
-        self._max_queued, self._queue_timeout_s = max_queued, queue_timeout_s
+        self._config, self._limits = config, limits
+        self._on_metrics, self._on_death, self._on_restart, self._on_gave_up = on_metrics, on_death, on_restart, on_gave_up
         self._handles = itertools.count(1)
-        self._entries: dict[int, _Entry] = {}
-        self._inbox: deque[tuple[str, int]] = deque()
-        self._wake = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._lock = threading.Lock()
+        self._requests: dict[int, _Request] = {}
+        self._worker: WorkerProcess | None = None  # the one that is ready
+        self._unusable: str | None = None  # why every request is refused
+        self._deadline_s = float("inf")  # of closing
+        first_start: Future[Ready] = Future()
+        self._thread = threading.Thread(target=self._supervise, args=(first_start,), name="supervisor", daemon=True)
         self._thread.start()
+        self._engine = first_start.result()
+        self._tokenizer = Tokenizer.from_file(str(config.engine_dir / "tokenizer.json"))
 
     @property
-    def tokenizer(self):
-        """The engine's `tokenizers.Tokenizer`."""
-        return self._engine.tokenizer
+    def tokenizer(self) -> Tokenizer:
+        """The engine's tokenizer."""
+        return self._tokenizer
 
-    def submit(self, prompt: str | Sequence[int], sampling: SamplingConfig, on_output: Callable[..., None]) -> int:
-        """Queues a request and returns its handle; `on_output` is called from the scheduler's thread and must not block.
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the worker; None while there is none that is ready."""
+        with self._lock:
+            return self._worker.pid if self._worker else None
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingConfig,
+        on_output: OnOutput,
+        *,
+        draft_interval_s: float | None = None,
+    ) -> int:
+        """Queues a request and returns its handle; `on_output` is called from the supervising thread and must not block.
+        draft_interval_s: see `Scheduler.add`.
 
         Raises:
-            RequestError: INVALID_ARGUMENT for what can never be served, UNAVAILABLE over the queue's limit or while closing.
+            RequestError: INVALID_ARGUMENT for parameters that contradict each other, UNAVAILABLE over the queue's limit, while
+                closing, or after too many deaths. A prompt that can never be served is found by the worker.
         """
-        token_ids = [] if not len(prompt) else self._engine.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = prompt_tokens(self._tokenizer, self._engine.bos_token, prompt) if isinstance(prompt, str) else list(prompt)
         resolved = sampling.resolve(self._engine.defaults)
-        self._engine.scheduler.check(token_ids, resolved)
-        with self._wake:
-            if self._closing:
-                raise RequestError("UNAVAILABLE", "server is shutting down; send the request to another one")
-            waiting = sum(not entry.started for entry in self._entries.values())
-            if waiting >= self._max_queued:
+        with self._lock:
+            if self._unusable:
+                raise RequestError("UNAVAILABLE", self._unusable)
+            waiting = sum(not request.started for request in self._requests.values())
+            if waiting >= self._limits.max_queued:
                 raise RequestError(
-                    "UNAVAILABLE", f"queue: got {waiting} waiting requests, at most {self._max_queued}; try again later"
+                    "UNAVAILABLE",
+                    f"queue: got {waiting} waiting requests, at most {self._limits.max_queued}; try again later",
                 )
             handle = next(self._handles)
-            self._entries[handle] = _Entry(
-                prompt_ids=token_ids, sampling=resolved, on_output=on_output, queued_at=time.monotonic()
+            request = _Request(
+                prompt_ids=token_ids,
+                sampling=resolved,
+                on_output=on_output,
+                draft_interval_s=draft_interval_s,
+                queued_at_s=time.monotonic(),
             )
-            self._inbox.append(("add", handle))
-            self._wake.notify()
+            self._requests[handle] = request
+            if self._worker:
+                self._send(handle, request)
         return handle
 
     def cancel(self, handle: int) -> None:
-        """Ends a request with finish_reason "cancelled" within one step; nothing happens if it has ended."""
-        with self._wake:
-            self._inbox.append(("cancel", handle))
-            self._wake.notify()
+        """Ends a request within one step, without another output; nothing happens if it has ended."""
+        with self._lock:
+            self._forget(handle)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Refuses new requests, gives the others `timeout_s` to finish, fails the rest and stops the thread."""
-        with self._wake:
-            self._closing = True
-            self._deadline = time.monotonic() + timeout_s
-            self._wake.notify()
+        """Refuses new requests, gives the others `timeout_s` to finish, fails the rest and ends the worker."""
+        with self._lock:
+            self._unusable = "server is shutting down; send the request to another one"
+            self._deadline_s = time.monotonic() + timeout_s
         self._thread.join()
 
-    def _run(self) -> None:
-        scheduler = self._engine.scheduler
+    def _send(self, handle: int, request: _Request) -> None:
+        request.sent = True
+        self._worker.send(
+            Submit(
+                handle=handle,
+                prompt_ids=request.prompt_ids,
+                sampling=request.sampling,
+                draft_interval_s=request.draft_interval_s,
+            )
+        )
+
+    def _forget(self, handle: int) -> _Request | None:
+        request = self._requests.pop(handle, None)
+        if request and request.sent and self._worker:
+            self._worker.send(Cancel(handle=handle))
+        return request
+
+    def _supervise(self, first_start: Future[Ready]) -> None:
+        """1. Start a worker and serve with it until it dies or the service has closed. 2. Fail what it had. 3. Once more,
+        unless it never loaded or died too often."""
+        deaths: deque[float] = deque(maxlen=self._limits.max_deaths)
         while True:
-            with self._wake:
-                while not self._inbox and scheduler.is_idle and not self._closing:
-                    self._wake.wait()
-                inbox, closing = list(self._inbox), self._closing
-                self._inbox.clear()
             try:
-                for action, handle in inbox:
-                    self._apply(action, handle)
-                self._expire()
-                if closing and (scheduler.is_idle or time.monotonic() >= self._deadline):
-                    scheduler.fail_all(RequestError("UNAVAILABLE", "server is shutting down; send the request to another one"))
-                    return
-                scheduler.tick()
-            except Exception:
-                # After an unexpected error no row can be trusted: all end, and the next ones start clean.
-                _logger.exception("the scheduler failed; every request in flight ends with an error")
-                self._fail_all(RequestError("INTERNAL", "internal error; see the server's log"))
+                self._serve(first_start)  # 1.
+                return
+            except WorkerError as error:
+                reason = str(error)
+            self._fail(lambda request: request.sent, RequestError("UNAVAILABLE", f"{reason}; send the request again"))  # 2.
+            if not first_start.done():
+                first_start.set_exception(WorkerError(reason))
+                return
+            _logger.error("%s", reason)
+            self._on_death()
+            deaths.append(time.monotonic())  # 3.
+            if len(deaths) == self._limits.max_deaths and deaths[-1] - deaths[0] <= self._limits.deaths_window_s:
+                break
+            self._on_restart()
+        why = f"{reason}; it died {len(deaths)} times within {self._limits.deaths_window_s:g} s and is not started again"
+        with self._lock:
+            self._unusable = self._unusable or f"{why}; load the model again"
+        self._fail(lambda request: True, RequestError("UNAVAILABLE", self._unusable))
+        self._on_gave_up(why)
 
-    def _fail_all(self, error: RequestError) -> None:
-        for handle, entry in list(self._entries.items()):
-            if entry.job is None:
-                self._on_output(handle, entry, error)
-        self._engine.scheduler.fail_all(error)
-
-    def _apply(self, action: str, handle: int) -> None:
-        entry = self._entries.get(handle)
-        if entry is None:
-            return
-        scheduler = self._engine.scheduler
-        if action == "cancel":
-            scheduler.cancel(entry.job)
-        else:
-            entry.job = scheduler.add(entry.prompt_ids, entry.sampling, lambda output: self._on_output(handle, entry, output))
-
-    def _expire(self) -> None:
-        """Fails what has waited too long to be admitted."""
-        now = time.monotonic()
-        for entry in list(self._entries.values()):
-            if entry.job is None or entry.started:
-                continue
-            entry.started = entry.job.slot >= 0
-            waited = now - entry.queued_at
-            if not entry.started and waited > self._queue_timeout_s:
-                self._engine.scheduler.fail(
-                    entry.job,
-                    RequestError(
-                        "DEADLINE_EXCEEDED",
-                        f"queue: waited {waited:.0f} s, at most {self._queue_timeout_s:g} s; try again later",
-                    ),
-                )
-
-    def _on_output(self, handle: int, entry: _Entry, output: CanvasOutput | RequestError) -> None:
-        if isinstance(output, RequestError) or output.finish_reason is not None:
-            with self._wake:
-                self._entries.pop(handle, None)
+    def _serve(self, first_start: Future[Ready]) -> None:
+        """Returns when the service has closed. Raises WorkerError for a worker that died or hung; it has ended then."""
+        worker = WorkerProcess(self._config)
         try:
-            entry.on_output(output)
-        except Exception:
-            _logger.exception("a request's on_output failed; the others go on")
+            silent_since_s, is_loaded = time.monotonic(), False
+            while True:
+                message = worker.receive(_WATCH_INTERVAL_S)
+                now_s = time.monotonic()
+                if isinstance(message, LoadFailed):
+                    raise WorkerError(message.message)
+                if isinstance(message, Ready):
+                    is_loaded = True
+                    self._adopt(worker)
+                    if not first_start.done():
+                        first_start.set_result(message)
+                elif message is not None:
+                    self._deliver(message)
+                if message is not None:
+                    silent_since_s = now_s
+                allowed_s = self._limits.progress_timeout_s if is_loaded else self._limits.load_timeout_s
+                if now_s - silent_since_s > allowed_s:
+                    doing = "made no progress" if is_loaded else "did not finish loading the engine"
+                    raise WorkerError(f"engine worker: {doing} within {allowed_s:g} s and was ended")
+                self._expire(now_s)
+                if self._is_closed(now_s):
+                    self._fail(lambda request: True, RequestError("UNAVAILABLE", self._unusable))
+                    return
+        finally:
+            with self._lock:
+                self._worker = None
+            worker.end()
+
+    def _adopt(self, worker: WorkerProcess) -> None:
+        with self._lock:
+            self._worker = worker
+            for handle, request in self._requests.items():
+                self._send(handle, request)
+
+    def _deliver(self, report: Report) -> None:
+        if report.metrics is not None:
+            self._on_metrics(report.metrics)
+        with self._lock:
+            for handle in report.started:
+                if handle in self._requests:
+                    self._requests[handle].started = True
+            called = []
+            for handle, output in report.outputs:
+                # What was cancelled may still have outputs under way.
+                request = self._requests.pop(handle, None) if is_last(output) else self._requests.get(handle)
+                if request is not None:
+                    called.append((request, output))
+        for request, output in called:
+            _call(request, RequestError(output.code, output.message) if isinstance(output, Failure) else output)
+
+    def _expire(self, now_s: float) -> None:
+        """Fails what has waited too long for a place in the batch."""
+        allowed_s = self._limits.queue_timeout_s
+        with self._lock:
+            expired = [
+                (handle, now_s - request.queued_at_s)
+                for handle, request in self._requests.items()
+                if not request.started and now_s - request.queued_at_s > allowed_s
+            ]
+            ended = [(self._forget(handle), waited_s) for handle, waited_s in expired]
+        for request, waited_s in ended:
+            line = f"queue: waited {waited_s:.0f} s, at most {allowed_s:g} s; try again later"
+            _call(request, RequestError("DEADLINE_EXCEEDED", line))
+
+    def _is_closed(self, now_s: float) -> bool:
+        with self._lock:
+            return now_s >= self._deadline_s or (self._deadline_s < float("inf") and not self._requests)
+
+    def _fail(self, concerned: Callable[[_Request], bool], error: RequestError) -> None:
+        with self._lock:
+            ended = [handle for handle, request in self._requests.items() if concerned(request)]
+            requests = [self._requests.pop(handle) for handle in ended]
+        for request in requests:
+            _call(request, error)
+
+
+def _call(request: _Request, output: CanvasOutput | DraftOutput | RequestError) -> None:
+    try:
+        request.on_output(output)
+    except Exception:
+        _logger.exception("a request's on_output failed; the others go on")

@@ -109,5 +109,9 @@ def _named(tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _load_program(path: Path) -> RunProgram:
-    package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    try:
+        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    except RuntimeError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ManifestError(f"{path}: cannot be loaded ({first_line}); build the engine again with --force") from None
     return package.loader.run

@@ -8,6 +8,7 @@ Decoding is linear: a token is decoded once, together with the one token before 
 leading spaces depend on.
 """
 
+import copy
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -81,6 +82,12 @@ class TextStream:
         self._ended = last or bool(found)
         self._drop(length)
         return TextDelta(text[:length], self._num_kept(), bool(found))
+
+    def fork(self) -> "TextStream":
+        """A stream that goes on from here on its own: what is pushed to one of the two does not reach the other."""
+        fork = copy.copy(self)
+        fork._context, fork._undecided, fork._pieces = list(self._context), list(self._undecided), self._pieces.copy()
+        return fork
 
     def _take(self, token_id: int) -> None:
         position = self._num_tokens

@@ -7,17 +7,19 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache, LogitsProcessorList
 
 from backend.noise import gumbel_noise, initial_canvas, renoise_tokens
 
 
 @dataclass(frozen=True)
 class OracleResult:
-    """canvases: argmax canvas of each canvas, whole. num_steps: denoising steps of each."""
+    """canvases: argmax canvas of each canvas, whole. num_steps: denoising steps of each. probabilities: softmax of the
+    processed logits at the last step of each, [C, V] float32."""
 
     canvases: list[list[int]]
     num_steps: list[int]
+    probabilities: list[torch.Tensor]
 
     def token_ids(self, *, max_tokens: int, ends: set[int]) -> list[int]:
         """The canvases cut at max_tokens and before the first end token."""
@@ -33,16 +35,26 @@ class Oracle:
         self.canvas_length = self.model.config.canvas_length
         self.vocab_size = self.model.config.text_config.vocab_size
 
-    def generate(self, prompt_ids: list[int], *, seed: int, greedy: bool = False, **generation) -> OracleResult:
+    def generate(
+        self,
+        prompt_ids: list[int],
+        *,
+        seed: int,
+        greedy: bool = False,
+        warpers: LogitsProcessorList | None = None,
+        **generation,
+    ) -> OracleResult:
         """`generate` of transformers with `torch.randint` and `torch.multinomial` replaced by our noise for `seed`.
 
         Tokens after the end are not replaced by padding here (pad_token_id None), so that whole canvases are compared.
+        `warpers` restrict what is drawn and nothing else; a `logits_processor`, which transformers takes, acts on everything.
         """
-        with _injected(seed, self.canvas_length, self.vocab_size, greedy) as trace:
+        warpers = LogitsProcessorList() if warpers is None else warpers
+        with _injected(seed, self.canvas_length, self.vocab_size, greedy, warpers) as trace:
             output = self.model.generate(torch.tensor([prompt_ids]), **generation)
         new = output.sequences[0, len(prompt_ids) :].tolist()
         canvases = [new[start : start + self.canvas_length] for start in range(0, len(new), self.canvas_length)]
-        return OracleResult(canvases, trace.num_steps)
+        return OracleResult(canvases, trace.num_steps, trace.probabilities)
 
     @torch.no_grad()
     def encode(self, *chunks: list[int]) -> DynamicCache:
@@ -73,11 +85,12 @@ class _Trace:
 
     def __init__(self):
         self.num_steps: list[int] = []
+        self.probabilities: list[torch.Tensor] = []
         self.in_step = False
 
 
 @contextmanager
-def _injected(seed: int, canvas_length: int, vocab_size: int, greedy: bool) -> Iterator[_Trace]:
+def _injected(seed: int, canvas_length: int, vocab_size: int, greedy: bool, warpers: LogitsProcessorList) -> Iterator[_Trace]:
     trace = _Trace()
 
     def where() -> dict[str, int]:
@@ -94,13 +107,17 @@ def _injected(seed: int, canvas_length: int, vocab_size: int, greedy: bool) -> I
             trace.in_step = False
             return renoise_tokens(**where(), step=trace.num_steps[-1] - 1).unsqueeze(0)
         trace.num_steps.append(0)
+        trace.probabilities.append(torch.empty(0))
         return initial_canvas(**where()).unsqueeze(0)
 
     def multinomial(probabilities, num_samples):
         assert num_samples == 1 and tuple(probabilities.shape) == (canvas_length, vocab_size)
         trace.in_step = True
         trace.num_steps[-1] += 1
-        scores = probabilities if greedy else probabilities.log() + gumbel_noise(**where(), step=trace.num_steps[-1] - 1)
+        trace.probabilities[-1] = probabilities.clone()
+        if greedy:
+            return probabilities.argmax(dim=-1, keepdim=True)
+        scores = warpers(None, probabilities.log()) + gumbel_noise(**where(), step=trace.num_steps[-1] - 1)
         return scores.argmax(dim=-1, keepdim=True)
 
     with mock.patch.object(torch, "randint", randint), mock.patch.object(torch, "multinomial", multinomial):

@@ -1,5 +1,7 @@
 """`LLM` on the compiled tiny engine: where results end, what is refused, what prompts may be."""
 
+from dataclasses import replace
+
 import pytest
 from small_checkpoints import TINY
 
@@ -62,6 +64,31 @@ def test_stop_token_ids(llm):
 def test_greedy_is_deterministic_for_a_seed(llm):
     assert one(llm, temperature=0, seed=5) == one(llm, temperature=0, seed=5)
     assert one(llm, temperature=0, seed=5).text == ANSWER
+
+
+def test_a_banned_token_is_written_another_way_or_not_at_all(llm):
+    five = llm.tokenizer.token_to_id("5")
+    assert five in one(llm).token_ids
+    result = one(llm, logit_bias={five: -100})
+    assert five not in result.token_ids and result.text.startswith("3 4 ")
+
+
+def test_filters_leave_a_sure_answer_as_it_is(llm):
+    assert one(llm, top_k=5, top_p=0.9, min_p=0.05).text == ANSWER
+    assert one(llm, top_k=1) == one(llm, temperature=0)
+
+
+@pytest.mark.parametrize("stop", [[], ["8 19 2"], ["31 x"]])
+def test_logprobs_come_with_their_tokens(llm, stop):
+    """Also of tokens that are held back while they may begin a stop string, and of none beyond the result."""
+    result = one(llm, stop=stop, logprobs=True, top_logprobs=3)
+    assert len(result.token_ids) == len(result.logprobs) == len(result.top_logprobs)
+    assert replace(result, logprobs=None, top_logprobs=None) == one(llm, stop=stop)
+    for token, logprob, top in zip(result.token_ids, result.logprobs, result.top_logprobs, strict=True):
+        assert top[0] == (token, logprob)
+        assert 0 >= logprob >= top[1][1] >= top[2][1]
+        assert len({alternative for alternative, _ in top}) == 3
+    assert sum(result.logprobs) / len(result.logprobs) > -0.01, "the trained model is sure of this answer"
 
 
 def test_prompts_are_texts_or_token_ids_one_or_many(llm):

@@ -138,8 +138,8 @@ def test_what_the_server_adds_to_the_parameters_is_not_the_clients():
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request({}), ["prompt", "neither", "text_input", "input_ids"]),
-        (asking(input_ids=np.array([1], np.int32)), ["prompt", "both", "text_input", "input_ids"]),
+        (Request({}), ["prompt", "got none", "text_input, messages, input_ids"]),
+        (asking(input_ids=np.array([1], np.int32)), ["prompt", "got text_input and input_ids", "exactly one"]),
         (Request({"text_input": strings(b"ab\xff")}), ["text_input", "UTF-8", "byte 2"]),
         (asking(stop_words=strings("a", b"\xc3")), ["stop_words", "UTF-8"]),
         (asking(sampling_parameters=strings("{bad")), ["sampling_parameters", "malformed JSON", "character 1", "{bad"]),

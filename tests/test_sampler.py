@@ -124,6 +124,48 @@ def test_forbidden_tokens_and_no_noise():
     assert (noisy.sampled % 2 == 1).all()
 
 
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_log_probability_of_the_argmax(cap):
+    for scale in (0.01, 4.0, 200.0):
+        result = sampler.vocabulary_pass(random_logits(9, 257, scale=scale), cap=cap, temperature=torch.ones(9), noise=None)
+        torch.testing.assert_close(result.logprob, result.processed.log_softmax(dim=-1).amax(dim=-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_bias_is_added_after_the_cap_before_the_temperature(cap):
+    raw, noise = random_logits(9, 63, scale=40), random_logits(9, 63, scale=1.0, seed=1)
+    temperature = torch.linspace(0.4, 0.8, 9)
+    dense = torch.zeros(9, 63)
+    dense[2:5, 7], dense[2:5, 60], dense[8, 0] = 1.5, -100, 100
+    bias = [
+        sampler.LogitBias(2, 5, torch.tensor([7, 60]), torch.tensor([1.5, -100])),
+        sampler.LogitBias(5, 8, torch.tensor([], dtype=torch.int64), torch.tensor([])),
+        sampler.LogitBias(8, 9, torch.tensor([0]), torch.tensor([100.0])),
+    ]
+    result = sampler.vocabulary_pass(raw, cap=cap, temperature=temperature, noise=noise, bias=bias)
+    processed = (sampler.soft_cap(raw, cap) + dense) / temperature[:, None]
+    assert torch.equal(result.processed, processed)
+    assert torch.equal(result.argmax, processed.argmax(dim=-1))
+    assert torch.equal(result.sampled, (processed + noise).argmax(dim=-1))
+    assert result.entropy.isfinite().all() and result.logprob.isfinite().all()
+    torch.testing.assert_close(result.entropy, oracle_entropy(processed.double()).float(), **ENTROPY_TOLERANCE)
+    plain = sampler.vocabulary_pass(raw, cap=cap, temperature=temperature, noise=noise)
+    for biased, unbiased in zip(result, plain, strict=True):
+        assert torch.equal(biased[[0, 1, 5, 6, 7]], unbiased[[0, 1, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9])
+def test_blocks_of_rows_change_nothing(num_rows, monkeypatch):
+    """The smallest blocks against one of everything, with a bias that begins and ends within blocks."""
+    raw, noise, temperature = random_logits(num_rows, 257), random_logits(num_rows, 257, seed=1), torch.full((num_rows,), 0.7)
+    bias = [sampler.LogitBias(num_rows // 3, num_rows - 1, torch.tensor([3, 250]), torch.tensor([9.0, -9.0]))]
+    of_one = sampler.vocabulary_pass(raw, cap=30.0, temperature=temperature, noise=noise, bias=bias)
+    monkeypatch.setattr(sampler, "_CPU_BLOCK_LOGITS", 1)
+    of_many = sampler.vocabulary_pass(raw, cap=30.0, temperature=temperature, noise=noise, bias=bias)
+    for whole, blocks in zip(of_one, of_many, strict=True):
+        assert torch.equal(whole, blocks)
+
+
 def test_equal_logits_give_the_first_token():
     logits = torch.zeros(2, 257)
     logits[1, [100, 200]] = 1

@@ -38,6 +38,9 @@ def test_values_are_normalised():
     assert type(config.max_tokens) is type(config.seed) is int
     assert type(config.temperature) is type(config.t_max) is float
     assert SamplingConfig(stop=["a", "b"]).stop == ("a", "b")
+    biased = SamplingConfig(logit_bias={7: -100, np.int32(5): 2})
+    assert biased.logit_bias == ((7, -100.0), (5, 2.0)) and type(biased.logit_bias[0][1]) is float
+    assert dataclasses.replace(biased, seed=1).logit_bias == biased.logit_bias
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
 
@@ -50,6 +53,14 @@ def test_values_are_normalised():
         ("temperature", 0.01),
         ("temperature", 100),
         ("t_min", 0),
+        ("top_k", -1),
+        ("top_k", 2**31 - 1),
+        ("top_p", 0),
+        ("top_p", 1),
+        ("min_p", 0),
+        ("min_p", 1),
+        ("logit_bias", ((0, -100.0), (2**31 - 1, 100.0))),
+        ("logit_bias", ()),
         ("seed", 0),
         ("max_denoising_steps", 1),
         ("entropy_bound", 0),
@@ -68,6 +79,9 @@ EXPECTED = {
     "temperature": "0 (greedy) or a finite number from 0.01 to 100",
     "t_min": "a finite number from 0 to 100",
     "t_max": "a finite number from 0.01 to 100",
+    "top_k": "an integer from -1 to 2147483647",
+    "top_p": "a finite number from 0 to 1",
+    "min_p": "a finite number from 0 to 1",
     "seed": "an integer from 0 to 18446744073709551615",
     "stop": "a non-empty string or a list of them",
     "max_denoising_steps": "an integer from 1 to 65536",
@@ -76,12 +90,17 @@ EXPECTED = {
     "confidence_threshold": "a finite number of at least 0",
     "ignore_eos": "true or false",
     "skip_special_tokens": "true or false",
+    "logprobs": "true or false",
+    "top_logprobs": "an integer from 0 to 20",
 }
 REFUSED = {
     "max_tokens": [0, -1, 2**31, 1.0, True, "5", [1]],
     "temperature": [-0.1, 0.005, 101, math.nan, math.inf, -math.inf, True, "1", None, 10**400],
     "t_min": [-1, math.nan, 101, False],
     "t_max": [0, 0.001, math.inf, "0.8"],
+    "top_k": [-2, 2**31, 1.5, True, "5", None],
+    "top_p": [-0.1, 1.0001, math.nan, True, "1", None],
+    "min_p": [-1e-9, 1.1, math.inf, False, None],
     "seed": [-1, 2**64, 1.5, True, "7"],
     "stop": ["", [""], ["a", 1], 5, {"a": 1}, None],
     "max_denoising_steps": [0, 65_537, 2.5, True],
@@ -90,6 +109,8 @@ REFUSED = {
     "confidence_threshold": [-1e-9, math.inf, False],
     "ignore_eos": [0, 1, "true", None],
     "skip_special_tokens": [1, "no", None],
+    "logprobs": [1, 0, "true", None],
+    "top_logprobs": [-1, 21, 5.0, True, None],
 }
 
 
@@ -113,6 +134,31 @@ def test_refused_stop_token_ids(value, message):
 
 
 @pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (5, "logit_bias: got 5, expected an object of token ids and numbers"),
+        ([], "logit_bias: got [], expected an object of token ids and numbers"),
+        (None, "logit_bias: got None, expected an object of token ids and numbers"),
+        ((1, 2), "logit_bias: got (1, 2), expected an object of token ids and numbers"),
+        ({"5": 1}, "logit_bias: got '5', expected an integer from 0 to 2147483647"),
+        ({-1: 1}, "logit_bias: got -1, expected an integer from 0 to 2147483647"),
+        ({True: 1}, "logit_bias: got True, expected an integer from 0 to 2147483647"),
+        ({5: 100.5}, "logit_bias of token id 5: got 100.5, expected a finite number from -100 to 100"),
+        ({5: -math.inf}, "logit_bias of token id 5: got -inf, expected a finite number from -100 to 100"),
+        ({5: None}, "logit_bias of token id 5: got None, expected a finite number from -100 to 100"),
+        (((5, 1), (5, 2)), "logit_bias: got token id 5 twice, expected once"),
+    ],
+)
+def test_refused_logit_bias(value, message):
+    assert refusal(SamplingConfig, logit_bias=value) == message
+
+
+def test_top_logprobs_need_logprobs():
+    assert refusal(SamplingConfig, top_logprobs=5) == "top_logprobs: got 5 without logprobs; set logprobs to true"
+    assert SamplingConfig(top_logprobs=0) == SamplingConfig()
+
+
+@pytest.mark.parametrize(
     ("mapping", "expected"),
     [
         ({}, {}),
@@ -126,7 +172,16 @@ def test_refused_stop_token_ids(value, message):
         ({"stop": "x"}, {"stop": ("x",)}),
         ({"stop_words": ["x", "y"]}, {"stop": ("x", "y")}),
         ({"stop_token_ids": ["3", 4]}, {"stop_token_ids": (3, 4)}),
-        (dict.fromkeys((*EXPECTED, "max_new_tokens", "stop_words", "logprobs", "n")), {}),
+        ({"top_k": "40", "top_p": "0.9", "min_p": "0.05"}, {"top_k": 40, "top_p": 0.9, "min_p": 0.05}),
+        ({"top_k": -1, "top_p": 1, "min_p": 0, "logit_bias": {}}, {"top_k": -1}),
+        ({"logit_bias": {"5": -100, " 6": "1.5", 7: 2}}, {"logit_bias": {5: -100, 6: 1.5, 7: 2}}),
+        ({"logprobs": True}, {"logprobs": True}),
+        ({"logprobs": "true", "top_logprobs": "5"}, {"logprobs": True, "top_logprobs": 5}),
+        ({"logprobs": 5}, {"logprobs": True, "top_logprobs": 5}),
+        ({"logprobs": "5", "top_logprobs": 5}, {"logprobs": True, "top_logprobs": 5}),
+        ({"logprobs": 0}, {"logprobs": True}),
+        ({"logprobs": "False", "top_logprobs": 0}, {}),
+        (dict.fromkeys((*EXPECTED, "max_new_tokens", "stop_words", "logit_bias", "n")), {}),
         ({"max_tokens": None, "max_new_tokens": 3}, {"max_tokens": 3}),
     ],
 )
@@ -147,15 +202,9 @@ def test_from_mapping(mapping, expected):
         ("frequency_penalty", [0, 0.0, "0.0"], [0.1, False]),
         ("presence_penalty", [0], [-1]),
         ("repetition_penalty", [1.0], [1.1]),
-        ("top_k", [0, -1, "-1"], [1, 50, math.nan]),
-        ("top_p", [1, 1.0, "1.0"], [0.95]),
-        ("min_p", [0.0], [0.05]),
         ("typical_p", [1.0], [0.5]),
         ("min_tokens", [0], [1]),
-        ("logit_bias", [{}, None], [{"5": 1}, []]),
         ("bad_words", [[]], [["a"]]),
-        ("logprobs", [False, "false", None], [True, 0, 5]),
-        ("top_logprobs", [0], [5]),
         ("prompt_logprobs", [None], [0, False]),
         ("include_stop_str_in_output", [False], [True]),
     ],
@@ -172,7 +221,7 @@ def test_unsupported_parameters(name, neutral, refused):
     ("mapping", "message"),
     [
         ([], "sampling parameters: got [], expected a JSON object"),
-        ({"n": 2, "top_k": 5, "top_p": 1}, "n=2, top_k=5: not supported by this server; remove it"),
+        ({"n": 2, "min_tokens": 5, "best_of": 1}, "n=2, min_tokens=5: not supported by this server; remove it"),
         ({"foo": 1}, f"unknown sampling parameter 'foo'; expected {NAMES}"),
         (
             {"temprature": 1, "zzz": 2, "max_token": 3, "seed": 4},
@@ -188,6 +237,14 @@ def test_unsupported_parameters(name, neutral, refused):
         ({"temperature": "hot"}, "temperature: got 'hot', expected 0 (greedy) or a finite number from 0.01 to 100"),
         ({"temperature": "nan"}, "temperature: got nan, expected 0 (greedy) or a finite number from 0.01 to 100"),
         ({"ignore_eos": "yes"}, "ignore_eos: got 'yes', expected true or false"),
+        ({"top_p": "most"}, "top_p: got 'most', expected a finite number from 0 to 1"),
+        ({"logit_bias": []}, "logit_bias: got [], expected an object of token ids and numbers"),
+        ({"logit_bias": {"the": 1}}, "logit_bias: got 'the', expected an integer from 0 to 2147483647"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias: got token id 5 twice, expected once"),
+        ({"logprobs": 21}, "top_logprobs: got 21, expected an integer from 0 to 20"),
+        ({"logprobs": "many"}, "logprobs: got 'many', expected true or false"),
+        ({"logprobs": 3, "top_logprobs": 4}, "logprobs=3 and top_logprobs=4: differ; give one number"),
+        ({"logprobs": False, "top_logprobs": 4}, "top_logprobs: got 4 without logprobs; set logprobs to true"),
         ({"stop_words": ["a\nb", 3]}, "stop: got ['a\\nb', 3], expected a non-empty string or a list of them"),
     ],
 )
@@ -202,6 +259,10 @@ def test_resolve_takes_the_defaults():
         t_min=0.4,
         t_max=0.8,
         greedy=False,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        logit_bias=(),
         entropy_bound=0.2,
         stability_threshold=2,
         confidence_threshold=0.01,
@@ -210,6 +271,8 @@ def test_resolve_takes_the_defaults():
         stop_token_ids=(),
         eos_token_ids=(1, 106, 50),
         skip_special_tokens=True,
+        logprobs=False,
+        top_logprobs=0,
     )
 
 
@@ -219,6 +282,10 @@ def test_resolve_prefers_the_request():
         temperature=0.5,
         t_min=0.2,
         t_max=1.0,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.05,
+        logit_bias={5: -100},
         seed=0,
         stop="x",
         stop_token_ids=[7],
@@ -228,6 +295,8 @@ def test_resolve_prefers_the_request():
         stability_threshold=0,
         confidence_threshold=0.0,
         skip_special_tokens=False,
+        logprobs=True,
+        top_logprobs=3,
     )
     assert config.resolve(DEFAULTS) == ResolvedSampling(
         max_tokens=9999,
@@ -235,6 +304,10 @@ def test_resolve_prefers_the_request():
         t_min=0.1,
         t_max=0.5,
         greedy=False,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.05,
+        logit_bias=((5, -100.0),),
         entropy_bound=0.0,
         stability_threshold=0,
         confidence_threshold=0.0,
@@ -243,12 +316,26 @@ def test_resolve_prefers_the_request():
         stop_token_ids=(7,),
         eos_token_ids=(),
         skip_special_tokens=False,
+        logprobs=True,
+        top_logprobs=3,
     )
+    assert SamplingConfig(top_k=-1).resolve(DEFAULTS).top_k == 0
 
 
 def test_greedy_keeps_the_temperature_schedule():
     resolved = SamplingConfig(temperature=0, seed=1).resolve(DEFAULTS)
     assert (resolved.greedy, resolved.t_min, resolved.t_max) == (True, 0.4, 0.8)
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 1}, {"top_p": 0}, {"min_p": 1}, {"top_k": 1, "top_p": 0.5, "min_p": 0.5}], ids=str
+)
+def test_filters_that_leave_one_token_are_greedy(filters):
+    """At the temperature that the request asks for; there is nothing left to filter."""
+    resolved = SamplingConfig(temperature=0.5, seed=1, **filters).resolve(DEFAULTS)
+    assert (resolved.greedy, resolved.t_min, resolved.t_max) == (True, 0.2, 0.4)
+    assert (resolved.top_k, resolved.top_p, resolved.min_p) == (0, 1.0, 0.0)
+    assert not SamplingConfig(temperature=0.5, top_k=2, top_p=0.01, min_p=0.99).resolve(DEFAULTS).greedy
 
 
 def test_a_seed_is_drawn_for_each_request():

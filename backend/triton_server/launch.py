@@ -13,7 +13,6 @@ A server runs from a staging directory, removed when it stops:
 import http.client
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -27,6 +26,8 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+
+from backend.triton_server.model_config import Instances, ModelConfigError, changed_config
 
 MODEL_NAME = "diffusiongemma"
 MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -43,7 +44,8 @@ class TritonServer:
     """A running server with one model, stopped when the `with` block ends. Entering waits until the model is ready.
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
-    parameters. A model may take `start_timeout_s` to load; a request may go on for `exit_timeout_s` after the stop began.
+    parameters, `instances` its instance group. A model may take `start_timeout_s` to load; a request may go on for
+    `exit_timeout_s` after the stop began.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class TritonServer:
         http_port: int = 8000,
         metrics_port: int = 8002,
         parameters: Mapping[str, str] | None = None,
+        instances: Instances | None = None,
         start_timeout_s: float = 1800.0,
         exit_timeout_s: int = 10,
     ):
         self._model_dir = Path(model_repository).resolve() / MODEL_NAME
         self._parameters = dict(parameters or {})
+        self._instances = instances
         if engine_dir is not None:
             self._parameters["engine_dir"] = str(Path(engine_dir).resolve())
         self._host = host
@@ -103,7 +107,7 @@ class TritonServer:
         try:
             self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
             stage_backend(self._staging / "backends" / "python")
-            stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters)
+            stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
             self._ports = _free_ports(self._host, self._ports)
             self._start()
             self._wait_until_ready()
@@ -207,8 +211,9 @@ def stage_backend(directory: Path) -> None:
         )
 
 
-def stage_model(source: Path, target: Path, parameters: Mapping[str, str]) -> None:
-    """Makes `target` the model in `source` with other `parameters`. A relative engine_dir still starts at `source`.
+def stage_model(source: Path, target: Path, parameters: Mapping[str, str], instances: Instances | None = None) -> None:
+    """Makes `target` the model in `source` with other `parameters` and `instances`. A relative engine_dir still starts at
+    `source`.
 
     Raises ServerError if `source` is no model or has no such parameter.
     """
@@ -216,18 +221,12 @@ def stage_model(source: Path, target: Path, parameters: Mapping[str, str]) -> No
         raise ServerError(
             f"model repository: {source} has no config.pbtxt, expected the model {MODEL_NAME}; pass --model-repository"
         )
-    text = (source / "config.pbtxt").read_text()
-    given = _parameter("engine_dir").search(text)
-    engine_dir = parameters.get("engine_dir") or (json.loads(given["value"]) if given else "")
-    for name, value in {**parameters, "engine_dir": str(source / engine_dir)}.items():
-        # A lambda, because a replacement text would have its backslashes read as group numbers.
-        text, count = _parameter(name).subn(
-            lambda match, value=value: match["key"] + json.dumps(value, ensure_ascii=False), text
-        )
-        if count != 1:
-            raise ServerError(f"{source / 'config.pbtxt'}: got {count} parameters {name}, expected one; see the file")
+    try:
+        text = changed_config(source / "config.pbtxt", parameters, instances)
+    except ModelConfigError as error:
+        raise ServerError(str(error)) from None
     target.mkdir(parents=True)
-    (target / "config.pbtxt").write_text(text)
+    (target / "config.pbtxt").write_text(text, encoding="utf-8")
     for version in source.iterdir():
         if version.is_dir() and version.name.isdecimal():
             (target / version.name).symlink_to(version)
@@ -238,7 +237,6 @@ def failure_reason(log: str) -> str:
     patterns = (
         # What the model raised, without the traceback that follows it in the same line
         r"failed to load '.*?' version \d+: (?:Internal: )?(?:[\w.]+(?:Error|Exception): )?(.*?)(?:\\n|\"$)",
-        r"Error parsing text-format inference\.ModelConfig: (.*)",
         r"Poll failed for model directory (.*?)\"?$",
         r"failed to start (\w+ service: .*?)\s*\"?$",
         r"^error: (.*)",
@@ -248,10 +246,6 @@ def failure_reason(log: str) -> str:
         if match := re.search(pattern, log, re.MULTILINE):
             return match[1]
     return log.strip().rpartition("\n")[2] or "its log is empty"
-
-
-def _parameter(name: str) -> re.Pattern:
-    return re.compile(rf'(?P<key>key:\s*"{re.escape(name)}"\s*value:?\s*{{\s*string_value:\s*)(?P<value>"(?:[^"\\]|\\.)*")')
 
 
 def _check_environment() -> None:

@@ -3,15 +3,25 @@
 | input                   | dtype, shape | meaning                                                                         |
 |-------------------------|--------------|---------------------------------------------------------------------------------|
 | text_input              | STRING [1]   | the prompt as it is, no chat template                                           |
-| input_ids               | INT32 [-1]   | the prompt as token ids; exactly one of text_input and input_ids                |
+| messages                | STRING [1]   | a JSON list of chat messages, OpenAI's form; the chat template makes the prompt |
+| input_ids               | INT32 [-1]   | the prompt as token ids; exactly one of text_input, messages and input_ids      |
+| tools                   | STRING [1]   | with messages: a JSON list of tools, OpenAI's form                              |
+| tool_choice             | STRING [1]   | with tools: auto (the default), none, required, or a JSON object that names one |
+| chat_template_kwargs    | STRING [1]   | with messages: a JSON object of variables for the template, enable_thinking ... |
 | stream                  | BOOL [1]     | one response a canvas (true) or one response in all (false, the default)        |
+| return_drafts           | BOOL [1]     | with stream: responses with draft_text between those with text (default false)  |
 | sampling_parameters     | STRING [1]   | a JSON object, keys as in `SamplingConfig`                                      |
 | max_tokens              | INT32 [1]    | `SamplingConfig.max_tokens`                                                     |
 | temperature             | FP32 [1]     | `SamplingConfig.temperature`                                                    |
+| top_k                   | INT32 [1]    | `SamplingConfig.top_k`                                                          |
+| top_p                   | FP32 [1]     | `SamplingConfig.top_p`                                                          |
 | seed                    | UINT64 [1]   | `SamplingConfig.seed`                                                           |
 | stop_words              | STRING [-1]  | `SamplingConfig.stop`                                                           |
+| return_logprobs         | BOOL [1]     | `SamplingConfig.logprobs`                                                       |
 | exclude_input_in_output | BOOL [1]     | false: the first response opens with the prompt in the form it came in,         |
 |                         |              | text_input before text_output, input_ids before output_ids (default true)       |
+| return_finish_reason, return_num_input_tokens,   | BOOL [1] | false: responses come without that output (default true)   |
+| return_num_output_tokens                         |          |                                                            |
 
 A sampling parameter is taken from its own tensor, else from sampling_parameters, else from the request's parameters, else
 from the checkpoint. The request's parameters are also where `/generate` puts JSON keys that are not inputs.
@@ -19,11 +29,14 @@ from the checkpoint. The request's parameters are also where `/generate` puts JS
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from backend.chat.answer import AnswerFormat
+from backend.chat.messages import chat_request
+from backend.chat.template import ChatTemplate
 from backend.errors import RequestError
 from backend.parameters import shown
 from backend.sampling_config import SamplingConfig, canonical
@@ -31,13 +44,18 @@ from backend.sampling_config import SamplingConfig, canonical
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What one client asks for. `timeout_s` runs from the moment the request reaches the model."""
+    """What one client asks for. answer: how to read a chat's answer; None for a prompt that is no chat, whose text comes as it
+    is. drafts: canvases that are not finished are sent too. omitted: outputs that the client does not want. timeout_s runs from
+    the moment the request reaches the model."""
 
     request_id: str
     prompt: str | list[int]
     sampling: SamplingConfig
+    answer: AnswerFormat | None = None
     stream: bool = False
+    drafts: bool = False
     echo_prompt: bool = False
+    omitted: frozenset[str] = frozenset()
     timeout_s: float | None = None
 
 
@@ -55,26 +73,38 @@ class InferenceRequest(Protocol):
     def request_id(self) -> str: ...
 
 
-def parse_request(request: InferenceRequest) -> GenerationRequest:
+def parse_request(request: InferenceRequest, template: ChatTemplate | None = None) -> GenerationRequest:
     """Reads every input and parameter of a request. Raises RequestError INVALID_ARGUMENT with one line."""
     values = {tensor.name(): READERS[tensor.name()](tensor.name(), tensor.as_numpy()) for tensor in request.inputs()}
     parameters, timeout_s = _request_parameters(request)
     tensors = {_SAMPLING_KEYS[name]: value for name, value in values.items() if name in _SAMPLING_KEYS}
+    sampling = SamplingConfig.from_mapping(
+        {**canonical(parameters), **canonical(values.get("sampling_parameters", {})), **tensors}
+    )
+    prompt, answer = _prompt(values, template, sampling)
+    if values.get("return_drafts") and not values.get("stream"):
+        raise RequestError("INVALID_ARGUMENT", "return_drafts: got true without stream; set stream to true")
     return GenerationRequest(
         request_id=request.request_id(),
-        prompt=_prompt(values),
-        sampling=SamplingConfig.from_mapping(
-            {**canonical(parameters), **canonical(values.get("sampling_parameters", {})), **tensors}
-        ),
+        prompt=prompt,
+        # The tags in a chat's answer are special tokens; what is none of the answer is dropped when the answer is read.
+        sampling=replace(sampling, skip_special_tokens=False) if answer else sampling,
+        answer=answer,
         stream=values.get("stream", False),
+        drafts=values.get("return_drafts", False),
         echo_prompt=not values.get("exclude_input_in_output", True),
+        omitted=frozenset(output for name, output in _RETURNED.items() if not values.get(name, True)),
         timeout_s=timeout_s,
     )
 
 
 def parse_json_object(name: str, text: str) -> dict[str, Any]:
     """The JSON object in `text`. Raises RequestError INVALID_ARGUMENT if it is anything else or repeats a key."""
-    expected = 'expected a JSON object like {"max_tokens": 64}'
+    return _parsed_json(name, text, dict, 'a JSON object like {"max_tokens": 64}')
+
+
+def _parsed_json(name: str, text: str, kind: type, wanted: str) -> Any:
+    expected = f"expected {wanted}"
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -82,19 +112,39 @@ def parse_json_object(name: str, text: str) -> dict[str, Any]:
         raise RequestError("INVALID_ARGUMENT", f"{name}: got {reason}: {shown(text)}; {expected}") from None
     except (ValueError, RecursionError) as error:
         raise RequestError("INVALID_ARGUMENT", f"{name}: got {error}; {expected}") from None
-    if not isinstance(value, dict):
+    if not isinstance(value, kind):
         raise RequestError("INVALID_ARGUMENT", f"{name}: got {shown(text)}; {expected}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("INVALID_ARGUMENT", f"{name}: got half of a surrogate pair, which is no character") from None
     return value
 
 
-def _prompt(values: Mapping[str, Any]) -> str | list[int]:
-    given = [name for name in ("text_input", "input_ids") if name in values]
+def _prompt(
+    values: Mapping[str, Any], template: ChatTemplate | None, sampling: SamplingConfig
+) -> tuple[str | list[int], AnswerFormat | None]:
+    given = [name for name in _PROMPTS if name in values]
     if len(given) != 1:
-        got = "both" if given else "neither"
+        got = " and ".join(given) or "none"
+        raise RequestError("INVALID_ARGUMENT", f"prompt: got {got}, expected exactly one of the inputs {', '.join(_PROMPTS)}")
+    if given != ["messages"]:
+        _refuse_without_messages([name for name in ("tools", "tool_choice", "chat_template_kwargs") if name in values])
+        return values[given[0]], None
+    if not values.get("exclude_input_in_output", True):
         raise RequestError(
-            "INVALID_ARGUMENT", f"prompt: got {got}, expected exactly one of the inputs text_input and input_ids"
+            "INVALID_ARGUMENT", "exclude_input_in_output: got false with messages, expected true; a chat is not echoed"
         )
-    return values[given[0]]
+    if template is None:
+        raise RequestError("INVALID_ARGUMENT", "messages: this model has no chat template; send text_input or input_ids")
+    parts = (values.get(name) for name in ("messages", "tools", "tool_choice", "chat_template_kwargs"))
+    chat = template.prompt(chat_request(*parts), keep_special_tokens=not sampling.skip_special_tokens)
+    return chat.text, chat.form
+
+
+def _refuse_without_messages(names: list[str]) -> None:
+    if names:
+        raise RequestError("INVALID_ARGUMENT", f"{', '.join(names)}: given without messages; send messages, or remove it")
 
 
 def _request_parameters(request: InferenceRequest) -> tuple[dict[str, Any], float | None]:
@@ -127,6 +177,15 @@ def _json(name: str, array: np.ndarray) -> dict[str, Any]:
     return parse_json_object(name, _string(name, array))
 
 
+def _json_list(name: str, array: np.ndarray) -> list:
+    return _parsed_json(name, _string(name, array), list, "a JSON list of objects")
+
+
+def _tool_choice(name: str, array: np.ndarray) -> str | dict[str, Any]:
+    text = _string(name, array)
+    return parse_json_object(name, text) if text.lstrip().startswith("{") else text
+
+
 def _integers(name: str, array: np.ndarray) -> list[int]:
     return array.reshape(-1).tolist()
 
@@ -142,17 +201,34 @@ def _decimal(name: str, array: np.ndarray) -> float:
 
 READERS: dict[str, Callable[[str, np.ndarray], Any]] = {
     "text_input": _string,
+    "messages": _json_list,
     "input_ids": _integers,
+    "tools": _json_list,
+    "tool_choice": _tool_choice,
+    "chat_template_kwargs": _json,
     "stream": _scalar,
+    "return_drafts": _scalar,
     "sampling_parameters": _json,
     "max_tokens": _scalar,
     "temperature": _decimal,
+    "top_k": _scalar,
+    "top_p": _decimal,
     "seed": _scalar,
     "stop_words": _strings,
+    "return_logprobs": _scalar,
+    "return_finish_reason": _scalar,
+    "return_num_input_tokens": _scalar,
+    "return_num_output_tokens": _scalar,
     "exclude_input_in_output": _scalar,
 }
 
-_SAMPLING_KEYS = {"max_tokens": "max_tokens", "temperature": "temperature", "seed": "seed", "stop_words": "stop"}
+_PROMPTS = ("text_input", "messages", "input_ids")
+_SAMPLING_KEYS = {name: name for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")} | {
+    "stop_words": "stop",
+    "return_logprobs": "logprobs",
+}
+# Input → the output that it asks for.
+_RETURNED = {f"return_{name}": name for name in ("finish_reason", "num_input_tokens", "num_output_tokens")}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

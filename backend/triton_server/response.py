@@ -1,28 +1,43 @@
 """`CanvasOutput`s → the inference responses of one request.
 
-| output            | dtype, shape | meaning                                                                          |
-|-------------------|--------------|----------------------------------------------------------------------------------|
-| text_output       | STRING [1]   | the new text since the last response                                             |
-| finish_reason     | STRING [1]   | empty until the last response with data; then stop, length or cancelled          |
-| num_input_tokens  | UINT32 [1]   | tokens of the prompt                                                             |
-| num_output_tokens | UINT32 [1]   | new tokens in this response                                                      |
-| output_ids        | INT32 [-1]   | the new tokens                                                                   |
-| canvas_index      | INT32 [1]    | the canvas that this response ends with, counted from 0                          |
-| num_steps         | INT32 [1]    | denoising steps of this response's canvases                                      |
+| output             | dtype, shape | meaning                                                                         |
+|--------------------|--------------|---------------------------------------------------------------------------------|
+| text_output        | STRING [1]   | the new text since the last response; of a chat, what is neither thought nor    |
+|                    |              | tool call                                                                       |
+| reasoning_output   | STRING [1]   | new text of a chat's thought                                                    |
+| tool_calls         | STRING [1]   | JSON list: a chat's tool calls that became complete, as in OpenAI's messages    |
+| finish_reason      | STRING [1]   | empty until the last response with data; then stop, length, tool_calls or       |
+|                    |              | cancelled                                                                       |
+| num_input_tokens   | UINT32 [1]   | tokens of the prompt                                                            |
+| num_output_tokens  | UINT32 [1]   | new tokens in this response                                                     |
+| num_reasoning_tokens | UINT32 [1] | of these, the tokens of a chat's thought                                        |
+| output_ids         | INT32 [-1]   | the new tokens                                                                  |
+| canvas_index       | INT32 [1]    | the canvas that this response ends with, counted from 0                         |
+| num_steps          | INT32 [1]    | denoising steps of this response's canvases                                     |
+| draft_text         | STRING [1]   | only with return_drafts: what text_output and reasoning_output would be, if the |
+|                    |              | canvas were finished at this step; the next response replaces it                |
+| token_logprobs     | FP32 [-1]    | on request: log probabilities of the new tokens                                 |
+| cumulative_logprob | FP32 [1]     | on request: their sum over the whole result so far                              |
+| logprobs           | STRING [1]   | on request: JSON list, one entry a new token, as in OpenAI's chat completions   |
 
-After the last data comes an empty response with the FINAL flag. An error is one response, with the flag.
+A response with draft_text has besides it canvas_index, num_steps (the canvas's so far), and text_output and finish_reason,
+which are empty. After the last data comes an empty response with the FINAL flag. An error is one response, with the flag.
 Imports only inside the Python backend of a Triton server.
 """
 
+import json
 import time
-from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer
 
+from backend.chat.answer import AnswerDelta, AnswerParser, joined
+from backend.chat.logprobs import described_logprobs
+from backend.chat.reasoning import ThoughtTokens
 from backend.errors import RequestError
-from backend.scheduler import CanvasOutput
+from backend.job import CanvasOutput, DraftOutput
 from backend.triton_server.request import GenerationRequest
 
 # Triton's codes by ours, the best first: releases differ in what they have, and none has a deadline.
@@ -42,26 +57,34 @@ class Answer:
     way. `handle` is the service's name for the request, None until the service has given one.
     """
 
-    def __init__(self, sender, request: GenerationRequest):
+    def __init__(self, sender, request: GenerationRequest, tokenizer: Tokenizer):
         self._sender = sender
         self._request = request
-        self._held_back: list[CanvasOutput] = []
+        self._tokenizer = tokenizer
+        self._parser = AnswerParser(request.answer) if request.answer else None
+        self._thought_tokens = ThoughtTokens(tokenizer, in_thought=request.answer.in_thought) if request.answer else None
+        self._held_back: list[tuple[CanvasOutput, AnswerDelta]] = []
         self._num_sent = 0
+        self._cumulative_logprob = 0.0
         self._deadline_s = time.monotonic() + request.timeout_s if request.timeout_s else None
         self.handle: int | None = None
         self.finished = False
 
-    def add(self, output: CanvasOutput) -> None:
+    def add(self, output: CanvasOutput | DraftOutput) -> None:
         """Sends the output, or holds it back until the last one when the client does not stream."""
         if self.finished:
             return
-        self._held_back.append(output)
-        if self._request.stream or output.finish_reason:
-            echo = self._request.prompt if self._request.echo_prompt and not self._num_sent else ""
-            self._sender.send(pb_utils.InferenceResponse(_tensors(self._held_back, echo)))
+        if isinstance(output, DraftOutput):
+            self._sender.send(pb_utils.InferenceResponse(self._draft_tensors(output)))
+            return
+        is_last = bool(output.finish_reason)
+        delta = self._parser.push(output.text, last=is_last) if self._parser else AnswerDelta(text=output.text)
+        self._held_back.append((output, delta))
+        if self._request.stream or is_last:
+            self._sender.send(pb_utils.InferenceResponse(self._tensors()))
             self._num_sent += 1
             self._held_back = []
-        if output.finish_reason:
+        if is_last:
             self.finish()
 
     def fail(self, error: RequestError) -> None:
@@ -90,36 +113,78 @@ class Answer:
             return RequestError("CANCELLED", "request: cancelled by the client")
         return None
 
+    def _tensors(self) -> list:
+        """The output tensors of one response, which covers the canvases held back."""
+        outputs = [output for output, _ in self._held_back]
+        delta = joined(delta for _, delta in self._held_back)
+        last = outputs[-1]
+        token_ids = list(chain.from_iterable(output.token_ids for output in outputs))
+        echo = self._request.prompt if self._request.echo_prompt and not self._num_sent else ""
+        echo_text, echo_ids = (echo, []) if isinstance(echo, str) else ("", echo)
+        values = {
+            "text_output": echo_text + delta.text,
+            "reasoning_output": delta.reasoning,
+            "tool_calls": json.dumps([call.as_message() for call in delta.tool_calls], ensure_ascii=False),
+            "finish_reason": self._finish_reason(last),
+            "num_input_tokens": np.array([last.num_prompt_tokens], np.uint32),
+            "num_output_tokens": np.array([len(token_ids)], np.uint32),
+            "num_reasoning_tokens": np.array([self._num_thought_tokens(token_ids)], np.uint32),
+            "output_ids": np.array(echo_ids + token_ids, np.int32),
+            "canvas_index": np.array([last.canvas_index], np.int32),
+            "num_steps": np.array([sum(output.num_steps for output in outputs)], np.int32),
+        }
+        if self._request.sampling.logprobs:
+            values |= self._logprobs(outputs, token_ids)
+        return [
+            _string(name, value) if isinstance(value, str) else pb_utils.Tensor(name, value)
+            for name, value in values.items()
+            if name not in self._request.omitted
+        ]
+
+    def _draft_tensors(self, draft: DraftOutput) -> list:
+        text = draft.text
+        if self._parser:
+            delta = self._parser.preview(draft.text)
+            text = delta.reasoning + delta.text
+        return [
+            _string("text_output", ""),
+            _string("finish_reason", ""),
+            _string("draft_text", text),
+            pb_utils.Tensor("canvas_index", np.array([draft.canvas_index], np.int32)),
+            pb_utils.Tensor("num_steps", np.array([draft.step], np.int32)),
+        ]
+
+    def _num_thought_tokens(self, token_ids: list[int]) -> int:
+        return self._thought_tokens.count(token_ids) if self._thought_tokens else 0
+
+    def _finish_reason(self, output: CanvasOutput) -> str:
+        reason = self._parser.finish_reason(output.finish_reason) if self._parser else output.finish_reason
+        return reason or ""
+
+    def _logprobs(self, outputs: list[CanvasOutput], token_ids: list[int]) -> dict:
+        logprobs = list(chain.from_iterable(output.logprobs or [] for output in outputs))
+        tops = list(chain.from_iterable(output.top_logprobs or [] for output in outputs))
+        self._cumulative_logprob += sum(logprobs)
+        described = described_logprobs(self._tokenizer, token_ids, logprobs, tops)
+        return {
+            "token_logprobs": np.array(logprobs, np.float32),
+            "cumulative_logprob": np.array([self._cumulative_logprob], np.float32),
+            "logprobs": json.dumps(described, ensure_ascii=False),
+        }
+
 
 def send_error(sender, request_id: str, error: RequestError) -> None:
     """Ends a request with one error response, which is final.
 
-    The id is in the message because the Python client reports stream errors without one.
+    The id and the code are in the message because clients of a stream get errors without them.
     """
-    prefix = f"[request id: {request_id}] " if request_id else ""
+    prefix = (f"[request id: {request_id}] " if request_id else "") + f"[{error.code}] "
     line = " ".join(f"{prefix}{error}".split()).encode(errors="backslashreplace").decode()
     code = next(
         getattr(pb_utils.TritonError, name) for name in _TRITON_CODES[error.code] if hasattr(pb_utils.TritonError, name)
     )
     response = pb_utils.InferenceResponse(error=pb_utils.TritonError(line, code))
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-def _tensors(outputs: Sequence[CanvasOutput], echo: str | list[int]) -> list:
-    """The output tensors of one response, which covers one or more canvases. `echo` is the prompt to open it with."""
-    last = outputs[-1]
-    text = "".join(output.text for output in outputs)
-    token_ids = list(chain.from_iterable(output.token_ids for output in outputs))
-    echo_text, echo_ids = (echo, []) if isinstance(echo, str) else ("", echo)
-    return [
-        _string("text_output", echo_text + text),
-        _string("finish_reason", last.finish_reason or ""),
-        pb_utils.Tensor("num_input_tokens", np.array([last.num_prompt_tokens], np.uint32)),
-        pb_utils.Tensor("num_output_tokens", np.array([len(token_ids)], np.uint32)),
-        pb_utils.Tensor("output_ids", np.array(echo_ids + token_ids, np.int32)),
-        pb_utils.Tensor("canvas_index", np.array([last.canvas_index], np.int32)),
-        pb_utils.Tensor("num_steps", np.array([sum(output.num_steps for output in outputs)], np.int32)),
-    ]
 
 
 def _string(name: str, text: str):

@@ -1,0 +1,55 @@
+"""What can never be served is refused before it is queued."""
+
+from collections.abc import Sequence
+
+from backend.errors import RequestError
+from backend.kv_cache import PagedKVCache
+from backend.sampling_config import ResolvedSampling
+from contract.model_config import ModelConfig
+
+
+def most_cached_tokens(num_prompt_tokens: int, max_tokens: int, canvas_length: int, *, commit_last: bool = False) -> int:
+    """Cached tokens that a request may come to: the prompt and its canvases, but the last one unless it is committed too."""
+    canvases = -(-max_tokens // canvas_length)
+    return num_prompt_tokens + (canvases - (not commit_last)) * canvas_length
+
+
+def check_request(
+    model: ModelConfig, cache: PagedKVCache, prompt_ids: Sequence[int], sampling: ResolvedSampling, *, commit_last: bool
+) -> None:
+    """Safe to call from any thread.
+
+    Raises:
+        RequestError INVALID_ARGUMENT: no tokens, one outside the vocabulary, or more than there are positions or pages; a
+            logit_bias outside the vocabulary.
+    """
+    if not prompt_ids:
+        raise RequestError("INVALID_ARGUMENT", "prompt: got no tokens, expected at least one; send a prompt that is not empty")
+    bad = next((token for token in prompt_ids if not 0 <= token < model.vocab_size), None)
+    if bad is not None:
+        raise RequestError("INVALID_ARGUMENT", f"prompt: got token id {bad}, expected 0 to {model.vocab_size - 1}")
+    bad = next((token for token, _ in sampling.logit_bias if token >= model.vocab_size), None)
+    if bad is not None:
+        raise RequestError("INVALID_ARGUMENT", f"logit_bias: got token id {bad}, expected 0 to {model.vocab_size - 1}")
+    if model.image_token_id in prompt_ids:
+        raise RequestError(
+            "INVALID_ARGUMENT",
+            f"prompt: got image token {model.image_token_id}, but images are not supported yet; remove it",
+        )
+    canvases = -(-sampling.max_tokens // model.canvas_length)
+    if len(prompt_ids) + canvases * model.canvas_length > model.max_position_embeddings:
+        raise RequestError(
+            "INVALID_ARGUMENT",
+            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} ({canvases} canvases of "
+            f"{model.canvas_length}), expected at most {model.max_position_embeddings} in all; "
+            "shorten the prompt or lower max_tokens",
+        )
+    num_tokens = most_cached_tokens(len(prompt_ids), sampling.max_tokens, model.canvas_length, commit_last=commit_last)
+    if not cache.fits(num_tokens, when_empty=True):
+        needed, has = cache.pages_needed(num_tokens), cache.num_pages
+        pages = ", ".join(f"{kind} {needed[kind]} of {has[kind]}" for kind in needed)
+        raise RequestError(
+            "INVALID_ARGUMENT",
+            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens}, which need more KV pages than "
+            f"this server has in all ({pages}); shorten the prompt or lower max_tokens",
+        )

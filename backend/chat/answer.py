@@ -1,0 +1,81 @@
+"""The model's text, as it comes → answer, thought and tool calls.
+
+text with tags ──markup──▶ segments ──reasoning──▶ thought
+                               └─────tools──▶ text, tool calls
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backend.chat.markup import TagSet, TagSplitter
+from backend.chat.reasoning import ReasoningParser
+from backend.chat.tools import ToolCall, ToolCallParser
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerDelta:
+    """What more text adds to each part of an answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFormat:
+    """How one answer is to be read.
+
+    tags: the tokenizer's special tokens and the markup. prefill: what the prompt already has of the answer. in_thought: the
+    prompt ends inside a thought. with_tools: tool calls are expected; otherwise a call is text. keep_special_tokens: those that
+    are no markup stay in the text.
+    """
+
+    tags: TagSet
+    prefill: str = ""
+    in_thought: bool = False
+    with_tools: bool = False
+    keep_special_tokens: bool = False
+
+
+class AnswerParser:
+    """One answer's parser. The parts are the same however the text is split into pieces."""
+
+    def __init__(self, form: AnswerFormat):
+        self._splitter = TagSplitter(form.tags)
+        self._reasoning = ReasoningParser(in_thought=form.in_thought)
+        self._tools = ToolCallParser(with_calls=form.with_tools, keep_tags=form.keep_special_tokens)
+        self._num_calls = 0
+        self.push(form.prefill)
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """The reason that generation ended with, or "tool_calls" if it stopped after at least one."""
+        return "tool_calls" if reason == "stop" and self._num_calls else reason
+
+    def push(self, text: str, *, last: bool = False) -> AnswerDelta:
+        """Takes more text, special tokens included; `last` says that there will be no more."""
+        thought, rest = self._reasoning.push(self._splitter.push(text, last=last))
+        answer, calls = self._tools.push(rest, last=last)
+        self._num_calls += len(calls)
+        return AnswerDelta(text=answer, reasoning=thought, tool_calls=tuple(calls))
+
+    def preview(self, text: str) -> AnswerDelta:
+        """What `push(text, last=True)` would add; the parser stays as it is."""
+        other = copy.copy(self)
+        other._splitter, other._reasoning, other._tools = map(copy.copy, (self._splitter, self._reasoning, self._tools))
+        return other.push(text, last=True)
+
+
+def parse_answer(text: str, form: AnswerFormat) -> AnswerDelta:
+    """A whole answer at once."""
+    return AnswerParser(form).push(text, last=True)
+
+
+def joined(deltas: Iterable[AnswerDelta]) -> AnswerDelta:
+    """Several deltas as one."""
+    listed = list(deltas)
+    return AnswerDelta(
+        text="".join(delta.text for delta in listed),
+        reasoning="".join(delta.reasoning for delta in listed),
+        tool_calls=tuple(call for delta in listed for call in delta.tool_calls),
+    )

@@ -1,0 +1,215 @@
+"""What messages, tools and a tool choice may be: the OpenAI form, checked, and made ready for a chat template.
+
+Everything that is refused raises RequestError INVALID_ARGUMENT, one line: where, got, expected.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from backend.errors import RequestError
+from backend.parameters import shown
+
+T = TypeVar("T")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)  # clients send back what they got: refusal, annotations …
+
+
+class TextPart(_Record):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Record):
+    type: Literal["image", "image_url"]
+
+
+Content = str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+
+class SystemMessage(_Record):
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(_Record):
+    role: Literal["user"]
+    content: Content
+
+
+class CalledFunction(_Record):
+    name: str
+    arguments: str | dict[str, Any]  # a JSON object, as text or parsed
+
+
+class MessageToolCall(_Record):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AssistantMessage(_Record):
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+
+
+class ToolMessage(_Record):
+    """The result of a call, named by `tool_call_id` or by the function's `name`."""
+
+    role: Literal["tool"]
+    content: str | list[TextPart] | dict[str, Any]
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class FunctionDefinition(_Record):
+    name: str = Field(pattern=r"^[^\s{}]+$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Record):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(_Record):
+    name: str
+
+
+class NamedToolChoice(_Record):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+_MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
+_TOOLS = TypeAdapter(list[Tool])
+_TOOL_CHOICE = TypeAdapter(Literal["auto", "none", "required"] | NamedToolChoice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A chat to go on with. messages, tools: as the template takes them. required_tool: "" if the model is free to call a tool
+    or not, "*" if it must call some tool, else the name of the one it must call."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    required_tool: str = ""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def chat_request(
+    messages: object, tools: object = None, tool_choice: object = None, template_kwargs: Mapping[str, Any] | None = None
+) -> ChatRequest:
+    """Checks the parts of a chat, parsed from JSON; None is a part that was not given.
+
+    With tool_choice "none" the model is not told of the tools; one tool that must be called is named.
+    """
+    listed = checked("messages", _MESSAGES, messages)
+    offered = checked("tools", _TOOLS, tools) if tools is not None else []
+    choice = checked("tool_choice", _TOOL_CHOICE, tool_choice) if tool_choice is not None else "auto"
+    names = [tool.function.name for tool in offered]
+    required = ""
+    if isinstance(choice, NamedToolChoice):
+        required = choice.function.name
+        if required not in names:
+            _refuse(f"tool_choice: got the function {shown(required)}, expected one of tools, {names}")
+    elif choice == "required":
+        if not names:
+            _refuse("tool_choice: got 'required' without tools, expected at least one; send tools")
+        required = names[0] if len(names) == 1 else "*"
+    return ChatRequest(
+        messages=_for_template(listed, messages),
+        tools=[] if choice == "none" else list(tools or []),
+        required_tool=required,
+        template_kwargs=dict(template_kwargs or {}),
+    )
+
+
+def _for_template(listed: list[Message], given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as given, with what templates rely on: arguments parsed, tool results named, content never None."""
+    names: dict[str, str] = {}  # of called functions, by the id of the call
+    result = []
+    for index, (message, source) in enumerate(zip(listed, given, strict=True)):
+        ready = {name: value for name, value in source.items() if value is not None}
+        if isinstance(message, AssistantMessage):
+            ready.setdefault("content", "")
+            if message.tool_calls:
+                where = f"messages[{index}].tool_calls"
+                ready["tool_calls"] = [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": call.function.name,
+                            "arguments": _arguments(f"{where}[{at}].function.arguments", call.function.arguments),
+                        },
+                    }
+                    | ({"id": call.id} if call.id else {})
+                    for at, call in enumerate(message.tool_calls)
+                ]
+                names |= {call.id: call.function.name for call in message.tool_calls if call.id}
+        elif isinstance(message, ToolMessage) and message.name is None:
+            if message.tool_call_id not in names:
+                _refuse(
+                    f"messages[{index}].tool_call_id: got {shown(message.tool_call_id)}, "
+                    "expected the id of a tool call in an earlier assistant message"
+                )
+            ready["name"] = names[message.tool_call_id]
+        result.append(ready)
+    return result
+
+
+def _arguments(where: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(arguments, dict):
+        return arguments
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        _refuse(f"{where}: got {shown(arguments)}, expected the text of a JSON object")
+    return value
+
+
+def checked(name: str, adapter: TypeAdapter[T], value: object) -> T:
+    """`value` as `adapter` reads it; `name` is what messages call it."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        _refuse(_line(name, value, error))
+
+
+def _line(name: str, value: object, error: ValidationError) -> str:
+    """What is wrong with `value`. Of the errors of alternatives, the one deepest in the data is about what was meant."""
+    deepest = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+    where, got = name, value
+    for step in deepest["loc"]:  # steps that are not in the data are pydantic's names of the alternatives
+        if isinstance(step, int) and isinstance(got, list) and step < len(got):
+            where, got = f"{where}[{step}]", got[step]
+        elif isinstance(step, str) and isinstance(got, dict) and step in got:
+            where, got = f"{where}.{step}", got[step]
+    kind, message, context = deepest["type"], deepest["msg"], deepest.get("ctx", {})
+    if kind in ("missing", "union_tag_not_found"):
+        key = context["discriminator"].strip("'") if context else deepest["loc"][-1]
+        return f"{where}: got no {key}, expected one; add it"
+    if kind == "union_tag_invalid":
+        key = context["discriminator"].strip("'")
+        return f"{where}.{key}: got {shown(context['tag'])}, expected one of {context['expected_tags']}"
+    if kind == "model_attributes_type":
+        message = "a JSON object"
+    expected = message.removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{where}: got {shown(got)}, expected {expected[:1].lower()}{expected[1:]}"
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RequestError("INVALID_ARGUMENT", message)

@@ -1,0 +1,107 @@
+"""The checkpoint's chat template: a chat → the prompt that the model goes on from.
+
+Rendering is transformers' own, in its sandbox, without PyTorch.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import jinja2
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from backend.chat.answer import AnswerFormat
+from backend.chat.markup import TagSet
+from backend.chat.messages import ChatRequest
+from backend.chat.reasoning import CHANNEL_CLOSE, CHANNEL_OPEN, REASONING_TAGS
+from backend.chat.tools import CALL_OPEN, TOOL_TAGS
+from backend.errors import RequestError
+from backend.parameters import shown
+
+_OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversations", "chat_template")
+_OPEN_THOUGHT = re.compile(re.escape(CHANNEL_OPEN) + r"thought\s*\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatPrompt:
+    """text: begins with the tokenizer's <bos>, if the template writes one. form: how the answer is to be read."""
+
+    text: str
+    form: AnswerFormat
+
+
+class ChatTemplate:
+    """The template of one engine directory, and what its tokenizer says about tags. May be used from any thread."""
+
+    def __init__(self, template: str | None, names: Mapping[str, str], tokenizer: Tokenizer):
+        """names: variables that every template sees, `bos_token` for one. template None: every chat is refused."""
+        self._template, self._names = template, dict(names)
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        self._tags = TagSet({*special, *REASONING_TAGS, *TOOL_TAGS})
+
+    @classmethod
+    def load(cls, directory: Path, tokenizer: Tokenizer) -> "ChatTemplate":
+        """From chat_template.jinja, else the chat_template of tokenizer_config.json; the latter also has the names.
+
+        Raises ValueError, one line, for a tokenizer_config.json that is not a JSON object.
+        """
+        file, path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+        try:
+            config = json.loads(path.read_bytes()) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}; copy the file from the checkpoint again") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: got {shown(config)}, expected a JSON object")
+        template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+        names = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+        return cls(template, {name: value for name, value in names.items() if isinstance(value, str)}, tokenizer)
+
+    def prompt(self, chat: ChatRequest, *, keep_special_tokens: bool = False) -> ChatPrompt:
+        """1. Render the chat, with the model's turn open.
+        2. A tool that must be called: begin the call. The model, which goes on from what the prompt has, can then only finish
+           it (it does not think first; a call that it does not finish is text).
+        3. Say how to read the answer: whether the prompt leaves a thought open, and what it has of the answer already.
+
+        Raises RequestError INVALID_ARGUMENT for what the template refuses.
+        """
+        text = self._rendered(chat)  # 1.
+        in_thought = _OPEN_THOUGHT.search(text) is not None
+        prefill = ""
+        if chat.required_tool:  # 2.
+            name = "" if chat.required_tool == "*" else chat.required_tool + "{"
+            prefill = f"{CHANNEL_CLOSE if in_thought else ''}{CALL_OPEN}call:{name}"
+        form = AnswerFormat(  # 3.
+            tags=self._tags,
+            prefill=prefill,
+            in_thought=in_thought,
+            with_tools=bool(chat.tools),
+            keep_special_tokens=keep_special_tokens,
+        )
+        return ChatPrompt(text=text + prefill, form=form)
+
+    def _rendered(self, chat: ChatRequest) -> str:
+        if self._template is None:
+            _refuse("messages: this engine has no chat template; send text_input or input_ids, or add chat_template.jinja")
+        ours = sorted(set(_OURS) & set(chat.template_kwargs))
+        if ours:
+            _refuse(f"chat_template_kwargs: got {', '.join(ours)}, which the server sets; remove it")
+        try:
+            [text], _ = render_jinja_template(
+                conversations=[list(chat.messages)],
+                tools=list(chat.tools) or None,
+                chat_template=self._template,
+                add_generation_prompt=True,
+                **{**self._names, **chat.template_kwargs},
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            _refuse(f"messages: the chat template refuses them: {' '.join(str(error).split())}")
+        return text
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RequestError("INVALID_ARGUMENT", message)

@@ -1,0 +1,45 @@
+"""One encode pass: new tokens of several sequences, packed, and their keys and values written behind what each sequence has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from backend.kv_cache import PagedKVCache
+from backend.session import Session
+
+# A pass takes a multiple of so many rows: with few others MKL rounds differently (see `plugins/moe/cpu.py`).
+_ROW_MULTIPLE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTokens:
+    """What a pass adds to the sequence in `slot`. page_keys: keys of its full pages, the new tokens' included."""
+
+    slot: int
+    token_ids: list[int]
+    page_keys: Sequence[bytes]
+
+
+def encode_new_tokens(session: Session, cache: PagedKVCache, packed: Sequence[NewTokens], *, keep_pages: bool) -> None:
+    """Runs the pass; at most `max_encode_tokens` tokens in all. `keep_pages`: keep full pages for the prefix cache."""
+    slots, counts = [each.slot for each in packed], [len(each.token_ids) for each in packed]
+    lengths = [cache.length[slot] for slot in slots]
+    starts = [sum(counts[:index]) for index in range(len(counts) + 1)]
+    token_ids = [token for each in packed for token in each.token_ids]
+    positions = [each for length, count in zip(lengths, counts, strict=True) for each in range(length, length + count)]
+    # Filler behind the last sequence's tokens, which cannot see it; its keys and values are not written.
+    room = session.manifest.build.max_encode_tokens - len(token_ids)
+    num_filler = min(-len(token_ids) % _ROW_MULTIPLE, room)
+    token_ids += [0] * num_filler
+    positions += range(positions[-1] + 1, positions[-1] + 1 + num_filler)
+    starts[-1] += num_filler
+    int32 = {"dtype": torch.int32}
+    new_kv = session.encode(
+        torch.tensor(token_ids, **int32),
+        torch.tensor(positions, **int32),
+        torch.tensor(starts, **int32),
+        torch.tensor(lengths, **int32),
+        cache.tables(slots),
+    )
+    cache.append(slots, counts, new_kv, page_keys=[each.page_keys for each in packed] if keep_pages else None)

@@ -1,0 +1,138 @@
+"""One request inside the scheduler: what it asks for, how far it is, and what each of its canvases adds to its result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from backend.errors import RequestError
+from backend.sampling_config import ResolvedSampling
+from backend.text_stream import TextStream
+
+
+class TokenLogprob(NamedTuple):
+    """Of one token. top: (token id, log probability) of the most likely tokens in its place, falling, itself first; empty if
+    none were asked for."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasOutput:
+    """What one finished canvas adds to a request.
+
+    text: new text, complete characters, stop strings cut. token_ids: new tokens, cut at max_tokens, before the first
+    end-of-sequence or stop token and at a stop string; tokens whose text is not decided yet come with a later canvas.
+    num_steps: denoising steps of this canvas. finish_reason: None until the last output, then "stop", "length" or "cancelled".
+    logprobs: natural logarithms of the probabilities of token_ids, if the request asks; top_logprobs: for each of token_ids
+    the (token id, log probability) of the request's `top_logprobs` most likely tokens, falling, its own first; if it asks.
+    """
+
+    text: str
+    token_ids: list[int]
+    canvas_index: int
+    num_steps: int
+    finish_reason: str | None
+    num_prompt_tokens: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOutput:
+    """What a canvas that is still being denoised would add, if it were finished at this step: the text and tokens that a
+    CanvasOutput would have, cut as there. A later draft or output of the canvas replaces it; it is never part of the result.
+
+    step: denoising steps that the canvas has taken, from 1.
+    """
+
+    text: str
+    token_ids: list[int]
+    canvas_index: int
+    step: int
+
+
+OnOutput = Callable[[CanvasOutput | DraftOutput | RequestError], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One request. `prefix`: tokens that are in the cache or about to be, of which the last `num_pending` are not yet: the rest
+    of the prompt, or a canvas to commit. `page_keys`: keys of the prefix's full pages. `tokens`: the result so far, of which
+    the first `num_sent` have been sent; `logprobs`: theirs, if the request asks. `slot`: -1 until it is admitted.
+    `waiting_since`: the tick its pending tokens are from. `ended`: the last output has been sent; what is pending is encoded
+    for later requests only.
+
+    Times are in seconds of the scheduler's clock. `draft_interval_s`: None sends no drafts, 0 one after every step.
+    """
+
+    prompt_ids: list[int]
+    sampling: ResolvedSampling
+    on_output: OnOutput
+    text: TextStream
+    draft_interval_s: float | None = None
+    added_at: float
+    slot: int = -1
+    prefix: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
+    num_pending: int = 0
+    waiting_since: int = 0
+    ended: bool = False
+    canvas_index: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_sent: int = 0
+    canvas_started_at: float = 0.0
+    drafted_at: float = float("-inf")
+
+    @property
+    def is_encoding(self) -> bool:
+        return self.num_pending > 0
+
+    def next_tokens(self, count: int) -> list[int]:
+        """The first `count` pending tokens."""
+        start = len(self.prefix) - self.num_pending
+        return self.prefix[start : start + count]
+
+    def finish_canvas(self, canvas: list[int], num_steps: int, logprobs: list[TokenLogprob] | None = None) -> CanvasOutput:
+        """Takes a finished canvas into the result; the output's finish_reason says whether it was the last. logprobs: of every
+        token of the canvas, if the request asks."""
+        tokens, reason = self._trim(canvas)
+        self.tokens += tokens
+        self.logprobs += (logprobs or [])[: len(tokens)]
+        delta = self.text.push(tokens, last=reason is not None)
+        new = slice(self.num_sent, delta.num_tokens)
+        self.num_sent = delta.num_tokens
+        output = self.output(delta.text, new, num_steps, "stop" if delta.stopped else reason)
+        self.canvas_index += 1
+        return output
+
+    def draft(self, canvas: list[int], step: int) -> DraftOutput:
+        """What `finish_canvas` would give for the canvas as it stands; changes nothing."""
+        tokens, reason = self._trim(canvas)
+        delta = self.text.fork().push(tokens, last=reason is not None)
+        new_tokens = (self.tokens + tokens)[self.num_sent : delta.num_tokens]
+        return DraftOutput(text=delta.text, token_ids=new_tokens, canvas_index=self.canvas_index, step=step)
+
+    def output(self, text: str, new: slice, num_steps: int, finish_reason: str | None) -> CanvasOutput:
+        """`new`: which of `tokens` the output adds."""
+        logprobs = self.logprobs[new]
+        return CanvasOutput(
+            text=text,
+            token_ids=self.tokens[new],
+            canvas_index=self.canvas_index,
+            num_steps=num_steps,
+            finish_reason=finish_reason,
+            num_prompt_tokens=len(self.prompt_ids),
+            logprobs=[each.logprob for each in logprobs] if self.sampling.logprobs else None,
+            top_logprobs=[each.top for each in logprobs] if self.sampling.top_logprobs else None,
+        )
+
+    def _trim(self, canvas: list[int]) -> tuple[list[int], str | None]:
+        """The canvas up to max_tokens or the first end-of-sequence or stop token, which is not part of the result."""
+        room = self.sampling.max_tokens - len(self.tokens)
+        ends = {*self.sampling.eos_token_ids, *self.sampling.stop_token_ids}
+        for index, token in enumerate(canvas[:room]):
+            if token in ends:
+                return canvas[:index], "stop"
+        return canvas[:room], "length" if room <= len(canvas) else None

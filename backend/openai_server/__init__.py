@@ -1,0 +1,18 @@
+"""The OpenAI front end: HTTP in OpenAI's form → the Triton model over gRPC.
+
+    openai client ──HTTP──▶ app ──▶ chat, completions ──▶ triton_model ──gRPC──▶ Triton Inference Server
+
+| module | one idea |
+|---|---|
+| `app` | the HTTP service: routes, keys, errors, disconnects |
+| `chat` | `/v1/chat/completions` |
+| `completions` | `/v1/completions` |
+| `parameters` | a request's parameters → inputs of the Triton model |
+| `logprobs` | log probabilities in the form of `/v1/completions` |
+| `choices` | several answers to one request, at once |
+| `triton_model` | the Triton model as a stream of parts |
+| `errors` | what can go wrong, in OpenAI's form |
+| `settings`, `serve` | starting it |
+
+Types of requests and responses are the `openai` package's. Needs no PyTorch.
+"""

@@ -1,0 +1,199 @@
+"""The HTTP service: routes, keys, errors, disconnects.
+
+| route                      | what                                                                              |
+|----------------------------|-----------------------------------------------------------------------------------|
+| POST /v1/chat/completions  | see `chat`; with `stream`, server-sent events that end with `data: [DONE]`        |
+| POST /v1/completions       | see `completions`; likewise                                                       |
+| GET  /v1/models            | the one model                                                                     |
+| GET  /health               | 200 if the Triton model would take a request, else 503                            |
+| GET  /metrics              | the Triton server's metrics, passed on                                            |
+
+With API keys, everything under /v1 wants `Authorization: Bearer KEY`.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, TypeVar
+
+import httpx2
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from openai.types import Model
+from starlette.exceptions import HTTPException
+
+from backend.openai_server.chat import ChatCompletions
+from backend.openai_server.completions import Completions
+from backend.openai_server.errors import ApiError
+from backend.openai_server.requests import CHAT, COMPLETION, body_schema, read_body
+from backend.openai_server.settings import OpenAISettings
+from backend.openai_server.triton_model import TritonModel
+
+T = TypeVar("T")
+_CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it
+_METRICS_TIMEOUT_S = 10
+
+
+def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> FastAPI:
+    """The front end. `model`: a stand-in for the Triton model of the settings, which is connected to when the app starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        app.state.model = model or TritonModel(settings.triton_url, settings.model)
+        yield
+        await app.state.model.close()
+
+    app = FastAPI(title="DiffusionGemma", lifespan=lifespan)
+    created = int(time.time())
+    guarded = [Depends(_key_check(settings.api_keys))]
+    documented = {}
+
+    def post(path: str, adapter) -> Any:
+        schema, components = body_schema(adapter, settings.served_name)
+        documented.update(components)
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        return app.post(path, dependencies=guarded, openapi_extra={"requestBody": body})
+
+    @post("/v1/chat/completions", CHAT)
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, CHAT, settings.served_name)
+        return await _answer(request, ChatCompletions(app.state.model, body), body)
+
+    @post("/v1/completions", COMPLETION)
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, COMPLETION, settings.served_name)
+        return await _answer(request, Completions(app.state.model, body), body)
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_described(settings.served_name, created)]}
+
+    @app.get("/v1/models/{name:path}", dependencies=guarded)
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != settings.served_name:
+            raise ApiError(
+                404, f"model: got {name!r}, expected {settings.served_name!r}", code="model_not_found", param="model"
+            )
+        return _described(name, created)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if not await app.state.model.is_ready():
+            raise ApiError(503, f"Triton server at {settings.triton_url}: model {settings.model} is not ready; try again later")
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return await _passed_on_metrics(settings.triton_metrics_url)
+
+    app.add_exception_handler(ApiError, lambda _, error: JSONResponse(error.body(), error.status))
+    app.add_exception_handler(
+        HTTPException, lambda _, error: JSONResponse(ApiError(error.status_code, str(error.detail)).body(), error.status_code)
+    )
+    app.add_exception_handler(
+        Exception, lambda *_: JSONResponse(ApiError(500, "internal error; see the front end's log").body(), 500)
+    )
+    generated = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generated()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(documented)
+        return document
+
+    app.openapi = openapi
+    return app
+
+
+async def _answer(request: Request, completions: ChatCompletions | Completions, body: dict[str, Any]) -> Response:
+    """What goes wrong before the first chunk has a status of its own; after it, the error is the last event."""
+    if not body.get("stream"):
+        return JSONResponse(await _unless_disconnected(request, completions.whole()))
+    chunks = completions.chunks()
+    first = await _unless_disconnected(request, anext(chunks))
+    return _EventStream(_events(request, first, chunks), chunks)
+
+
+class _EventStream(StreamingResponse):
+    """Closes `chunks` when it ends, however that is: the generation ends with it, not when memory is collected."""
+
+    def __init__(self, events: AsyncIterator[str], chunks: AsyncGenerator[dict[str, Any], None]):
+        super().__init__(events, media_type="text/event-stream")
+        self._chunks = chunks
+
+    async def __call__(self, *args) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            await self.body_iterator.aclose()
+            await self._chunks.aclose()  # for events that never began
+
+
+async def _events(request: Request, first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    yield _event(first)
+    try:
+        while True:
+            yield _event(await _unless_disconnected(request, anext(chunks)))
+    except StopAsyncIteration:
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield _event(error.body())
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _unless_disconnected(request: Request, result: Awaitable[T]) -> T:
+    """The result; if the client goes first, `result` is cancelled and ApiError raised."""
+    work, gone = asyncio.ensure_future(_awaited(result)), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError(_CLIENT_CLOSED_REQUEST, "the client has gone")
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        results = await asyncio.gather(work, gone, return_exceptions=True)
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+async def _awaited(result: Awaitable[T]) -> T:
+    return await result
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _key_check(keys: tuple[str, ...]):
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
+        sent = (given.credentials if given else "").encode()
+        # Every key is compared, in constant time, so that the time taken says nothing about them.
+        right = [hmac.compare_digest(sent, key.encode()) for key in keys]
+        if keys and not any(right):
+            raise ApiError(401, "API key: missing or wrong; send the header Authorization: Bearer KEY", code="invalid_api_key")
+
+    return check
+
+
+def _described(name: str, created: int) -> dict[str, Any]:
+    return Model(id=name, object="model", created=created, owned_by="google").model_dump()
+
+
+async def _passed_on_metrics(url: str | None) -> Response:
+    if url is None:
+        raise ApiError(404, "metrics: this front end was not told of a Triton server's; start it with --triton-metrics")
+    try:
+        # No proxy of the environment: the address is one that was given here.
+        async with httpx2.AsyncClient(trust_env=False, timeout=_METRICS_TIMEOUT_S) as client:
+            reply = await client.get(url)
+    except httpx2.HTTPError as error:
+        raise ApiError(503, f"metrics: {url} cannot be read ({type(error).__name__}); try again later") from None
+    return Response(reply.content, reply.status_code, media_type=reply.headers.get("content-type"))

@@ -1,0 +1,38 @@
+"""What can go wrong, in OpenAI's form: an HTTP status and `{"error": {"message", "type", "param", "code"}}`."""
+
+from openai.types.shared import ErrorObject
+
+from backend.parameters import shown
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is refused or fails: one line, and the status that it is answered with."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    def body(self) -> dict:
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = ErrorObject(message=str(self), type=kind, param=self.param, code=self.code)
+        return {"error": error.model_dump(exclude_unset=True)}
+
+
+def bad_request(message: str) -> ApiError:
+    """A 400; the parameter at fault is the first word of the line, up to the colon."""
+    name, colon, _ = message.partition(":")
+    return ApiError(400, message, param=name if colon and " " not in name else None)
+
+
+def unknown_model(name: object, served_name: str) -> ApiError:
+    message = f"model: got {shown(name)}, expected {served_name!r}"
+    return ApiError(404, message, code="model_not_found", param="model")

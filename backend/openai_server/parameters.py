@@ -1,0 +1,134 @@
+"""A request's parameters → inputs of the Triton model.
+
+What OpenAI's API and the model both know goes to `sampling_parameters`, and so does every name that OpenAI's API does not have:
+our own parameters, which the `openai` client sends with `extra_body`. The model checks them all and refuses what it does not
+know by name.
+"""
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
+
+from backend.openai_server.errors import bad_request
+from backend.parameters import shown
+
+_SAMPLING = {
+    "best_of",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "max_tokens",
+    "presence_penalty",
+    "seed",
+    "stop",
+    "temperature",
+    "top_logprobs",
+    "top_p",
+}
+# Read below or by the front end itself.
+_READ = {"max_completion_tokens", "messages", "prompt", "reasoning_effort", "tool_choice", "tools"}
+_FRONT_END = {"echo", "model", "n", "parallel_tool_calls", "stream", "stream_options"}
+# They say something about the account, the cache or the tier: nothing about the answer.
+_WITHOUT_EFFECT = {
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+# Values that ask for nothing, of parameters that nothing here has.
+_NEUTRAL = {"modalities": ["text"], "response_format": {"type": "text"}, "suffix": ""}
+MAX_CHOICES = 128
+
+
+def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The inputs of every choice of a chat completion.
+
+    reasoning_effort "none" and "minimal" stand for enable_thinking false, the others for true. Raises ApiError 400."""
+    given = _given(body, ChatParams.__annotations__)
+    if "max_completion_tokens" in given:
+        tokens = given.pop("max_completion_tokens")
+        if given.setdefault("max_tokens", tokens) != tokens:
+            raise bad_request(f"max_tokens: got {given['max_tokens']}, but max_completion_tokens is {tokens}; remove one")
+    effort = given.pop("reasoning_effort", None)
+    kwargs = given.pop("chat_template_kwargs", {})
+    if effort is not None and isinstance(kwargs, dict):
+        kwargs = {"enable_thinking": effort not in ("none", "minimal"), **kwargs}
+    inputs = {"messages": _json(given.pop("messages"))}
+    tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
+    if tools:
+        inputs["tools"] = _json(tools)
+        if choice is not None:
+            inputs["tool_choice"] = choice if isinstance(choice, str) else _json(choice)
+    elif choice not in (None, "none", "auto"):
+        raise bad_request("tool_choice: given without tools; send tools, or remove it")
+    if kwargs:
+        inputs["chat_template_kwargs"] = _json(kwargs)
+    return _choices(inputs, given, choices_a_prompt(body))
+
+
+def completion_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The inputs of every choice of a completion: those of the first prompt, of the second … Raises ApiError 400."""
+    given = _given(body, CompletionParams.__annotations__)
+    echo = {"exclude_input_in_output": not body.get("echo")}
+    listed = []
+    for prompt in prompts(given.pop("prompt", None)):
+        if body.get("echo") and not isinstance(prompt, str):
+            raise bad_request("echo: got true with token ids, expected a text as prompt; remove it")
+        inputs = {"text_input": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
+        listed += _choices({**inputs, **echo}, given, choices_a_prompt(body))
+    if len(listed) > MAX_CHOICES:
+        raise bad_request(f"prompt: got {len(listed)} choices in all, expected at most {MAX_CHOICES}; send several requests")
+    return listed
+
+
+def prompts(prompt: Any) -> list[str | list[int]]:
+    """A completion's prompts: a text, a list of token ids, or a list of either."""
+    if prompt is None:
+        raise bad_request("prompt: got null, expected a text, a list of token ids, or a list of either")
+    listed = [prompt] if isinstance(prompt, str) or (prompt and all(isinstance(each, int) for each in prompt)) else prompt
+    for each in listed:
+        if not isinstance(each, str) and not all(0 <= token < 1 << 31 for token in each):
+            raise bad_request("prompt: got a token id outside 0 to 2147483647")
+    if not listed:
+        raise bad_request("prompt: got an empty list, expected at least one prompt")
+    return listed
+
+
+def choices_a_prompt(body: Mapping[str, Any]) -> int:
+    return 1 if body.get("n") is None else body["n"]
+
+
+def _given(body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """What the model is to know. A parameter of OpenAI's that nothing here has must ask for nothing."""
+    unknown = set(known) - _SAMPLING - _READ - _FRONT_END - _WITHOUT_EFFECT
+    given = {name: value for name, value in body.items() if value is not None}
+    refused = [name for name in given if name in unknown and (name not in _NEUTRAL or given[name] != _NEUTRAL[name])]
+    if refused:
+        raise bad_request(f"{refused[0]}: got {shown(given[refused[0]])}, but this server does not have it; remove it")
+    return {name: value for name, value in given.items() if name not in unknown | _FRONT_END | _WITHOUT_EFFECT}
+
+
+def _choices(inputs: Mapping[str, Any], sampling: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
+    """Choice i has the request's seed + i."""
+    if not 1 <= n <= MAX_CHOICES:
+        raise bad_request(f"n: got {n}, expected 1 to {MAX_CHOICES}")
+    seed = sampling.get("seed")
+    if n == 1 or seed is None or isinstance(seed, bool) or not isinstance(seed, int):
+        return [{**inputs, "sampling_parameters": _json(sampling)}] * n
+    return [{**inputs, "sampling_parameters": _json({**sampling, "seed": (seed + index) % (1 << 64)})} for index in range(n)]
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False)

@@ -1,0 +1,63 @@
+"""HTTP bodies → checked parameters, by the `openai` package's own types, and their place in the OpenAPI document."""
+
+import json
+from typing import Any
+
+from fastapi import Request
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
+from pydantic import TypeAdapter, with_config
+
+from backend.chat.messages import checked
+from backend.errors import RequestError
+from backend.openai_server.errors import bad_request, unknown_model
+from backend.parameters import shown
+
+
+@with_config(strict=True)
+class ChatBody(ChatParams, total=False):
+    """OpenAI's parameters of a chat completion, and what else is read before the model; the model reads the rest."""
+
+    stream: bool | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+@with_config(strict=True)
+class CompletionBody(CompletionParams, total=False):
+    stream: bool | None
+
+
+CHAT = TypeAdapter(ChatBody)
+COMPLETION = TypeAdapter(CompletionBody)
+
+
+async def read_body(request: Request, adapter: TypeAdapter, served_name: str) -> dict[str, Any]:
+    """The body as it came, if it is right as far as OpenAI's types say. Raises ApiError 400, or 404 for another model."""
+    try:
+        body = json.loads(await request.body(), parse_constant=_no_constant)
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad_request("body: got half of a surrogate pair, which is no character; send valid Unicode") from None
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"body: got malformed JSON ({error}), expected a JSON object") from None
+    if not isinstance(body, dict):
+        raise bad_request(f"body: got {shown(body)}, expected a JSON object")
+    try:
+        checked("body", adapter, body)
+    except RequestError as error:
+        raise bad_request(str(error).replace("body.", "", 1)) from None
+    if body["model"] != served_name:
+        raise unknown_model(body["model"], served_name)
+    return body
+
+
+def body_schema(adapter: TypeAdapter, served_name: str) -> tuple[dict, dict]:
+    """The body in the OpenAPI document, and the components that it refers to."""
+    schema = adapter.json_schema(ref_template="#/components/schemas/{model}")
+    components = schema.pop("$defs", {})
+    schema["properties"]["model"] = {"const": served_name}
+    return schema, components
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

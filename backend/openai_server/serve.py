@@ -1,0 +1,106 @@
+"""Starting the front end: in this process until a signal, or as a process of its own that a `with` block ends."""
+
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+
+import uvicorn
+
+from backend.openai_server.app import create_app
+from backend.openai_server.settings import OpenAISettings
+
+_STOP_TIMEOUT_S = 10.0
+
+
+class FrontEndError(RuntimeError):
+    """The front end cannot start or died; the message is one line."""
+
+
+def serve(settings: OpenAISettings) -> None:
+    """Serves until SIGINT or SIGTERM. Raises FrontEndError for an address that cannot be used."""
+    listening = _listening(settings.host, settings.port)
+    host, port = listening.getsockname()[:2]
+    print(f"ready  OpenAI API http://{host}:{port}/v1  Triton {settings.triton_url}", flush=True)
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=5))
+    with closing(listening):
+        server.run(sockets=[listening])
+
+
+class FrontEnd:
+    """The front end as a child process: `python -m backend openai`. Entering waits until it takes connections."""
+
+    def __init__(self, settings: OpenAISettings):
+        self._settings = settings
+        self._url: str | None = None
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        """http://host:port, with the port that a 0 has become."""
+        return self._url
+
+    def __enter__(self) -> "FrontEnd":
+        settings = self._settings
+        command = [sys.executable, "-m", "backend", "openai", "--triton", settings.triton_url, "--host", settings.host]
+        command += ["--port", str(settings.port), "--model", settings.model, "--served-name", settings.served_name]
+        if settings.triton_metrics_url:
+            command += ["--triton-metrics", settings.triton_metrics_url]
+        if settings.api_keys:
+            command += ["--api-key-file", "/dev/stdin"]  # not among the arguments, which every user of the machine can read
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115: it lives as long as the process
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+            start_new_session=True,  # Ctrl-C is for us
+        )
+        try:
+            self._process.stdin.write("\n".join(settings.api_keys))
+            self._process.stdin.close()
+            line = self._process.stdout.readline()
+            if not line:
+                self._process.wait(_STOP_TIMEOUT_S)
+                self.check_alive()
+            self._url = line.split()[3].removesuffix("/v1")
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def check_alive(self) -> None:
+        """Raises FrontEndError with the reason if the process has ended."""
+        if self._process.poll() is not None:
+            self._log.seek(0)
+            reason = self._log.read().strip().rpartition("\n")[2].removeprefix("error: ") or "it said nothing"
+            raise FrontEndError(f"OpenAI front end ended with exit code {self._process.returncode}: {reason}")
+
+    def stop(self) -> None:
+        """Ends the process. May be called again."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_TIMEOUT_S)
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+        self._process = None
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise FrontEndError(
+            f"OpenAI port: {host}:{port} cannot be used ({error.strerror}); pass another --port, or 0"
+        ) from None

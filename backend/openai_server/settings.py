@@ -1,0 +1,30 @@
+"""How the front end is started: one record, checked when it is made."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class OpenAISettings(BaseModel):
+    """triton_url: host:port of the Triton server's gRPC service. triton_metrics_url: what `/metrics` passes on; without it
+    there is none. model: the Triton model. served_name: what clients call it. api_keys: any of them opens `/v1`; none leaves it
+    open."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    triton_url: str = "localhost:8001"
+    triton_metrics_url: str | None = None
+    model: str = "diffusiongemma"
+    served_name: str = "diffusiongemma"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 9000
+    api_keys: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(repr=False)] = ()
+
+
+def read_api_keys(path: Path) -> tuple[str, ...]:
+    """The keys in a file, one a line. Raises ValueError if there is none, OSError if it cannot be read."""
+    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not keys:
+        raise ValueError(f"{path}: got no API key, expected one a line")
+    return keys

@@ -1,0 +1,125 @@
+"""The Triton model as a stream of parts, over gRPC."""
+
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import tritonclient.grpc.aio as grpcclient
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+
+from backend.openai_server.errors import ApiError, bad_request
+from backend.triton_server.signature import INPUTS
+
+_DATATYPES = {each.name: "BYTES" if each.datatype == "STRING" else each.datatype for each in INPUTS}
+# Codes of `RequestError`, which `triton_server/response.py` puts before the line.
+_STATUSES = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504, "CANCELLED": 503, "INTERNAL": 500}
+_ERROR = re.compile(rf"(?:\[request id: [^\]]*\] )?\[(?P<code>{'|'.join(_STATUSES)})\] (?P<line>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One response of the model: what it adds. finish_reason: None until the last part. logprobs: as in chat completions, None
+    unless asked for."""
+
+    text: str
+    reasoning: str
+    tool_calls: list[dict[str, Any]]
+    finish_reason: str | None
+    num_input_tokens: int
+    num_output_tokens: int
+    num_reasoning_tokens: int
+    logprobs: list[dict[str, Any]] | None
+
+
+class TritonModel:
+    """A client of one model. Used in one event loop; `close` when done."""
+
+    def __init__(self, url: str, name: str):
+        """url: host:port of the server's gRPC service."""
+        self.url, self.name = url, name
+        # Whatever proxy the environment names is not for a server that is named here.
+        self._client = grpcclient.InferenceServerClient(url, channel_args=[("grpc.enable_http_proxy", 0)])
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def is_ready(self) -> bool:
+        """Whether the model would take a request now."""
+        try:
+            return await self._client.is_model_ready(self.name, client_timeout=5)
+        except InferenceServerException:
+            return False
+
+    async def generate(self, inputs: Mapping[str, Any], request_id: str) -> AsyncIterator[Part]:
+        """Yields the parts of one answer. Leaving the iteration early cancels the request.
+
+        Raises ApiError with the model's line.
+        """
+
+        async def requests() -> AsyncIterator[dict]:
+            tensors = [_tensor(name, value) for name, value in inputs.items()]
+            yield {"model_name": self.name, "inputs": tensors, "request_id": request_id}
+
+        # Without the header triton_grpc_error, which would give errors a status: with it release 24.10 crashes now and then.
+        responses = self._client.stream_infer(requests())
+        failure = ApiError(503, f"Triton server at {self.url}: it ended the answer early; send the request again")
+        finished = False
+        try:
+            # To the end of the stream, after the last part too: a stream that is left is cancelled.
+            async for result, error in responses:
+                if error is not None:
+                    failure = _api_error(error.message())
+                else:
+                    part = _part(result)
+                    finished = part.finish_reason is not None
+                    yield part
+        except grpc.aio.AioRpcError as error:
+            failure = ApiError(503, f"Triton server at {self.url}: cannot be reached ({error.code().name}); try again later")
+        finally:
+            responses.cancel()  # nothing, unless the iteration was left early
+        if not finished:
+            raise failure
+
+
+def _api_error(message: str) -> ApiError:
+    """1. An error of our model, which says its code. 2. An error of the server itself."""
+    ours = _ERROR.match(message)
+    if ours:  # 1.
+        status = _STATUSES[ours["code"]]
+        return bad_request(ours["line"]) if status == 400 else ApiError(status, ours["line"])
+    line = " ".join(message.split())  # 2.
+    return ApiError(503 if "unknown model" in line else 500, f"Triton server: {line}")
+
+
+def _tensor(name: str, value: Any) -> grpcclient.InferInput:
+    datatype = _DATATYPES[name]
+    items = value if isinstance(value, list) else [value]
+    if datatype == "BYTES":
+        items = [item.encode() for item in items]
+    return grpcclient.InferInput(name, [len(items)], datatype).set_data_from_numpy(
+        np.array(items, triton_to_np_dtype(datatype))
+    )
+
+
+def _part(result: grpcclient.InferResult) -> Part:
+    def string(name: str) -> str:
+        array = result.as_numpy(name)
+        return "" if array is None else array[0].decode()
+
+    def number(name: str) -> int:
+        return int(result.as_numpy(name)[0])
+
+    return Part(
+        text=string("text_output"),
+        reasoning=string("reasoning_output"),
+        tool_calls=json.loads(string("tool_calls")),
+        finish_reason=string("finish_reason") or None,
+        num_input_tokens=number("num_input_tokens"),
+        num_output_tokens=number("num_output_tokens"),
+        num_reasoning_tokens=number("num_reasoning_tokens"),
+        logprobs=json.loads(string("logprobs") or "null"),
+    )

@@ -1,0 +1,203 @@
+"""What serving an engine takes in memory, computed before anything is allocated.
+
+    weights      every weight once, in the dtype that it is bound in
+    workspace    of the largest pass: activations of its rows, and the head's and sampler's chunk. It does not grow with the
+                 number of sequences: no pass has more than `max_pass_rows` rows, and nothing of rows x vocabulary outlives
+                 a chunk
+    state        of a sequence: soft embeddings and a few numbers a canvas position
+    KV pages     of a sequence: every token in full-attention layers, the last window in sliding ones
+
+How many pages there are:
+1. `max_cached_tokens`, if it is given: so many tokens over all sequences.
+2. `memory_bytes`, if it is given: what is left of it when the rest is paid for, as the longest equal share for every sequence.
+3. Else so many that every sequence may have 8,192 tokens (or as many as the model has positions), and four if there are fewer.
+
+In each case a single sequence may use more than its share, as far as there are pages. With the prefix cache sliding layers get
+as many pages again where memory allows, for windows of prefixes that no sequence holds.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from contract.manifest import Manifest, ManifestError
+from contract.model_config import LayerType, ModelConfig
+
+_DEFAULT_SEQUENCE_TOKENS = 8192
+_FEWEST_SEQUENCES = 4  # that the default counts with
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+# float32 tensors of the size of a head chunk's logits that are alive at once, as `CanvasLoop` counts them.
+_LOGITS_COPIES = 5
+_STATE_BYTES_PER_POSITION = 64  # canvas, argmax canvas, and room for what sampling options keep
+_REPORTED_LENGTHS = (1024, 4096, 8192, 16_384, 65_536, 262_144)
+_GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """What an engine may use.
+
+    max_sequences: sequences denoised at once. max_cached_tokens: tokens that the KV pages of full-attention layers hold, over
+    all sequences. memory_bytes: for everything together, weights included. Without either, see the module docstring.
+
+    prefix_cache: keep committed pages for prompts with the same beginning. commit_last: also the last canvas of every request.
+    max_pass_rows: canvas positions that one denoising pass takes; None is `max_encode_tokens` on the CPU, where larger passes
+    are no faster and take memory, and no limit on a GPU, where they are. sampler_workspace_bytes: bound of the head's and
+    sampler's chunk.
+    """
+
+    max_sequences: int = 16
+    max_cached_tokens: int | None = None
+    memory_bytes: int | None = None
+    prefix_cache: bool = True
+    commit_last: bool = False
+    max_pass_rows: int | None = None
+    sampler_workspace_bytes: int = 512 << 20
+
+    def __post_init__(self):
+        for name in ("max_sequences", "max_cached_tokens", "memory_bytes", "max_pass_rows", "sampler_workspace_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ManifestError(f"{name}: got {value}, expected at least 1")
+        if self.max_cached_tokens is not None and self.memory_bytes is not None:
+            raise ManifestError("max_cached_tokens and memory_bytes: got both, but each decides how many KV pages there are")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Sizes in bytes; see the module docstring."""
+
+    max_sequences: int
+    max_positions: int
+    page_size: int
+    kept_tokens: Mapping[LayerType, int | None]  # tokens before it that a token sees; None: all
+    page_bytes: Mapping[LayerType, int]  # a page in all layers of the type
+    num_pages: Mapping[LayerType, int]
+    weights_bytes: int
+    workspace_bytes: int
+    state_bytes: int  # of one sequence
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(count * self.page_bytes[kind] for kind, count in self.num_pages.items())
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.workspace_bytes + self.max_sequences * self.state_bytes + self.kv_bytes
+
+    def num_sequences(self, num_tokens: int) -> int:
+        """How many sequences of so many tokens fit at once."""
+        needed = _pages_needed(num_tokens, self.page_size, self.kept_tokens)
+        return min(self.max_sequences, *(self.num_pages[kind] // count for kind, count in needed.items() if count))
+
+    def report(self) -> str:
+        """The plan in a few lines, for people."""
+        lengths = [length for length in _REPORTED_LENGTHS if length < self.max_positions] + [self.max_positions]
+        fitting = ", ".join(f"{self.num_sequences(length)} of {length:,}" for length in lengths)
+        pages = ", ".join(f"{count:,} {kind}" for kind, count in self.num_pages.items())
+        state_bytes = self.max_sequences * self.state_bytes
+        return (
+            f"memory  {self.total_bytes / _GB:.2f} GB = weights {self.weights_bytes / _GB:.2f} + workspace "
+            f"{self.workspace_bytes / _GB:.2f} + {self.max_sequences} sequences {state_bytes / _GB:.3f} + KV pages "
+            f"{self.kv_bytes / _GB:.2f} ({pages}, {self.page_size} tokens each)\n"
+            f"fits    sequences of so many tokens: {fitting}"
+        )
+
+
+def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = "cpu") -> MemoryPlan:
+    """The plan for an engine under `limits`.
+
+    Raises:
+        ManifestError: max_sequences is more than the engine takes, or memory_bytes does not hold what every engine needs.
+    """
+    model, build = manifest.model, manifest.build
+    if limits.max_sequences > build.max_sequences:
+        raise ManifestError(
+            f"max_sequences: got {limits.max_sequences}, expected 1 to {build.max_sequences}; "
+            "rebuild the engine with a larger --max-sequences"
+        )
+    kept = {kind: each.window - 1 if each.window else None for kind, each in model.attention.items()}
+    page_bytes = {kind: build.page_size * _token_bytes(model, kind, _ITEM_BYTES[build.dtype]) for kind in model.attention}
+    fixed = {
+        "weights_bytes": sum(math.prod(each.shape) * _ITEM_BYTES[each.dtype] for each in manifest.weights.values()),
+        "workspace_bytes": _workspace_bytes(manifest, limits, device_type),
+        "state_bytes": model.canvas_length * (model.hidden_size * _ITEM_BYTES[build.dtype] + _STATE_BYTES_PER_POSITION),
+    }
+
+    def with_pages(tokens_each: int, sequences: int) -> MemoryPlan:
+        needed = _pages_needed(tokens_each, build.page_size, kept)
+        return MemoryPlan(
+            max_sequences=limits.max_sequences,
+            max_positions=model.max_position_embeddings,
+            page_size=build.page_size,
+            kept_tokens=kept,
+            page_bytes=page_bytes,
+            num_pages={kind: sequences * count for kind, count in needed.items()},
+            **fixed,
+        )
+
+    longest = model.max_position_embeddings
+    if limits.max_cached_tokens is not None:  # 1.
+        total = -(-min(limits.max_cached_tokens, limits.max_sequences * longest) // build.page_size)
+        window = with_pages(longest, limits.max_sequences).num_pages
+        num_pages = {kind: total if kept[kind] is None else min(total, window[kind]) for kind in kept}
+        plan = MemoryPlan(**{**vars(with_pages(1, 1)), "num_pages": num_pages})
+    elif limits.memory_bytes is not None:  # 2.
+        tokens, over = 0, longest + 1  # the largest that fits, the smallest that does not
+        while over - tokens > 1:
+            middle = (tokens + over) // 2
+            fits = with_pages(middle, limits.max_sequences).total_bytes <= limits.memory_bytes
+            tokens, over = (middle, over) if fits else (tokens, middle)
+        plan = with_pages(tokens, limits.max_sequences)
+        if tokens < model.canvas_length:
+            least = with_pages(model.canvas_length, limits.max_sequences).total_bytes
+            raise ManifestError(
+                f"memory_bytes: got {limits.memory_bytes / _GB:.2f} GB, expected at least {least / _GB:.2f} GB for weights "
+                f"({plan.weights_bytes / _GB:.2f}), workspace ({plan.workspace_bytes / _GB:.2f}) and {limits.max_sequences} "
+                f"sequences of one canvas ({model.canvas_length} tokens); allow more, or lower max_sequences"
+            )
+    else:  # 3.
+        plan = with_pages(min(longest, _DEFAULT_SEQUENCE_TOKENS), max(limits.max_sequences, _FEWEST_SEQUENCES))
+    return _with_kept_windows(plan, limits) if limits.prefix_cache else plan
+
+
+def _with_kept_windows(plan: MemoryPlan, limits: EngineLimits) -> MemoryPlan:
+    most = max((count for kind, count in plan.num_pages.items() if plan.kept_tokens[kind] is None), default=None)
+    twice = {
+        kind: count if plan.kept_tokens[kind] is None else 2 * count if most is None else max(count, min(2 * count, most))
+        for kind, count in plan.num_pages.items()
+    }
+    larger = MemoryPlan(**{**vars(plan), "num_pages": twice})
+    fits = limits.memory_bytes is None or larger.total_bytes <= limits.memory_bytes
+    return larger if fits else plan
+
+
+def _pages_needed(num_tokens: int, page_size: int, kept: Mapping[LayerType, int | None]) -> dict[LayerType, int]:
+    """As `PagedKVCache.pages_needed`."""
+    pages = -(-num_tokens // page_size)
+    return {kind: pages if each is None else min(pages, -(-each // page_size) + 1) for kind, each in kept.items()}
+
+
+def _token_bytes(model: ModelConfig, kind: LayerType, item_bytes: int) -> int:
+    attention = model.attention[kind]
+    return model.layer_types.count(kind) * 2 * attention.num_kv_heads * attention.head_dim * item_bytes
+
+
+def pass_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
+    """Rows of the largest denoising pass."""
+    every = limits.max_sequences * manifest.model.canvas_length
+    limit = limits.max_pass_rows or (manifest.build.max_encode_tokens if device_type == "cpu" else every)
+    return max(manifest.model.canvas_length, min(limit, every))
+
+
+def _workspace_bytes(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
+    """An estimate: a layer's tensors of the largest pass, the encode pass's new keys and values of all layers, a head chunk."""
+    model, build = manifest.model, manifest.build
+    heads = max(model.num_attention_heads * each.head_dim for each in model.attention.values())
+    routed = model.top_k_experts * (3 * model.hidden_size + 3 * model.moe_intermediate_size)
+    row_items = 8 * model.hidden_size + routed + 3 * model.intermediate_size + 4 * heads
+    rows = max(build.max_encode_tokens, pass_rows(manifest, limits, device_type))
+    item_bytes = _ITEM_BYTES[build.dtype]
+    new_kv = build.max_encode_tokens * sum(_token_bytes(model, kind, item_bytes) for kind in model.attention)
+    head = min(limits.sampler_workspace_bytes, build.max_head_rows * model.vocab_size * 4 * _LOGITS_COPIES)
+    return rows * row_items * item_bytes + new_kv + head

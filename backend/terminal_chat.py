@@ -1,0 +1,93 @@
+"""A chat in the terminal that shows the canvas as it resolves.
+
+On a terminal the answer is redrawn as drafts come: what is decided in the terminal's own colour, the draft of the canvas that
+is being denoised dimmed. Elsewhere the questions are the lines of standard input, and only answers are printed.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from backend.errors import RequestError
+from backend.generation import Generation, Piece
+from backend.llm import LLM
+from backend.sampling_config import SamplingConfig
+
+HELP = "/think: think first, or no longer   /new: forget the chat   /quit: leave"
+_DRAFT_INTERVAL_S = 0.05
+
+
+class TerminalChat:
+    """One chat. `console` is where it is shown."""
+
+    def __init__(self, llm: LLM, console: Console, sampling: SamplingConfig, template_kwargs: Mapping[str, Any]):
+        self._llm, self._console, self._sampling = llm, console, sampling
+        self._template_kwargs = dict(template_kwargs)
+        self._messages: list[dict[str, Any]] = []
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answers every line until /quit or the last one. An answer that is refused or interrupted is not part of the chat."""
+        for line in lines:
+            said = line.strip()
+            if said == "/quit":
+                return
+            if said == "/new":
+                self._messages.clear()
+            elif said == "/think":
+                self._template_kwargs["enable_thinking"] = not self._template_kwargs.get("enable_thinking")
+                self._note(f"thinking {'on' if self._template_kwargs['enable_thinking'] else 'off'}")
+            elif said.startswith("/"):
+                self._note(HELP)
+            elif said:
+                self._ask(said)
+
+    def _ask(self, question: str) -> None:
+        messages = [*self._messages, {"role": "user", "content": question}]
+        try:
+            answer = self._answered(messages)
+        except RequestError as error:
+            self._note(f"error: {error}")
+            return
+        except KeyboardInterrupt:
+            self._note("interrupted")
+            return
+        self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+
+    def _answered(self, messages: list[dict[str, Any]]) -> Generation:
+        is_terminal = self._console.is_terminal
+        result = Generation()
+        pieces = self._llm.stream_chat(
+            messages,
+            self._sampling,
+            chat_template_kwargs=self._template_kwargs,
+            draft_interval_s=_DRAFT_INTERVAL_S if is_terminal else None,
+        )
+        if not is_terminal:
+            for piece in pieces:
+                result.add(piece)
+            self._console.print(drawn(result), highlight=False, soft_wrap=True)
+            return result
+        with Live(console=self._console, auto_refresh=False, vertical_overflow="visible") as live:
+            for piece in pieces:
+                if not piece.is_draft:
+                    result.add(piece)
+                live.update(drawn(result, piece if piece.is_draft else None), refresh=True)
+        self._note(f"{len(result.token_ids)} tokens, denoising steps a canvas: {' '.join(map(str, result.num_steps))}")
+        return result
+
+    def _note(self, line: str) -> None:
+        self._console.print(Text(line, style="dim"), highlight=False)
+
+
+def drawn(result: Generation, draft: Piece | None = None) -> Text:
+    """The answer so far, its thought first and in italics, the draft dimmed."""
+    text = Text(result.reasoning, style="italic")
+    if draft:
+        text.append(draft.reasoning, style="italic dim")
+    if text and (result.text or (draft and draft.text)):
+        text.append("\n")
+    text.append(Text(result.text))
+    return text.append(Text(draft.text, style="dim")) if draft else text

@@ -1,0 +1,107 @@
+"""The settings of one model: what can be chosen, its bounds and its default, once.
+
+Settings ──▶ `parameters` and `instance_group` of config.pbtxt ──▶ Triton ──▶ initialize(args) ──▶ Settings
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from backend.service import ServiceLimits
+from backend.worker_process import WorkerConfig
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """One model's settings; the descriptions are the documentation. Unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine_dir: str = Field(
+        "../../engines/diffusiongemma",
+        min_length=1,
+        description="engine directory; a relative one starts at the folder of config.pbtxt",
+    )
+    max_sequences: int = Field(16, ge=1, description="sequences denoised at once, at most what the engine was built for")
+    max_cached_tokens: int = Field(0, ge=0, description="tokens that the KV pages hold over all sequences; 0: see memory_bytes")
+    memory_bytes: int = Field(
+        0, ge=0, description="memory for everything, weights included; 0: KV pages for 8,192 tokens a sequence"
+    )
+    prefix_cache: bool = Field(True, description="true keeps the KV pages of a prompt for prompts that begin alike")
+    commit_last: bool = Field(False, description="true keeps those of answers too, at the cost of a pass each, for next turns")
+    max_pass_rows: int = Field(0, ge=0, description="canvas positions that one denoising pass takes; 0: what suits the device")
+    max_queued: int = Field(256, ge=0, description="requests that may wait for a place among these sequences")
+    queue_timeout_s: Seconds = Field(60.0, description="seconds that a request may wait for its place")
+    draft_interval_s: Seconds = Field(0.05, description="seconds between drafts, for requests that ask for them")
+    load_timeout_s: Seconds = Field(1800.0, description="seconds that loading the engine may take")
+    progress_timeout_s: Seconds = Field(120.0, description="seconds that one step may take before the worker is taken for hung")
+    max_worker_deaths: int = Field(
+        3, ge=1, description="after so many deaths of the engine worker within worker_deaths_window_s the model is unloaded"
+    )
+    worker_deaths_window_s: Seconds = Field(600.0, description="see max_worker_deaths")
+    close_timeout_s: Seconds = Field(5.0, description="seconds that requests may go on when the model is unloaded")
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> "Settings":
+        """From the texts of config.pbtxt. Raises ValueError, one line."""
+        try:
+            return cls.model_validate(dict(parameters))
+        except ValidationError as error:
+            raise ValueError("config.pbtxt: " + "; ".join(_line(each) for each in error.errors())) from None
+
+    @classmethod
+    def from_model_config(cls, model_config: Mapping[str, Any]) -> "Settings":
+        """From the JSON form of config.pbtxt that a server passes on. Names in capitals are the Python backend's own.
+
+        Raises ValueError, one line.
+        """
+        parameters = model_config.get("parameters", {})
+        return cls.from_parameters({name: each["string_value"] for name, each in parameters.items() if not name.isupper()})
+
+    def parameters(self) -> dict[str, str]:
+        """The texts of config.pbtxt, in the order above."""
+        return {name: _text(value) for name, value in self.model_dump().items()}
+
+    def worker_config(self, model_dir: Path, environment: Mapping[str, str]) -> WorkerConfig:
+        """What the engine worker is started with; `model_dir` is the folder of config.pbtxt."""
+        return WorkerConfig(
+            engine_dir=(model_dir / self.engine_dir).resolve(),
+            limits={
+                "max_sequences": self.max_sequences,
+                "max_cached_tokens": self.max_cached_tokens or None,
+                "memory_bytes": self.memory_bytes or None,
+                "prefix_cache": self.prefix_cache,
+                "commit_last": self.commit_last,
+                "max_pass_rows": self.max_pass_rows or None,
+            },
+            environment=environment,
+        )
+
+    def service_limits(self) -> ServiceLimits:
+        return ServiceLimits(
+            max_queued=self.max_queued,
+            queue_timeout_s=self.queue_timeout_s,
+            load_timeout_s=self.load_timeout_s,
+            progress_timeout_s=self.progress_timeout_s,
+            max_deaths=self.max_worker_deaths,
+            deaths_window_s=self.worker_deaths_window_s,
+        )
+
+
+def _text(value: bool | int | float | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _line(error: Mapping[str, Any]) -> str:
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"got the unknown parameter {name}, expected some of {', '.join(Settings.model_fields)}; remove it"
+    return f"parameter {name}: got {error['input']!r}, expected {_EXPECTED[Settings.model_fields[name].annotation]}" + "".join(
+        f" of at least {limit.ge}" for limit in Settings.model_fields[name].metadata if hasattr(limit, "ge")
+    )
+
+
+_EXPECTED = {str: "a path", bool: "true or false", int: "a whole number", float: "a number of seconds"}

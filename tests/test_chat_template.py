@@ -1,0 +1,172 @@
+"""Chats → prompts: transformers' rendering is the oracle, and everything that is wrong gets one line."""
+
+import itertools
+import json
+
+import pytest
+from small_checkpoints import TINY
+from tiny_tasks import questions
+from tokenizers import Tokenizer
+
+from backend.chat.messages import chat_request
+from backend.chat.template import ChatTemplate
+from backend.errors import RequestError
+
+TOKENIZER = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+USER = {"role": "user", "content": "Hello."}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}}
+PRICE = {"type": "function", "function": {"name": "price"}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "ulm"}'}}
+
+
+@pytest.fixture(scope="module")
+def template() -> ChatTemplate:
+    return ChatTemplate.load(TINY, TOKENIZER)
+
+
+def test_prompts_are_transformers(template, render):
+    for question in itertools.islice(questions(1, held_out=True), 30):
+        chat = chat_request(question.messages, question.tools, None, {"enable_thinking": question.enable_thinking})
+        assert template.prompt(chat).text == render(question)
+
+
+def test_several_turns(template, chat_tokenizer):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "content": "Hi.", "refusal": None, "annotations": []},
+        {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "up?"}]},
+    ]
+    expected = chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert template.prompt(chat_request(messages)).text == expected
+
+
+def test_a_tool_result_gets_the_name_of_its_call(template, chat_tokenizer):
+    """OpenAI's clients send arguments as text, no content, and results with an id alone; templates want none of that."""
+    sent = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    plain = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "ulm"}}}]}
+    expected = chat_tokenizer.apply_chat_template(
+        [USER, plain, {"role": "tool", "name": "weather", "content": "rain"}], tools=[WEATHER], tokenize=False
+    )
+    assert template.prompt(chat_request(sent, [WEATHER])).text == expected
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "prefill"),
+    [
+        ([WEATHER, PRICE], None, ""),
+        ([WEATHER, PRICE], "auto", ""),
+        ([WEATHER, PRICE], "required", "<|tool_call>call:"),
+        ([WEATHER], "required", "<|tool_call>call:weather{"),
+        ([WEATHER, PRICE], {"type": "function", "function": {"name": "price"}}, "<|tool_call>call:price{"),
+    ],
+)
+def test_a_call_that_must_be_made_is_begun_in_the_prompt(template, tools, choice, prefill):
+    free = template.prompt(chat_request([USER], tools)).text
+    prompt = template.prompt(chat_request([USER], tools, choice))
+    assert (prompt.text, prompt.form.prefill, prompt.form.with_tools) == (free + prefill, prefill, True)
+
+
+def test_tool_choice_none_does_not_tell_of_the_tools(template):
+    prompt = template.prompt(chat_request([USER], [WEATHER], "none"))
+    assert prompt.text == template.prompt(chat_request([USER])).text
+    assert not prompt.form.with_tools
+
+
+def test_a_template_that_opens_a_thought():
+    template = ChatTemplate("{{ messages[0].content }}<|channel>thought\n", {}, TOKENIZER)
+    prompt = template.prompt(chat_request([USER], [WEATHER]))
+    assert prompt.form.in_thought
+    required = template.prompt(chat_request([USER], [WEATHER], "required"))
+    assert required.text == prompt.text + "<channel|><|tool_call>call:weather{"
+    asked = {"role": "user", "content": "<|channel>thought\n is what?"}
+    assert not ChatTemplate("{{ messages[0].content }}", {}, TOKENIZER).prompt(chat_request([asked])).form.in_thought
+
+
+def test_the_template_may_be_in_tokenizer_config(tmp_path):
+    config = {"chat_template": "{{ bos_token }}{{ x }}", "bos_token": {"content": "<bos>"}, "eos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.load(tmp_path, TOKENIZER)
+    assert template.prompt(chat_request([USER], template_kwargs={"x": "é"})).text == "<bos>é"
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "got [1], expected a JSON object")])
+def test_a_bad_tokenizer_config(tmp_path, text, message):
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json") as raised:
+        ChatTemplate.load(tmp_path, TOKENIZER)
+    assert message in str(raised.value)
+
+
+def test_without_a_template(tmp_path):
+    with pytest.raises(RequestError, match="messages: this engine has no chat template; send text_input or input_ids"):
+        ChatTemplate.load(tmp_path, TOKENIZER).prompt(chat_request([USER]))
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "message"),
+    [
+        ("{{ raise_exception('no\nthanks') }}", {}, "messages: the chat template refuses them: no thanks"),
+        ("{{ messages[0].nothing.more }}", {}, "messages: the chat template refuses them: 'dict object' has no attribute"),
+        ("{{ x + 1 }}", {"x": "a"}, "messages: the chat template refuses them: can only concatenate str"),
+        ("{{ x }}", {"tools": 1, "messages": 2}, "chat_template_kwargs: got messages, tools, which the server sets"),
+    ],
+)
+def test_what_the_template_refuses(template, kwargs, message):
+    with pytest.raises(RequestError) as raised:
+        ChatTemplate(template, {}, TOKENIZER).prompt(chat_request([USER], template_kwargs=kwargs))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def assistant(**fields) -> list[dict]:
+    return [USER, {"role": "assistant", **fields}]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((None,), "messages: got None, expected list"),
+        (([],), "messages: got [], expected list should have at least 1 item"),
+        (([1],), "messages[0]: got 1, expected a JSON object"),
+        (
+            ([{"role": "robot", "content": "a"}],),
+            "messages[0].role: got 'robot', expected one of 'system', 'developer', 'user'",
+        ),
+        (([{"content": "a"}],), "messages[0]: got no role, expected one; add it"),
+        (([USER, {"role": "user"}],), "messages[1]: got no content, expected one; add it"),
+        (([{"role": "user", "content": 5}],), "messages[0].content: got 5, expected string"),
+        (
+            ([{"role": "user", "content": [{"type": "audio"}]}],),
+            "messages[0].content[0].type: got 'audio', expected one of 'text'",
+        ),
+        (([{"role": "user", "content": [{"type": "text"}]}],), "messages[0].content[0]: got no text"),
+        ((assistant(tool_calls=[{"function": {"arguments": ""}}]),), "messages[1].tool_calls[0].function: got no name"),
+        (
+            (assistant(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),),
+            "messages[1].tool_calls[0].function.arguments: got '[1]', expected the text of a JSON object",
+        ),
+        (([USER, {"role": "tool", "content": "a"}],), "messages[1].tool_call_id: got None, expected the id of a tool call"),
+        (
+            ([*assistant(tool_calls=[CALL]), {"role": "tool", "tool_call_id": "c2", "content": "a"}],),
+            "messages[2].tool_call_id: got 'c2', expected the id of a tool call in an earlier assistant message",
+        ),
+        (([USER], 5), "tools: got 5, expected list"),
+        (([USER], [{"type": "function"}]), "tools[0]: got no function"),
+        (([USER], [{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name: got 'a b', expected string"),
+        (([USER], [WEATHER], "maybe"), "tool_choice: got 'maybe', expected 'auto', 'none' or 'required'"),
+        (([USER], None, "required"), "tool_choice: got 'required' without tools, expected at least one; send tools"),
+        (
+            ([USER], [WEATHER], {"type": "function", "function": {"name": "price"}}),
+            "tool_choice: got the function 'price', expected one of tools, ['weather']",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(parts, message):
+    with pytest.raises(RequestError) as raised:
+        chat_request(*parts)
+    assert raised.value.code == "INVALID_ARGUMENT"
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)

@@ -1,0 +1,156 @@
+"""Chats without a server: `LLM.chat`, `LLM.stream` and the terminal chat on the compiled tiny engine, with transformers' own
+template as the oracle of prompts."""
+
+import io
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_tasks import TASKS, Question, questions
+
+from backend import LLM, RequestError, SamplingConfig
+from backend.chat.tools import ToolCall
+from backend.generation import Generation
+from backend.terminal_chat import TerminalChat
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def llm(engine_dir) -> LLM:
+    return LLM(engine_dir)
+
+
+def some(task: str, count: int = 4) -> list[Question]:
+    return list(itertools.islice(questions(2026, held_out=True, tasks=(task,)), count))
+
+
+def test_prompts_after_apply_chat_template(llm, chat_tokenizer):
+    """The recipe's offline example: transformers makes the prompts, greedy decoding answers all of them."""
+    asked = [question for task in ("sum", "reverse", "count") for question in some(task)]
+    prompts = [
+        chat_tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False) for question in asked
+    ]
+    results = llm.generate(prompts, SamplingConfig(temperature=0.0, max_tokens=1024, seed=0))
+    assert [result.text for result in results] == [question.answer for question in asked]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_chat_is_what_its_prompt_gives(llm, render, task):
+    asked = some(task)
+    config = SamplingConfig(seed=3)
+    for question in asked:
+        [chat] = llm.chat(
+            question.messages, config, tools=question.tools, chat_template_kwargs={"enable_thinking": question.enable_thinking}
+        )
+        [raw] = llm.generate(render(question), SamplingConfig(seed=3, skip_special_tokens=False))
+        assert raw.text == question.answer
+        assert (chat.token_ids, chat.num_prompt_tokens) == (raw.token_ids, raw.num_prompt_tokens)
+        assert "<" not in chat.text + chat.reasoning
+
+
+def test_many_chats_are_one_batch(llm):
+    asked = some("sum", 6)
+    results = llm.chat([question.messages for question in asked], SamplingConfig(seed=1))
+    assert [result.text for result in results] == [question.answer for question in asked]
+
+
+def test_a_thought_is_apart(llm):
+    for question in some("thought"):
+        thought, _, answer = question.answer.removeprefix("<|channel>thought\n").partition("<channel|>")
+        [result] = llm.chat(question.messages, SamplingConfig(seed=1), chat_template_kwargs={"enable_thinking": True})
+        assert (result.reasoning, result.text, result.finish_reason) == (thought, answer, "stop")
+
+
+def tool_question(task: str) -> Question:
+    return next(question for question in questions(2026, held_out=True, tasks=("tool",)) if question.task == task)
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_call(llm, choice):
+    question = next(
+        question
+        for question in questions(2026, held_out=True, tasks=("tool",))
+        if question.task == "tool" and "weather" in question.answer
+    )
+    [result] = llm.chat(question.messages, SamplingConfig(seed=1), tools=question.tools, tool_choice=choice)
+    city = question.answer.split('<|"|>')[1]
+    assert result.tool_calls == [ToolCall(name="weather", arguments=f'{{"city": "{city}"}}')]
+    assert (result.text, result.finish_reason) == ("", "tool_calls")
+
+
+def test_pieces_together_are_the_result(llm):
+    for question in (some("count", 1)[0], some("thought", 1)[0], tool_question("tool")):
+        more = {"tools": question.tools, "chat_template_kwargs": {"enable_thinking": question.enable_thinking}}
+        [expected] = llm.chat(question.messages, SamplingConfig(seed=1), **more)
+        result, drafts = Generation(), []
+        for piece in llm.stream_chat(question.messages, SamplingConfig(seed=1), draft_interval_s=0, **more):
+            drafts.append(piece) if piece.is_draft else result.add(piece)
+        assert result == expected
+        # One draft after every step that does not finish its canvas.
+        assert [sum(draft.canvas_index == index for draft in drafts) for index in range(len(result.num_steps))] == [
+            steps - 1 for steps in result.num_steps
+        ]
+        assert not any("<|" in draft.text + draft.reasoning for draft in drafts)
+
+
+def test_a_stream_of_a_plain_prompt(llm, render):
+    prompt = render(some("count", 1)[0])
+    pieces = list(llm.stream(prompt, SamplingConfig(seed=1)))
+    [expected] = llm.generate(prompt, SamplingConfig(seed=1))
+    assert "".join(piece.text for piece in pieces) == expected.text
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+
+
+def test_a_stream_left_early_makes_room(llm):
+    stream = llm.stream("Count from 3 to 31.", SamplingConfig(ignore_eos=True, max_tokens=3000))
+    next(stream)
+    stream.close()
+    assert llm.generate("Add 1 and 2.", SamplingConfig(max_tokens=1))[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([{"role": "user"}],), "messages[0]: got no content"),
+        (([[{"role": "user", "content": "a"}], [{"role": "x", "content": "b"}]],), "messages[0].role: got 'x'"),
+        (([],), None),
+    ],
+)
+def test_refusals(llm, arguments, message):
+    if message is None:
+        assert llm.chat(*arguments) == []
+        return
+    with pytest.raises(RequestError) as raised:
+        llm.chat(*arguments)
+    assert message in str(raised.value)
+
+
+def typed(llm: LLM, *lines: str, terminal: bool) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100)
+    TerminalChat(llm, console, SamplingConfig(seed=1), {}).run(lines)
+    return out.getvalue()
+
+
+def test_the_terminal_chat(llm):
+    first, second = some("sum", 2)
+    question, other = (each.messages[0]["content"] for each in (first, second))
+    assert typed(llm, question, "/new", other, "/quit", "never asked", terminal=False) == f"{first.answer}\n{second.answer}\n"
+    shown = typed(llm, question, terminal=True)
+    assert first.answer in shown and "denoising steps a canvas" in shown
+    thought = typed(llm, "/think", question, terminal=False)
+    assert thought.startswith("thinking on\n") and thought.endswith(f"\n{first.answer}\n") and "=" in thought
+    assert "/quit" in typed(llm, "/nonsense", terminal=False)
+    assert "error: " in typed(llm, "a" * 5000, terminal=False)
+
+
+def test_the_chat_command_answers_standard_input(engine_dir):
+    [question] = some("reverse", 1)
+    command = [sys.executable, "-m", "backend", "chat", "--engine", str(engine_dir), "--sampling", '{"seed": 1}']
+    asked = question.messages[0]["content"]
+    done = subprocess.run(command, input=f"{asked}\n", capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == f"{question.answer}\n"

@@ -1,0 +1,189 @@
+"""Biases, filters and log probabilities in whole generations, against transformers' `generate` with the same noise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import Oracle
+from small_checkpoints import random_checkpoint
+from test_generation import RANDOM, llm_of, prompt_of
+from tolerances import TOLERANCE
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    SequenceBiasLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
+
+from backend import LLM, RequestError, SamplingConfig
+from backend.canvas_loop import CanvasLoop
+from backend.generation import Generation
+
+VOCAB_SIZE = 97
+PROMPT = prompt_of(30)
+# A log probability is a difference of logits, so as exact as they are; the soft cap, 30, is their largest magnitude.
+LOGPROB_TOLERANCE = TOLERANCE[torch.float32] * 30
+RANDOM_OF_THE_ORACLE = {"max_new_tokens": 40, "max_denoising_steps": 8, "eos_token_id": None, "pad_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[LLM, Oracle]:
+    checkpoint = random_checkpoint(tmp_path_factory.mktemp("random"), seed=8)
+    return llm_of(checkpoint), Oracle(checkpoint)
+
+
+def expected_of(oracle: Oracle, *, seed: int, **choices):
+    return oracle.generate(PROMPT, seed=seed, **{**RANDOM_OF_THE_ORACLE, **choices})
+
+
+def tokens_of(expected) -> list[int]:
+    return expected.token_ids(max_tokens=40, ends=set())
+
+
+def one(llm: LLM, **sampling):
+    [result] = llm.generate([PROMPT], SamplingConfig(**{"seed": 3, **RANDOM, **sampling}))
+    return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+def test_logit_bias_is_transformers_logits_processor(pair, temperature):
+    """After the soft cap, before the temperature, seen by everything: small biases that shift but do not decide."""
+    llm, oracle = pair
+    bias = {token: float(value) for token, value in enumerate(torch.linspace(-3, 3, VOCAB_SIZE))}
+    processor = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
+    expected = expected_of(oracle, seed=3, greedy=temperature == 0, logits_processor=LogitsProcessorList([processor]))
+    result = one(llm, logit_bias=bias, temperature=temperature)
+    assert result.token_ids == tokens_of(expected)
+    assert result.num_steps == expected.num_steps
+    assert result.token_ids != one(llm, temperature=temperature).token_ids
+
+
+def test_a_bias_of_minus_100_bans(pair):
+    llm, _ = pair
+    banned = set(one(llm).token_ids)
+    assert len(banned) > 10
+    for temperature in (0, 1, 100):
+        result = one(llm, logit_bias=dict.fromkeys(banned, -100), temperature=temperature)
+        assert not set(result.token_ids) & banned
+
+
+def test_a_bias_of_100_forces_and_the_canvas_converges_at_once(pair):
+    """Nothing else is likely, so that the second step repeats the first, surely."""
+    llm, _ = pair
+    result = one(llm, logit_bias={5: 100})
+    assert (result.token_ids, result.num_steps) == ([5] * 40, [2, 2, 2])
+    assert set(one(llm, logit_bias={5: 100, 6: 100}).token_ids) == {5, 6}
+
+
+@pytest.mark.parametrize(
+    ("filters", "warpers"),
+    [
+        ({"top_k": 3}, [TopKLogitsWarper(3)]),
+        ({"top_p": 0.4}, [TopPLogitsWarper(0.4)]),
+        ({"min_p": 0.3}, [MinPLogitsWarper(0.3)]),
+        (
+            {"top_k": 10, "top_p": 0.8, "min_p": 0.1},
+            [TopKLogitsWarper(10), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)],
+        ),
+    ],
+    ids=str,
+)
+def test_filters_are_transformers_warpers_on_the_sampled_token(pair, filters, warpers):
+    """With a bound that accepts much of what is drawn."""
+    llm, oracle = pair
+    sampler_config = EntropyBoundSamplerConfig(entropy_bound=10.0)
+    expected = expected_of(oracle, seed=3, warpers=LogitsProcessorList(warpers), sampler_config=sampler_config)
+    result = one(llm, entropy_bound=10.0, **filters)
+    assert result.token_ids == tokens_of(expected)
+    assert result.num_steps == expected.num_steps
+    assert result.token_ids != one(llm, entropy_bound=10.0).token_ids
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}], ids=str)
+def test_filters_that_leave_one_token_are_greedy(pair, filters):
+    llm, _ = pair
+    assert one(llm, **filters) == one(llm, temperature=0) != one(llm)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.3}, {"min_p": 0.5}], ids=str)
+def test_greedy_needs_no_filters(pair, filters):
+    llm, _ = pair
+    assert one(llm, temperature=0, **filters) == one(llm, temperature=0)
+
+
+@pytest.mark.parametrize("choices", [{}, {"temperature": 0}, {"logit_bias": {5: 4.0}}, {"top_k": 3, "top_p": 0.7}], ids=str)
+def test_logprobs_are_those_of_transformers_last_step(pair, choices):
+    """Of the committed tokens, under the processed distribution: the bias is in it, the filters are not."""
+    llm, oracle = pair
+    processors, warpers = LogitsProcessorList(), LogitsProcessorList()
+    if "logit_bias" in choices:
+        processors.append(SequenceBiasLogitsProcessor([[[5], 4.0]]))
+    if "top_k" in choices:
+        warpers.extend([TopKLogitsWarper(3), TopPLogitsWarper(0.7)])
+    expected = expected_of(oracle, seed=3, greedy="temperature" in choices, warpers=warpers, logits_processor=processors)
+    logprobs = torch.cat(expected.probabilities)[:40].log()
+    values, token_ids = logprobs.topk(5)
+
+    result = one(llm, logprobs=True, top_logprobs=5, **choices)
+    assert result.token_ids == tokens_of(expected) == token_ids[:, 0].tolist()
+    assert result.logprobs == pytest.approx(values[:, 0].tolist(), rel=0, abs=LOGPROB_TOLERANCE)
+    assert [[token for token, _ in each] for each in result.top_logprobs] == token_ids.tolist()
+    actual = torch.tensor([[value for _, value in each] for each in result.top_logprobs])
+    torch.testing.assert_close(actual, values, rtol=0, atol=LOGPROB_TOLERANCE)
+    assert one(llm, **choices) == replace(result, logprobs=None, top_logprobs=None)
+    assert one(llm, logprobs=True, **choices) == replace(result, top_logprobs=None)
+
+
+EVERY_KIND = [
+    {},
+    {"top_k": 4},
+    {"temperature": 0},
+    {"logit_bias": {5: 3.0, 7: -100}, "logprobs": True},
+    {"top_p": 0.5, "min_p": 0.02, "logprobs": True, "top_logprobs": 20},
+    {"temperature": 0, "logprobs": True, "top_logprobs": 2, "logit_bias": {9: 100}},
+    {"top_k": 50, "top_p": 0.9, "temperature": 2},
+    {"temperature": 0.3},
+]
+
+
+@pytest.fixture(scope="module")
+def every_kind_alone(pair) -> list[tuple[list[int], SamplingConfig, Generation]]:
+    configs = [SamplingConfig(seed=seed, **RANDOM, **kind) for seed, kind in enumerate(EVERY_KIND)]
+    prompts = [prompt_of(3 + 5 * seed) for seed in range(len(configs))]
+    return [(prompt, config, *pair[0].generate([prompt], config)) for prompt, config in zip(prompts, configs, strict=True)]
+
+
+@pytest.mark.parametrize(("max_sequences", "chunk_rows"), [(3, 1024), (16, 1024), (16, 7)])
+def test_every_mix_of_rows_gives_each_what_it_gets_alone(every_kind_alone, max_sequences, chunk_rows, tmp_path):
+    """Also when slots pass from one kind of row to another, and when chunks of head rows end within canvases."""
+    llm = llm_of(random_checkpoint(tmp_path, seed=8), max_sequences=max_sequences)
+    llm._engine.scheduler._loop._chunk_rows = chunk_rows
+    prompts, configs, expected = zip(*every_kind_alone, strict=True)
+    for config, result, alone in zip(configs, llm.generate(prompts, configs), expected, strict=True):
+        assert (result.token_ids, result.num_steps) == (alone.token_ids, alone.num_steps)
+        assert (result.logprobs is None) == (not config.logprobs)
+        assert (result.top_logprobs is None) == (not config.top_logprobs)
+        if config.logprobs:
+            assert result.logprobs == pytest.approx(alone.logprobs, rel=0, abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
+def test_which_rows_need_the_plain_step(pair, kind):
+    loop: CanvasLoop = pair[0]._engine.scheduler._loop
+    config = SamplingConfig(seed=1, **RANDOM, **kind).resolve(pair[0]._engine.defaults)
+    plain = SamplingConfig(seed=1, **RANDOM).resolve(pair[0]._engine.defaults)
+    loop.start_canvas(1, 0, config)
+    loop.start_canvas(2, 0, plain)
+    assert loop.needs_plain_step([2]) is False
+    assert loop.needs_plain_step([2, 1]) is bool({"top_k", "top_p", "logit_bias", "logprobs"} & set(kind))
+    loop.start_canvas(1, 0, plain)
+    assert loop.needs_plain_step([1, 2]) is False
+
+
+def test_a_bias_outside_the_vocabulary(pair):
+    with pytest.raises(RequestError) as raised:
+        one(pair[0], logit_bias={5: 1, 97: 1})
+    assert str(raised.value) == "logit_bias: got token id 97, expected 0 to 96"
+    assert raised.value.code == "INVALID_ARGUMENT"

@@ -1,0 +1,75 @@
+"""Starting and stopping the real Triton server, and what is left of it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from server_clients import ANY_PORTS, ENDLESS, QUESTION, Refused, Stream, ask_once
+from server_processes import leftovers
+
+from backend.triton_server.launch import MODEL_REPOSITORY, ServerError, TritonServer
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_stops_cleanly(engine_dir, stop):
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir), *ports]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent) as process:
+        line = process.stdout.readline()
+        url, log = re.fullmatch(r"ready  gRPC (\S+)  HTTP \S+  metrics \S+  log (\S+)\n", line).groups()
+        assert ask_once(url, text_input=QUESTION, max_tokens=1).num_output_tokens == 1
+        name = Path(log).parent.name
+        assert len(leftovers(name)) > 2  # the server, its stub, and files
+        process.send_signal(stop)
+    assert process.returncode == 0
+    assert leftovers(name) == []
+
+
+def test_a_stop_does_not_wait_for_long_requests(engine_dir):
+    with TritonServer(engine_dir=engine_dir, exit_timeout_s=1, **ANY_PORTS) as server:
+        stream = Stream(server.grpc_url, text_input=QUESTION, stream=True, **ENDLESS)
+        next(iter(stream))
+        name = server.shm_prefix
+    with pytest.raises(Refused):
+        list(stream)
+    stream.close()
+    assert leftovers(name) == []
+
+
+def test_a_dead_server_is_noticed_and_cleared_away(engine_dir):
+    with TritonServer(engine_dir=engine_dir, **ANY_PORTS) as server:
+        name = server.shm_prefix
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match="tritonserver ended with exit code -9"):
+            while True:
+                server.check_alive()
+                time.sleep(0.01)
+    assert leftovers(name) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"engine_dir": "/nowhere/engine"}, ["/nowhere/engine", "manifest.json"]),
+        ({"model_repository": "/nowhere"}, ["/nowhere/diffusiongemma", "config.pbtxt", "--model-repository"]),
+        ({"parameters": {"max_sequences": "0"}}, ["max_sequences", "'0'", "at least 1"]),
+        ({"parameters": {"nonsense": "1"}}, ["nonsense", "config.pbtxt"]),
+        ({"http_port": None}, ["http port", "--http-port"]),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_one_line(engine_dir, options, words):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        if "http_port" in options:
+            options = {"http_port": taken.getsockname()[1]}
+        server = TritonServer(**{"engine_dir": engine_dir, **ANY_PORTS, **options})
+        with pytest.raises(ServerError) as caught, server:
+            pass
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []

@@ -1,0 +1,127 @@
+"""The engine worker's loop around a scheduler that fails, and workers that do not start."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from backend.errors import RequestError
+from backend.job import CanvasOutput
+from backend.metrics import MetricValues, Series
+from backend.service import Service, ServiceLimits
+from backend.worker import Loop
+from backend.worker_messages import Failure, Report, Submit
+from backend.worker_process import WorkerConfig, WorkerError, WorkerProcess
+
+
+class FakeScheduler:
+    """One request at most; `steps` says what each tick does with it: an output, an exception, or "fails" of a device step."""
+
+    def __init__(self, steps: list):
+        self.metrics = MetricValues()
+        self.num_failed_steps = 0
+        self.is_idle = False
+        self._steps = iter(steps)
+        self._on_output = None
+
+    def check(self, prompt_ids: list[int], sampling: object) -> None:
+        if not prompt_ids:
+            raise RequestError("INVALID_ARGUMENT", "prompt: got no tokens")
+
+    def add(self, prompt_ids: list[int], sampling: object, on_output, *, draft_interval_s: float | None):
+        self._on_output = on_output
+        return SimpleNamespace(slot=0)
+
+    def fail_all(self, error: RequestError) -> None:
+        self._on_output(error)
+
+    def tick(self) -> None:
+        step = next(self._steps)
+        self.num_failed_steps = self.num_failed_steps + 1 if step == "fails" else 0
+        if isinstance(step, CanvasOutput):
+            self._on_output(step)
+        elif isinstance(step, BaseException):
+            raise step
+
+
+class Reports(list):
+    """What a loop sent, and what ended it."""
+
+    send = list.append
+    ending: BaseException
+
+
+def run(steps: list, prompt_ids: list[int]) -> Reports:
+    """A loop over `steps`, ended by an interrupt if not before."""
+    scheduler = FakeScheduler([*steps, KeyboardInterrupt()])
+    scheduler.metrics.count("requests_total", label_value="success")
+    messages = [Submit(handle=7, prompt_ids=prompt_ids, sampling=None, draft_interval_s=None)]
+
+    def take(timeout_s: float) -> list[Submit]:
+        return [messages.pop()] if messages else []
+
+    reports = Reports()
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
+        Loop(SimpleNamespace(scheduler=scheduler), SimpleNamespace(take=take), reports).run()
+    reports.ending = ended.value
+    return reports
+
+
+def canvas(finish_reason: str | None = None) -> CanvasOutput:
+    return CanvasOutput(text="a", token_ids=[1], canvas_index=0, num_steps=1, finish_reason=finish_reason, num_prompt_tokens=1)
+
+
+def outputs(reports: list[Report]) -> list:
+    return [output for report in reports for output in report.outputs]
+
+
+def test_outputs_are_reported_with_the_requests_handle():
+    reports = run([canvas(), canvas("stop")], [1])
+    assert outputs(reports) == [(7, canvas()), (7, canvas("stop"))]
+    assert [report.started for report in reports if report.started] == [(7,)]
+
+
+def test_a_prompt_that_cannot_be_served_fails_alone():
+    assert outputs(run([None], [])) == [(7, Failure(code="INVALID_ARGUMENT", message="prompt: got no tokens"))]
+
+
+def test_an_unexpected_error_fails_what_there_is_and_the_loop_goes_on():
+    reports = run([ValueError("secret\npath"), None], [1])
+    assert outputs(reports) == [(7, Failure(code="INTERNAL", message="internal error; see the server's log"))]
+
+
+def test_a_device_that_does_not_recover_ends_the_process():
+    reports = run(["fails", None, "fails", "fails", canvas()], [1])
+    assert "3 device steps failed" in str(reports.ending)
+    assert outputs(reports) == []
+
+
+def test_a_device_that_recovers_does_not():
+    reports = run(["fails", "fails", canvas(), "fails", "fails", canvas("stop")], [1])
+    assert isinstance(reports.ending, KeyboardInterrupt)
+    assert outputs(reports)[-1] == (7, canvas("stop"))
+
+
+def test_requests_are_counted_by_the_parent_alone(monkeypatch):
+    monkeypatch.setattr("backend.worker.BEAT_INTERVAL_S", 0)
+    measured = [report.metrics for report in run([None], [1])]
+    assert measured and all(Series("requests_total", "success") not in delta.counters for delta in measured)
+
+
+def test_a_program_that_is_not_there(engine_dir, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(WorkerError, match="engine worker: /nowhere/python cannot be started \\(No such file"):
+        WorkerProcess(WorkerConfig(engine_dir=engine_dir))
+
+
+@pytest.mark.parametrize(
+    ("environment", "limits", "words"),
+    [
+        ({"PYTHONHOME": "/nowhere"}, {}, "engine worker: ended with exit code 1; see the server's log"),
+        ({}, {"load_timeout_s": 0.0}, "engine worker: did not finish loading the engine within 0 s and was ended"),
+    ],
+)
+def test_a_worker_that_does_not_get_ready(engine_dir, environment, limits, words):
+    with pytest.raises(WorkerError) as caught:
+        Service(WorkerConfig(engine_dir=engine_dir, environment=environment), ServiceLimits(**limits))
+    assert str(caught.value) == words
