@@ -8,17 +8,18 @@ CHECKPOINT ?= checkpoints/tiny
 ENGINE     ?= engines/diffusiongemma
 TARGET     ?= auto
 DTYPE      ?= auto
+DEVICE     ?= auto
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install engine serve demo test lint bench clean
+.PHONY: help install engine serve demo test test-gpu lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 	@echo
-	@echo "Variables: CHECKPOINT=$(CHECKPOINT) ENGINE=$(ENGINE) TARGET=$(TARGET) DTYPE=$(DTYPE) PYTHON=$(PYTHON)"
+	@echo "Variables: CHECKPOINT=$(CHECKPOINT) ENGINE=$(ENGINE) TARGET=$(TARGET) DTYPE=$(DTYPE) DEVICE=$(DEVICE) PYTHON=$(PYTHON)"
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,8 +29,8 @@ $(INSTALLED): pyproject.toml
 
 install: $(INSTALLED) ## Create the virtual environment with everything in it
 
-engine: $(INSTALLED) ## Build ENGINE from CHECKPOINT (TARGET=auto|tensorrt|inductor, DTYPE=auto|float32|bfloat16)
-	$(BIN)/python -m builder build $(CHECKPOINT) $(ENGINE) --target $(TARGET) --dtype $(DTYPE)
+engine: $(INSTALLED) ## Build ENGINE from CHECKPOINT (TARGET=auto|tensorrt|inductor, DTYPE=auto|float32|bfloat16, DEVICE=auto|cpu|cuda)
+	$(BIN)/python -m builder build $(CHECKPOINT) $(ENGINE) --target $(TARGET) --dtype $(DTYPE) --device $(DEVICE)
 
 serve: engine ## Build ENGINE if needed and serve it with Triton Inference Server until Ctrl-C
 	$(BIN)/python -m backend serve --engine $(ENGINE)
@@ -39,6 +40,9 @@ demo: engine ## Build the tiny engine if needed, serve it, ask a few questions, 
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED) ## Prove what needs an H100 or H200 (and, for plans, pip install '.[tensorrt]'); see docs/tensorrt.md
+	$(BIN)/python -m pytest -rs tests/test_tensorrt_ptx_gpu.py tests/test_tensorrt_gpu.py tests/test_attention_cuda.py tests/test_captured_loop_cuda.py
 
 lint: $(INSTALLED) ## Check style
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,6 +23,7 @@ _Settings = Annotated[
     list[str], typer.Option("--set", metavar="NAME=VALUE", help="A setting of config.pbtxt; may be repeated.")
 ]
 _NumInstances = Annotated[int | None, typer.Option(min=1, help="Replicas, or replicas a GPU.")]
+_ApiKeyFile = Annotated[Path | None, typer.Option(help="A file of keys that clients of OpenAI's API may send, one a line.")]
 _Gpus = Annotated[str, typer.Option(metavar="0,1,…", help="GPUs to have replicas on.")]
 
 
@@ -33,12 +35,19 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8002,
+    openai_port: Annotated[int, typer.Option(min=0, max=65535, help="OpenAI's API beside it; 0: a free one.")] = 9000,
+    openai: Annotated[bool, typer.Option("--openai/--no-openai", help="With or without OpenAI's API.")] = True,
+    api_key_file: _ApiKeyFile = None,
     setting: _Settings = (),
     instances: _NumInstances = None,
     gpus: _Gpus = "",
 ) -> None:
-    """Serve an engine with Triton Inference Server until SIGINT or SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves the `with` block, as Ctrl-C does
+    """Serve an engine with Triton Inference Server, and OpenAI's API in front of it, until SIGINT or SIGTERM."""
+    from backend.openai_server.serve import FrontEnd, FrontEndError
+    from backend.openai_server.settings import OpenAISettings, read_api_keys
+
+    for each in (signal.SIGINT, signal.SIGTERM):  # both, for who starts it in the background of a shell gets SIGINT ignored
+        signal.signal(each, lambda *_: sys.exit(0))  # leaves the `with` block
     server = TritonServer(
         engine_dir=engine,
         model_repository=model_repository,
@@ -50,16 +59,28 @@ def serve(
         instances=_instances(instances, gpus),
     )
     try:
-        with server:
+        api_keys = read_api_keys(api_key_file) if api_key_file else ()
+        with ExitStack() as running:
+            parts: list[TritonServer | FrontEnd] = [running.enter_context(server)]
             addresses = f"gRPC {server.grpc_url}  HTTP {server.http_url}  metrics {server.metrics_url}"
+            if openai:
+                settings = OpenAISettings(
+                    triton_url=server.grpc_url,
+                    triton_metrics_url=server.metrics_url,
+                    host=host,
+                    port=openai_port,
+                    api_keys=api_keys,
+                )
+                front_end = running.enter_context(FrontEnd(settings))
+                parts.append(front_end)
+                addresses += f"  OpenAI {front_end.url}/v1"
             print(f"ready  {addresses}  log {server.log_path}", flush=True)
             while True:
-                server.check_alive()
+                for part in parts:
+                    part.check_alive()
                 time.sleep(_CHECK_INTERVAL_S)
-    except KeyboardInterrupt:
-        pass
-    except ServerError as error:
-        _fail(str(error))
+    except (ServerError, FrontEndError, ValueError, OSError) as error:
+        _fail(" ".join(str(error).split()))
 
 
 @app.command("openai")
@@ -71,7 +92,7 @@ def openai_front_end(
     model: Annotated[str, typer.Option(help="Triton model.")] = "diffusiongemma",
     served_name: Annotated[str, typer.Option(help="What clients call the model.")] = "diffusiongemma",
     api_key: Annotated[list[str] | None, typer.Option(help="A key that clients may send; may be repeated.")] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="A file of such keys, one a line.")] = None,
+    api_key_file: _ApiKeyFile = None,
 ) -> None:
     """Serve OpenAI's API in front of a running Triton server until SIGINT or SIGTERM."""
     from backend.openai_server.serve import FrontEndError, serve

@@ -23,13 +23,10 @@ from backend import sampler
 from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.noise import gumbel_noise_rows, initial_canvas_rows, renoise_tokens_rows, seed_bits
+from backend.planner import LOGITS_COPIES
 from backend.row_extras import RowExtras
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
-
-# float32 tensors of the size of a head chunk's logits that are alive at once: raw, processed, noise, temporaries (filters have
-# two and a half).
-_LOGITS_COPIES = 6
 
 
 class CanvasLoop:
@@ -37,9 +34,10 @@ class CanvasLoop:
 
     def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20):
         """`workspace_bytes` bounds the memory of the head and the sampler, however many rows there are."""
-        model, num_slots, device = session.manifest.model, len(cache.length), session.device
+        model, device = session.manifest.model, session.device
+        num_slots = len(cache.length) + 1  # one more, the idle row that fills up a batch of fixed size
         self._session, self._cache, self._model = session, cache, model
-        fitting = workspace_bytes // (4 * model.vocab_size * _LOGITS_COPIES)
+        fitting = workspace_bytes // (4 * model.vocab_size * LOGITS_COPIES)
         self._chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
         self._embed_scale = model.hidden_size**0.5
 

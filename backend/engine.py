@@ -46,7 +46,7 @@ class Engine:
         self.scheduler = Scheduler(
             session,
             cache,
-            CanvasLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes),
+            _canvas_loop(session, cache, limits),
             tokenizer,
             prefix_cache=limits.prefix_cache,
             commit_last=limits.commit_last,
@@ -82,3 +82,11 @@ def _load_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # what `tokenizers` raises is a bare Exception
         raise ManifestError(f"{path}: cannot be loaded ({error}); build the engine again with --force") from None
+
+
+def _canvas_loop(session: Session, cache: PagedKVCache, limits: EngineLimits) -> CanvasLoop:
+    if session.device.type != "cuda":
+        return CanvasLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes)
+    from backend.captured_loop import CapturedLoop  # only here: its kernels need triton
+
+    return CapturedLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes)

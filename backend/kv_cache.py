@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from backend.page_pool import PagePool
+from backend.planner import pages_needed
 from backend.prefix_cache import ImageSpan, usable_pages
 from contract.model_config import LayerType, ModelConfig
 
@@ -53,21 +54,19 @@ class PagedKVCache:
         self._kept = {kind: attention.window - 1 if attention.window else None for kind, attention in model.attention.items()}
         self._pools = {kind: PagePool(num_pages[kind], gives_up=self._kept[kind] is not None) for kind in model.attention}
         columns = -(-max_tokens // page_size)
-        # On the CPU, for pages change hands one at a time there; programs get copies.
-        self._tables = {kind: torch.zeros(max_sequences, columns, dtype=torch.int32) for kind in model.attention}
+        # Kept on the host, where pages change hands one at a time, and copied to where programs read them. The last row is no
+        # slot's.
+        self._tables = {kind: torch.zeros(max_sequences + 1, columns, dtype=torch.int32) for kind in model.attention}
+        self.device_tables = {kind: table.to(device) for kind, table in self._tables.items()}
+        """By layer type: every slot's page table, [max_sequences + 1, columns] int32 on the device; see `upload_tables`."""
+        self._changed: set[int] = set()  # slots whose tables on the device are old
         self._owned: list[dict[LayerType, dict[int, int]]] = [{} for _ in range(max_sequences)]  # slot → column → page
         self._most: list[dict[LayerType, int]] = [{} for _ in range(max_sequences)]  # pages that the slot may hold at once
         self._free_slots = list(range(max_sequences - 1, -1, -1))
-        self._device = device
 
     def pages_needed(self, num_tokens: int) -> dict[LayerType, int]:
-        """The most pages of each layer type that a sequence of `num_tokens` cached tokens ever owns at once."""
-        return {kind: self._most_pages(kept, num_tokens) for kind, kept in self._kept.items()}
-
-    def _most_pages(self, kept: int | None, num_tokens: int) -> int:
-        pages = -(-num_tokens // self.page_size)
-        # A window of `kept` tokens that starts in the middle of a page touches one page more.
-        return pages if kept is None else min(pages, -(-kept // self.page_size) + 1)
+        """See `planner.pages_needed`."""
+        return pages_needed(num_tokens, self.page_size, self._kept)
 
     def fits(self, num_tokens: int, *, page_keys: Sequence[bytes] = (), when_empty: bool = False) -> bool:
         """Whether a sequence of `num_tokens` can be opened now, or could be if no other were there. Pages that only the prefix
@@ -92,6 +91,7 @@ class PagedKVCache:
         shared, most = self._shared(page_keys, images), self.pages_needed(num_tokens)
         slot = self._free_slots.pop()
         self._owned[slot], self._most[slot] = shared, most
+        self._changed.add(slot)
         for kind, pool in self._pools.items():
             for column, page in shared[kind].items():
                 pool.share(page)
@@ -139,7 +139,11 @@ class PagedKVCache:
         """The page tables of `slots` as [B, columns] int32 on the device, as wide as the longest of them needs."""
         rows = torch.tensor(slots)
         columns = max(1, max(-(-self.length[slot] // self.page_size) for slot in slots))
-        return {kind: table[:, :columns].index_select(0, rows).to(self._device) for kind, table in self._tables.items()}
+        self.upload_tables()
+        return {
+            kind: table[:, :columns].index_select(0, rows.to(table.device, non_blocking=True))
+            for kind, table in self.device_tables.items()
+        }
 
     def append(
         self,
@@ -163,19 +167,22 @@ class PagedKVCache:
             for kind in self._pools:
                 for slot, first in zip(slots, firsts[kind], strict=True):
                     passing[slot, kind] = self._take_passing(slot, kind, first)
-        rows: dict[LayerType, torch.Tensor] = {}
-        cells: dict[LayerType, torch.Tensor] = {}
-        for kind in self._pools:
-            parts_rows, parts_cells, begin = [], [], 0
-            for slot, count, first in zip(slots, counts, firsts[kind], strict=True):
-                first -= len(passing.get((slot, kind), ())) * self.page_size
-                positions = torch.arange(first, self.length[slot] + count)
-                table = self._tables[kind][slot]
-                parts_cells.append(table[positions // self.page_size].long() * self.page_size + positions % self.page_size)
-                parts_rows.append(positions - self.length[slot] + begin)
-                begin += count
-            rows[kind], cells[kind] = torch.cat(parts_rows).to(self._device), torch.cat(parts_cells).to(self._device)
         try:
+            rows: dict[LayerType, torch.Tensor] = {}
+            cells: dict[LayerType, torch.Tensor] = {}
+            for kind in self._pools:
+                parts_rows, parts_cells, begin = [], [], 0
+                for slot, count, first in zip(slots, counts, firsts[kind], strict=True):
+                    first -= len(passing.get((slot, kind), ())) * self.page_size
+                    positions = torch.arange(first, self.length[slot] + count)
+                    table = self._tables[kind][slot]
+                    parts_cells.append(table[positions // self.page_size].long() * self.page_size + positions % self.page_size)
+                    parts_rows.append(positions - self.length[slot] + begin)
+                    begin += count
+                device = self.device_tables[kind].device
+                rows[kind] = torch.cat(parts_rows).to(device, non_blocking=True)
+                cells[kind] = torch.cat(parts_cells).to(device, non_blocking=True)
+            self.upload_tables()
             for kind, pages, kv in zip(self._layer_types, self.pages, new_kv, strict=True):
                 pages.flatten(0, 1).index_copy_(0, cells[kind], kv.index_select(0, rows[kind]))
             for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
@@ -191,9 +198,18 @@ class PagedKVCache:
                 for page in pages.values():
                     self._pools[kind].release(page, cold=True)
 
+    def upload_tables(self) -> None:
+        """Copies the tables that have changed to `device_tables`; `tables` and `append` do it too."""
+        for kind, table in self.device_tables.items():
+            if table is not self._tables[kind]:
+                for slot in self._changed:
+                    table[slot].copy_(self._tables[kind][slot], non_blocking=True)
+        self._changed.clear()
+
     def _advance(self, slot: int, kind: LayerType, count: int) -> int:
         """Makes room for `count` more tokens; returns the first new position to write, from which on whole pages are owned."""
         pool, owned, kept = self._pools[kind], self._owned[slot][kind], self._kept[kind]
+        self._changed.add(slot)
         new_length = self.length[slot] + count
         first_column = 0 if kept is None else max(0, new_length - kept) // self.page_size
         for column in [column for column in owned if column < first_column]:

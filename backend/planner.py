@@ -2,8 +2,7 @@
 
     weights      every weight once, in the dtype that it is bound in
     workspace    of the largest pass: activations of its rows, and the head's and sampler's chunk. It does not grow with the
-                 number of sequences: no pass has more than `max_pass_rows` rows, and nothing of rows x vocabulary outlives
-                 a chunk
+                 number of sequences: no pass has more than `max_pass_rows` rows, nothing of rows x vocabulary outlives a chunk
     state        of a sequence: soft embeddings and a few numbers a canvas position
     KV pages     of a sequence: every token in full-attention layers, the last window in sliding ones
 
@@ -26,8 +25,9 @@ from contract.model_config import LayerType, ModelConfig
 _DEFAULT_SEQUENCE_TOKENS = 8192
 _FEWEST_SEQUENCES = 4  # that the default counts with
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-# float32 tensors of the size of a head chunk's logits that are alive at once, as `CanvasLoop` counts them.
-_LOGITS_COPIES = 5
+LOGITS_COPIES = 6
+"""float32 tensors of the size of a head chunk's logits that are alive at once in a step of `CanvasLoop`: raw, processed, noise,
+temporaries (filters have two and a half)."""
 _STATE_BYTES_PER_POSITION = 64  # canvas, argmax canvas, and room for what sampling options keep
 _REPORTED_LENGTHS = (1024, 4096, 8192, 16_384, 65_536, 262_144)
 _GB = 1e9
@@ -87,7 +87,7 @@ class MemoryPlan:
 
     def num_sequences(self, num_tokens: int) -> int:
         """How many sequences of so many tokens fit at once."""
-        needed = _pages_needed(num_tokens, self.page_size, self.kept_tokens)
+        needed = pages_needed(num_tokens, self.page_size, self.kept_tokens)
         return min(self.max_sequences, *(self.num_pages[kind] // count for kind, count in needed.items() if count))
 
     def report(self) -> str:
@@ -125,7 +125,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
     }
 
     def with_pages(tokens_each: int, sequences: int) -> MemoryPlan:
-        needed = _pages_needed(tokens_each, build.page_size, kept)
+        needed = pages_needed(tokens_each, build.page_size, kept)
         return MemoryPlan(
             max_sequences=limits.max_sequences,
             max_positions=model.max_position_embeddings,
@@ -172,8 +172,9 @@ def _with_kept_windows(plan: MemoryPlan, limits: EngineLimits) -> MemoryPlan:
     return larger if fits else plan
 
 
-def _pages_needed(num_tokens: int, page_size: int, kept: Mapping[LayerType, int | None]) -> dict[LayerType, int]:
-    """As `PagedKVCache.pages_needed`."""
+def pages_needed(num_tokens: int, page_size: int, kept: Mapping[LayerType, int | None]) -> dict[LayerType, int]:
+    """The most pages of each layer type that a sequence of `num_tokens` cached tokens ever owns at once. A window of n tokens
+    that starts in the middle of a page touches one page more."""
     pages = -(-num_tokens // page_size)
     return {kind: pages if each is None else min(pages, -(-each // page_size) + 1) for kind, each in kept.items()}
 
@@ -199,5 +200,5 @@ def _workspace_bytes(manifest: Manifest, limits: EngineLimits, device_type: str)
     rows = max(build.max_encode_tokens, pass_rows(manifest, limits, device_type))
     item_bytes = _ITEM_BYTES[build.dtype]
     new_kv = build.max_encode_tokens * sum(_token_bytes(model, kind, item_bytes) for kind in model.attention)
-    head = min(limits.sampler_workspace_bytes, build.max_head_rows * model.vocab_size * 4 * _LOGITS_COPIES)
+    head = min(limits.sampler_workspace_bytes, build.max_head_rows * model.vocab_size * 4 * LOGITS_COPIES)
     return rows * row_items * item_bytes + new_kv + head

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from backend.admission import check_request, most_cached_tokens
 from backend.canvas_loop import CanvasLoop
-from backend.encode_budget import share_encode_budget
+from backend.encode_budget import encode_budget, share_encode_budget
 from backend.encode_pass import NewTokens, encode_new_tokens
 from backend.errors import RequestError
 from backend.job import CanvasOutput, DraftOutput, Job, OnOutput
@@ -212,7 +212,8 @@ class Scheduler:
         job.canvas_started_at = self._clock()
 
     def _encode(self, waiting: list[Job]) -> None:
-        budget = self._session.manifest.build.max_encode_tokens
+        num_canvas_rows = (len(self._active) - len(waiting)) * self._canvas_length
+        budget = encode_budget(self._session.manifest.build.max_encode_tokens, num_canvas_rows)
         shares = share_encode_budget([job.num_pending for job in waiting], [job.waiting_since for job in waiting], budget)
         packed = [(job, share) for job, share in zip(waiting, shares, strict=True) if share]
         if not packed:

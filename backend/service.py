@@ -34,7 +34,7 @@ _WATCH_INTERVAL_S = 0.1
 class ServiceLimits:
     """When to refuse, and when to give up.
 
-    max_queued: requests that wait for a place in the batch. queue_timeout_s: from `submit` to a place in the batch.
+    max_queued: requests beyond those that the batch has places for. queue_timeout_s: from `submit` to a place in the batch.
     load_timeout_s: a worker may take to load the engine. progress_timeout_s: a loaded worker may be silent, which it is while a
     step runs. max_deaths: of workers within deaths_window_s; the last of them is not replaced.
     """
@@ -129,7 +129,8 @@ class Service:
         with self._lock:
             if self._unusable:
                 raise RequestError("UNAVAILABLE", self._unusable)
-            waiting = sum(not request.started for request in self._requests.values())
+            # Those that the worker has not started yet but has places for do not wait.
+            waiting = len(self._requests) - self._engine.max_sequences
             if waiting >= self._limits.max_queued:
                 raise RequestError(
                     "UNAVAILABLE",

@@ -1,6 +1,7 @@
 """An engine, loaded: its programs with weights and KV pages bound, ready to be called.
 
-The session owns weights and programs; the KV pages belong to the `PagedKVCache` that is bound to it.
+The session owns weights and programs; the KV pages belong to the `PagedKVCache` that is bound to it. All of it is on the device
+that the engine was built for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from backend.weights import bind_weights
-from contract.manifest import Manifest, ManifestError, read_manifest
+from backend.tensorrt_session import load_plans
+from backend.weights import Report, bind_weights, to_standard_error
+from contract.cpu import this_cpu
+from contract.manifest import Gpu, Manifest, ManifestError, read_manifest
 from plugins import PLUGIN_ABI
 
 RunProgram = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -24,23 +27,30 @@ class Session:
     Use `Session.load` for an engine directory; the constructor takes programs from anywhere, tests for one.
     """
 
-    def __init__(self, manifest: Manifest, programs: Mapping[str, RunProgram], weights: Mapping[str, torch.Tensor]):
+    def __init__(
+        self,
+        manifest: Manifest,
+        programs: Mapping[str, RunProgram],
+        weights: Mapping[str, torch.Tensor],
+        variants: Mapping[str, Sequence[tuple[int, RunProgram]]] | None = None,
+    ):
+        """variants: by program, what runs it from some size of its first input on, ascending (`Program.variants`)."""
         self.manifest = manifest
-        self.device = torch.device("cpu")
+        self.device = torch.device(manifest.build.device)
         self.dtype = getattr(torch, manifest.build.dtype)
         self.embedding = weights[_EMBEDDING]
         """[V, D], for self-conditioning; the tied embedding that `head` reads too."""
-        self._programs = programs
+        self._programs = {name: [(0, run), *(variants or {}).get(name, ())] for name, run in programs.items()}
         self._weights = {name: [weights[each] for each in manifest.programs[name].weights] for name in programs}
         self._pages: dict[str, torch.Tensor] = {}
-        self._no_image = torch.zeros(1, manifest.model.hidden_size, dtype=self.dtype)
+        self._no_image = torch.zeros(1, manifest.model.hidden_size, dtype=self.dtype, device=self.device)
 
     @classmethod
-    def load(cls, engine_dir: Path, checkpoint_dir: Path | None = None) -> "Session":
-        """Loads the programs of `engine_dir` and binds the checkpoint's weights.
+    def load(cls, engine_dir: Path, checkpoint_dir: Path | None = None, report: Report = to_standard_error) -> "Session":
+        """Loads the programs of `engine_dir` and binds the checkpoint's weights; `report` tells how far a long load is.
 
         Raises:
-            ManifestError: no engine there, or one for another version of the operators.
+            ManifestError: no engine there, or one for another version of the operators, or for another machine.
             CheckpointError: the checkpoint is missing or has changed.
         """
         manifest = read_manifest(engine_dir)
@@ -49,12 +59,26 @@ class Session:
                 f"{engine_dir}: got plugin ABI {manifest.plugin_abi}, expected {PLUGIN_ABI}; "
                 "build the engine again with --force"
             )
+        _check_gpu(manifest.gpu, engine_dir)
+        if manifest.build.device == "cpu" and manifest.tools.get("cpu") != this_cpu():
+            raise ManifestError(
+                f"{engine_dir}: built for a CPU {manifest.tools.get('cpu')}, but this one is {this_cpu()}; build it again here"
+            )
         for program in manifest.programs.values():
-            if not (engine_dir / program.file).exists():
-                raise ManifestError(f"{engine_dir / program.file}: missing; build the engine again with --force")
-        weights = bind_weights(manifest, engine_dir, checkpoint_dir)
-        programs = {name: _load_program(engine_dir / program.file) for name, program in manifest.programs.items()}
-        return cls(manifest, programs, weights)
+            for file in (program.file, *(variant.file for variant in program.variants)):
+                if not (engine_dir / file).exists():
+                    raise ManifestError(f"{engine_dir / file}: missing; build the engine again with --force")
+        # Programs first: what is wrong with them is known in seconds, and weights may take minutes.
+        if manifest.build.target == "tensorrt":
+            programs = load_plans(manifest, engine_dir)
+        else:
+            programs = {name: load_program(engine_dir / program.file) for name, program in manifest.programs.items()}
+        variants = {
+            name: [(variant.minimum, load_program(engine_dir / variant.file)) for variant in program.variants]
+            for name, program in manifest.programs.items()
+        }
+        weights = bind_weights(manifest, engine_dir, checkpoint_dir, report)
+        return cls(manifest, programs, weights, variants)
 
     def bind_pages(self, pages: Sequence[torch.Tensor]) -> None:
         """Binds the KV pages of every layer; programs read them, never write them."""
@@ -68,14 +92,15 @@ class Session:
         prefix_lengths: torch.Tensor,
         tables: Mapping[str, torch.Tensor],
     ) -> Sequence[torch.Tensor]:
-        """Keys and values of T new tokens for every layer, [T, 2, K, head_dim] each. All arguments are int32."""
+        """Keys and values of T new tokens for every layer, [T, 2, K, head_dim] each. All arguments are int32, on any device."""
+        token_ids = self._here(token_ids)
         text = torch.full_like(token_ids, -1)
         return self._run(
             "encode",
             token_ids=token_ids,
-            positions=positions,
-            sequence_starts=sequence_starts,
-            prefix_lengths=prefix_lengths,
+            positions=self._here(positions),
+            sequence_starts=self._here(sequence_starts),
+            prefix_lengths=self._here(prefix_lengths),
             image_embeds=self._no_image,
             image_index=text,
             image_block_ids=text,
@@ -98,17 +123,36 @@ class Session:
         """Raw logits [R, V] of hidden [R, D]."""
         return self._run("head", hidden=hidden)[0]
 
+    def _here(self, indices: torch.Tensor) -> torch.Tensor:
+        return indices.to(self.device, non_blocking=True)
+
     def _run(self, name: str, **activations: torch.Tensor) -> Sequence[torch.Tensor]:
         available = self._pages | activations
         inputs = [available[binding.name] for binding in self.manifest.programs[name].inputs]
-        return self._programs[name](inputs + self._weights[name])
+        run = next(run for minimum, run in reversed(self._programs[name]) if inputs[0].shape[0] >= minimum)
+        return run(inputs + self._weights[name])
 
 
 def _named(tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{kind}.page_table": table for kind, table in tables.items()}
 
 
-def _load_program(path: Path) -> RunProgram:
+def _check_gpu(built_for: Gpu | None, engine_dir: Path) -> None:
+    """Refuses an engine whose programs hold code for a GPU that is not here."""
+    if built_for is None:
+        return
+    if not torch.cuda.is_available():
+        raise ManifestError(
+            f"{engine_dir}: built for {built_for}, but PyTorch finds no GPU here; use it on a machine with one, or "
+            "build the engine again with --device cpu"
+        )
+    here = Gpu(name=torch.cuda.get_device_name(), compute_capability=torch.cuda.get_device_capability())
+    if here.compute_capability != built_for.compute_capability:
+        raise ManifestError(f"{engine_dir}: built for {built_for}, but the GPU here is {here}; build it again on this machine")
+
+
+def load_program(path: Path) -> RunProgram:
+    """A program of the `inductor` target. It runs on the current stream and may be captured."""
     try:
         package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
     except RuntimeError as error:

@@ -1,5 +1,12 @@
-"""Binds an engine's weights: tensors of the checkpoint's own files, mapped and not copied unless the engine's dtype differs."""
+"""Binds an engine's weights: tensors of the checkpoint's own files.
 
+On the CPU they are mapped, and not copied unless the engine's dtype differs. For a GPU they are copied there one after the
+other, so that the host never holds more than the pages of the files that are being read.
+"""
+
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,11 +14,21 @@ import torch
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import Manifest
 
+Report = Callable[[str], None]
 
-def bind_weights(manifest: Manifest, engine_dir: Path, checkpoint_dir: Path | None = None) -> dict[str, torch.Tensor]:
-    """Weight binding → tensor on the CPU.
+_REPORT_INTERVAL_S = 5.0
 
-    `checkpoint_dir` overrides the path in the manifest, for a checkpoint that has moved.
+
+def to_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def bind_weights(
+    manifest: Manifest, engine_dir: Path, checkpoint_dir: Path | None = None, report: Report = to_standard_error
+) -> dict[str, torch.Tensor]:
+    """Weight binding → tensor on the device that the engine was built for.
+
+    `checkpoint_dir` overrides the path in the manifest, for a checkpoint that has moved. `report` is called every few seconds.
 
     Raises:
         CheckpointError: the checkpoint is not there, or its files are not those that the engine was built from.
@@ -32,7 +49,12 @@ def bind_weights(manifest: Manifest, engine_dir: Path, checkpoint_dir: Path | No
                 "from; build the engine again"
             )
     weights = {}
+    loaded_bytes, reported = 0, time.monotonic()
     for binding, weight in manifest.weights.items():
-        tensor = checkpoint.tensor(weight.tensor)
+        tensor = checkpoint.tensor(weight.tensor).to(manifest.build.device)
         weights[binding] = tensor.to(getattr(torch, weight.dtype)) if weight.transform == "cast" else tensor
+        loaded_bytes += weights[binding].nbytes
+        if time.monotonic() - reported >= _REPORT_INTERVAL_S:
+            report(f"weights: {loaded_bytes / 1e9:.1f} GB loaded, {len(weights)} of {len(manifest.weights)} tensors")
+            reported = time.monotonic()
     return weights

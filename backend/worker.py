@@ -42,6 +42,7 @@ def main() -> None:
     options = parser.parse_args()
 
     _end_with(options.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     os.set_inheritable(options.connection, False)  # a process of our own must not keep the connection open
     connection = Connection(options.connection)
@@ -54,7 +55,7 @@ def main() -> None:
         _logger.exception("the engine cannot be loaded")
         first_line = str(error).strip().partition("\n")[0]
         _refuse(connection, f"{options.engine}: cannot be loaded ({first_line}); build the engine again with --force")
-    connection.send(Ready(bos_token=engine.bos_token, defaults=engine.defaults))
+    connection.send(Ready(bos_token=engine.bos_token, defaults=engine.defaults, max_sequences=engine.plan.max_sequences))
     Loop(engine, inbox, connection).run()
 
 
@@ -152,7 +153,7 @@ class Loop:
     def _on_output(self, handle: int, output: CanvasOutput | DraftOutput | RequestError) -> None:
         if is_last(output):
             self._jobs.pop(handle, None)
-        if isinstance(output, CanvasOutput):
+        if isinstance(output, CanvasOutput) and output.finish_reason != "cancelled":
             self._num_failed = 0
         failed = isinstance(output, RequestError)
         self._outputs.append((handle, Failure(code=output.code, message=str(output)) if failed else output))

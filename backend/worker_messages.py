@@ -39,10 +39,12 @@ class Cancel:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """The engine is loaded. `bos_token` opens every prompt that does not open with it; None if the checkpoint has none."""
+    """The engine is loaded. `bos_token` opens every prompt that does not open with it; None if the checkpoint has none.
+    max_sequences: places in the batch."""
 
     bos_token: str | None
     defaults: GenerationDefaults
+    max_sequences: int
 
 
 @dataclass(frozen=True, kw_only=True)

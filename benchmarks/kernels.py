@@ -1,19 +1,27 @@
 """The Triton kernels at the real model's shapes on a GPU: checked against float32, then µs, TFLOP/s, GB/s and the memory floor.
 
-The floor is each kernel's fewest bytes over the copy bandwidth measured in the same run. The last line is JSON.
+The floor is each kernel's fewest bytes over the copy bandwidth measured in the same run. A time is that of one call among a few
+in a CUDA graph, as in a denoising step; the calls take turns on enough copies of their inputs to find none in the cache.
+With --sweep: other tiles, too, and the quickest of each case. The last line is JSON.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 import triton.testing
 from rich.console import Console
 from rich.table import Table
+from triton.runtime.errors import OutOfResources
 
+from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
+from plugins.moe.launch import Tile as ExpertsTile
 from plugins.moe.launch import experts
 from plugins.vocabulary.launch import vocabulary_pass
 
@@ -21,10 +29,15 @@ HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB, CANVAS = 2816, 704, 128, 8, 262_144, 256
 MAX_RELATIVE_ERROR = 1e-2  # Frobenius norm; bfloat16 operands and one rounding of the result
 
 
+UNCACHED_BYTES = 200e6  # of the inputs that calls take turns on: over three times the L2 of an H200
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
+    """`calls`: the same work on different copies of the inputs."""
+
     name: str
-    run: Callable[[], object]
+    calls: list[Callable[[], object]]
     flops: float
     bytes: float
     error: float = field(default=0.0)
@@ -34,54 +47,88 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.float() - expected).norm() / expected.norm()).item()
 
 
-def experts_case(rows: int) -> Case:
+@cache
+def expert_weights() -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16, device="cuda") * HIDDEN**-0.5
+    return gate_up, torch.randn(EXPERTS, HIDDEN, WIDTH, dtype=torch.bfloat16, device="cuda") * WIDTH**-0.5
+
+
+@cache
+def experts_problem(rows: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The operator's inputs, and what to expect of the first 64 rows."""
     hidden = torch.randn(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
     index = torch.rand(rows, EXPERTS, device="cuda").topk(TOP_K).indices
     weights = torch.rand(rows, TOP_K, device="cuda")
-    gate_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16, device="cuda") * HIDDEN**-0.5
-    down = torch.randn(EXPERTS, HIDDEN, WIDTH, dtype=torch.bfloat16, device="cuda") * WIDTH**-0.5
-    checked = slice(0, min(rows, 64))
-    expected = torch.zeros(hidden[checked].shape, device="cuda")
-    for slot in range(TOP_K):
-        for row in range(checked.stop):
-            expert = index[row, slot]
+    gate_up, down = expert_weights()
+    expected = torch.zeros(min(rows, 64), HIDDEN, device="cuda")
+    for row, chosen in enumerate(index[:64].tolist()):
+        for slot, expert in enumerate(chosen):
             gate, up = (gate_up[expert].float() @ hidden[row].float()).chunk(2)
             activated = torch.nn.functional.gelu(gate, approximate="tanh") * up
             expected[row] += weights[row, slot] * (down[expert].float() @ activated)
-    result = experts(hidden, index, weights, gate_up, down)
-    hit = index.unique().numel()
+    return (hidden, index, weights, gate_up, down), expected
+
+
+def experts_case(rows: int, **options: ExpertsTile) -> Case:
+    inputs, expected = experts_problem(rows)
+    result = experts(*inputs, **options)
     return Case(
         name=f"experts, {rows} rows",
-        run=lambda: experts(hidden, index, weights, gate_up, down),
+        calls=[partial(experts, *inputs, **options)] * 4,
         flops=rows * TOP_K * 6 * WIDTH * HIDDEN,
-        bytes=2 * (hit * 3 * WIDTH * HIDDEN + 2 * rows * HIDDEN),
-        error=relative_error(result[checked], expected),
+        bytes=2 * (inputs[1].unique().numel() * 3 * WIDTH * HIDDEN + 2 * rows * HIDDEN),
+        error=relative_error(result[:64], expected),
     )
 
 
-def attention_case(batch: int, prefix: int, *, kv_heads: int, head_dim: int, window: int, heads: int = 16) -> Case:
+@cache
+def attention_problem(
+    batch: int, prefix: int, kv_heads: int, head_dim: int, window: int, heads: int
+) -> tuple[list[tuple[torch.Tensor, ...]], int, torch.Tensor]:
+    """The operator's inputs, a few times; the cached keys that a row sees; what to expect of the first sequence."""
     page_size, length = 32, CANVAS
     columns = -(-prefix // page_size)
-    query = torch.randn(batch * length, heads, head_dim, dtype=torch.bfloat16, device="cuda") * head_dim**-0.5
-    new_kv = torch.randn(batch * length, 2, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
-    pages = torch.randn(batch * columns, page_size, 2, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
-    table = torch.randperm(batch * columns, device="cuda").view(batch, columns).int()
-    prefixes = torch.full((batch,), prefix, dtype=torch.int32, device="cuda")
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * length
-    blocks = torch.full((batch * length,), -1, dtype=torch.int32, device="cuda")
-    inputs = (query, new_kv, pages, table, prefixes, starts, blocks)
-    splits = choose_num_splits(inputs, window, torch.cuda.get_device_properties(0).multi_processor_count)
     seen = min(prefix, window - 1) if window else prefix
+    copies = int(min(12, UNCACHED_BYTES // (4 * batch * (seen + length) * kv_heads * head_dim) + 1))
+    problems = []
+    for _ in range(copies):
+        query = torch.randn(batch * length, heads, head_dim, dtype=torch.bfloat16, device="cuda") * head_dim**-0.5
+        new_kv = torch.randn(batch * length, 2, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
+        pages = torch.randn(batch * columns, page_size, 2, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
+        table = torch.randperm(batch * columns, device="cuda").view(batch, columns).int()
+        prefixes = torch.full((batch,), prefix, dtype=torch.int32, device="cuda")
+        starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * length
+        blocks = torch.full((batch * length,), -1, dtype=torch.int32, device="cuda")
+        problems.append((query, new_kv, pages, table, prefixes, starts, blocks))
+    query, new_kv, pages, table, *_ = problems[0]
     kv = torch.cat([pages[table[0].long()].flatten(0, 1)[prefix - seen : prefix], new_kv[:length]]).float()
     key, value = (each.repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1) for each in (kv[:, 0], kv[:, 1]))
     expected = ((query[:length].float().transpose(0, 1) @ key.transpose(1, 2)).softmax(-1) @ value).transpose(0, 1)
-    result = attention(*inputs, False, window, num_splits=splits)
+    return problems, seen, expected
+
+
+def attention_case(
+    batch: int,
+    prefix: int,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    heads: int = 16,
+    tile: AttentionTile | None = None,
+    num_splits: int | None = None,
+) -> Case:
+    problems, seen, expected = attention_problem(batch, prefix, kv_heads, head_dim, window, heads)
+    num_multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    splits = num_splits or choose_num_splits(problems[0], window, num_multiprocessors)
+    options = {"num_splits": splits, "tile": tile}
+    result = attention(*problems[0], False, window, **options)
     return Case(
         name=f"attention {head_dim}, batch {batch}, prefix {prefix}, {splits} splits",
-        run=lambda: attention(*inputs, False, window, num_splits=splits),
-        flops=4 * batch * heads * length * (seen + length) * head_dim,
-        bytes=2 * batch * (2 * length * heads * head_dim + 2 * (seen + length) * kv_heads * head_dim),
-        error=relative_error(result[:length], expected),
+        calls=[partial(attention, *problem, False, window, **options) for problem in problems],
+        flops=4 * batch * heads * CANVAS * (seen + CANVAS) * head_dim,
+        bytes=2 * batch * (2 * CANVAS * heads * head_dim + 2 * (seen + CANVAS) * kv_heads * head_dim),
+        error=relative_error(result[:CANVAS], expected),
     )
 
 
@@ -102,11 +149,31 @@ def vocabulary_case(rows: int) -> Case:
     assert torch.equal(result.argmax, processed.argmax(-1)), "argmax differs"
     return Case(
         name=f"vocabulary pass, {rows} rows",
-        run=lambda: vocabulary_pass(logits, cap=30.0, **arguments),
+        calls=[partial(vocabulary_pass, logits, cap=30.0, **arguments)] * 4,
         flops=0,
         bytes=2 * rows * VOCAB,
         error=relative_error(result.entropy, entropy),
     )
+
+
+def seconds_a_call(case: Case) -> float:
+    """The median of 11 replays of all calls."""
+    for call in case.calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in case.calls:
+            call()
+    times = []
+    for _ in range(13):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e-3 * begin.elapsed_time(end))
+    return statistics.median(times[2:]) / len(case.calls)
 
 
 def copy_bandwidth() -> float:
@@ -116,44 +183,109 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (1e-3 * triton.testing.do_bench(lambda: target.copy_(source), return_mode="median"))
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    makers = [lambda rows=rows: experts_case(rows) for rows in (256, 1024, 2048, 4096, 8192, 16384)]
+Maker = Callable[..., Case]
+
+
+def makers() -> Iterator[Maker]:
+    """A maker of each case, with the tiles that the product chooses."""
+    for rows in (256, 512, 1024, 2048, 4096, 8192, 16384):
+        yield partial(experts_case, rows)
     for batch, prefix in ((1, 512), (1, 8192), (1, 65536), (4, 8192), (16, 2048)):
-        makers.append(lambda b=batch, p=prefix: attention_case(b, p, kv_heads=8, head_dim=256, window=1024))
-        makers.append(lambda b=batch, p=prefix: attention_case(b, p, kv_heads=2, head_dim=512, window=0))
-    makers += [lambda rows=rows: vocabulary_case(rows) for rows in (256, 1024)]
+        yield partial(attention_case, batch, prefix, kv_heads=8, head_dim=256, window=1024)
+        yield partial(attention_case, batch, prefix, kv_heads=2, head_dim=512, window=0)
+    for rows in (256, 1024):
+        yield partial(vocabulary_case, rows)
+
+
+def other_tiles(maker: Maker) -> Iterator[dict[str, object]]:
+    """Options to try instead."""
+    if maker.func is experts_case:
+        for rows, width, num_warps, stages, weights_first in (
+            (32, 128, 4, (3, 4, 5), True),
+            (32, 128, 4, (4,), False),
+            (32, 256, 8, (3, 4), True),
+            (64, 128, 4, (3, 4), False),
+            (64, 128, 4, (3, 4), True),
+            (128, 128, 8, (3, 4), False),
+            (128, 256, 8, (3, 4), False),
+        ):
+            if rows >= maker.args[0] // 16:
+                for each in stages:
+                    tile = ExpertsTile(
+                        rows=rows, width=width, depth=64, num_warps=num_warps, num_stages=each, weights_first=weights_first
+                    )
+                    yield {"tile": tile, "down_tile": tile}
+    elif maker.func is attention_case:
+        tiles = {
+            256: ((64, 16, 256, 4, 4), (64, 32, 256, 4, 3), (128, 32, 256, 8, 3), (128, 64, 256, 8, 2)),
+            512: ((128, 16, 256, 8, 3), (128, 32, 256, 8, 2), (64, 32, 256, 4, 3)),
+        }
+        for rows, keys, columns, num_warps, stages in tiles[maker.keywords["head_dim"]]:
+            tile = AttentionTile(rows=rows, keys=keys, columns=columns, num_warps=num_warps, num_stages=stages)
+            for num_splits in (1, 2, 3, 4) if maker.args[0] == 1 else (1, 2):
+                yield {"tile": tile, "num_splits": num_splits}
+
+
+def measured(case: Case, bandwidth: float) -> dict[str, object]:
+    """The record of a case: its error and, where that is small, its times."""
+    right = case.error <= MAX_RELATIVE_ERROR
+    record = {"kernel": case.name, "error": float(f"{case.error:.3g}"), "right": right}
+    if right:
+        seconds, floor = seconds_a_call(case), case.bytes / bandwidth
+        record |= {
+            "us": round(1e6 * seconds, 1),
+            "tflops": round(case.flops / seconds / 1e12, 1),
+            "gb_per_s": round(case.bytes / seconds / 1e9),
+            "floor_us": round(1e6 * floor, 1),
+            "ratio": round(seconds / floor, 2),
+        }
+    return record
+
+
+def sweep(maker: Maker, bandwidth: float, until: float) -> list[dict[str, object]]:
+    """Records of other tiles, quickest first; a tile that takes more shared memory than there is is told and left out."""
+    records = []
+    for options in other_tiles(maker):
+        if time.monotonic() > until:
+            print("out of time")
+            break
+        try:
+            record = measured(maker(**options), bandwidth) | {"options": str(options)}
+        except OutOfResources as error:
+            print(options, error)
+            continue
+        print(record["kernel"], record.get("us"), record["options"], flush=True)
+        records.append(record)
+    return sorted(records, key=lambda record: record.get("us", float("inf")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="try other tiles, too")
+    parser.add_argument("--sweep-seconds", type=float, default=120, help="begin no other tile after them; %(default)s")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth, until = copy_bandwidth(), time.monotonic() + options.sweep_seconds
 
     table = Table("kernel", "µs", "TFLOP/s", "GB/s", "floor µs", "x floor", "error", title=torch.cuda.get_device_name())
-    records = []
-    for make in makers:
-        case = make()
-        right = case.error <= MAX_RELATIVE_ERROR
-        record = {"kernel": case.name, "error": float(f"{case.error:.3g}"), "right": right}
-        if right:
-            seconds = 1e-3 * triton.testing.do_bench(case.run, return_mode="median")
-            floor = case.bytes / bandwidth
-            record |= {
-                "us": round(1e6 * seconds, 1),
-                "tflops": round(case.flops / seconds / 1e12, 1),
-                "gb_per_s": round(case.bytes / seconds / 1e9),
-                "floor_us": round(1e6 * floor, 1),
-                "ratio": round(seconds / floor, 2),
-            }
+    records, quickest = [], []
+    for maker in makers():
+        record = measured(maker(), bandwidth)
         records.append(record)
         row = [record.get(key, "-") for key in ("us", "tflops", "gb_per_s", "floor_us", "ratio")]
-        table.add_row(case.name, *map(str, row), f"{case.error:.1e}" + ("" if right else " WRONG"))
-        del case
+        table.add_row(record["kernel"], *map(str, row), f"{record['error']:.1e}" + ("" if record["right"] else " WRONG"))
+        if options.sweep:
+            quickest += sweep(maker, bandwidth, until)[:1]
+        experts_problem.cache_clear()
+        attention_problem.cache_clear()
         torch.cuda.empty_cache()
     Console(width=130).print(table)
-    print(
-        json.dumps(
-            {"benchmark": "kernels", "copy_gb_per_s": round(bandwidth / 1e9), "torch": torch.__version__, "results": records}
-        )
-    )
-    if not all(record["right"] for record in records):
+    for record in quickest:
+        print("quickest:", record["kernel"], record.get("us"), record["options"])
+    device, copy_gb_per_s = torch.cuda.get_device_name(), round(bandwidth / 1e9)
+    about = {"benchmark": "kernels", "device": device, "copy_gb_per_s": copy_gb_per_s, "torch": torch.__version__}
+    print(json.dumps(about | {"results": records, "quickest": quickest}))
+    if not all(record["right"] for record in records + quickest):
         raise SystemExit("some results are wrong")
 
 

@@ -30,6 +30,12 @@ class DtypeOption(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class DeviceOption(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.command()
 def build(
     checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
@@ -40,6 +46,9 @@ def build(
     dtype: Annotated[DtypeOption, typer.Option(help="Of weights, activations and KV pages; auto is the checkpoint's.")] = (
         DtypeOption.auto
     ),
+    device: Annotated[DeviceOption, typer.Option(help="Where the engine runs; auto is the GPU where there is one.")] = (
+        DeviceOption.auto
+    ),
     page_size: Annotated[int, typer.Option(min=1, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
     max_encode_tokens: Annotated[int, typer.Option(min=1, help="Tokens one encode pass may take.")] = (
         _DEFAULTS["max_encode_tokens"]
@@ -48,6 +57,8 @@ def build(
         "max_sequences"
     ],
     max_head_rows: Annotated[int, typer.Option(min=1, help="Rows one head pass may take.")] = _DEFAULTS["max_head_rows"],
+    keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even if the engine is up to date.")] = False,
 ) -> None:
     """Build ENGINE from CHECKPOINT. Safe to run again: it does nothing when the engine is up to date."""
@@ -64,7 +75,11 @@ def build(
                 engine,
                 target=target.value,
                 dtype=dtype.value,
+                device=device.value,
+                keep_onnx=keep_onnx,
+                timing_cache=timing_cache,
                 force=force,
+                console=console,
                 report=report,
                 page_size=page_size,
                 max_encode_tokens=max_encode_tokens,
@@ -86,11 +101,13 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
     weight_bytes = sum(_num_elements(weight.shape) * _ITEM_BYTES[weight.dtype] for weight in manifest.weights.values())
     facts = Table("engine", str(engine), title_justify="left")
     facts.add_row("target, dtype", f"{manifest.build.target}, {manifest.build.dtype}")
+    facts.add_row("device", str(manifest.gpu or manifest.build.device))
     facts.add_row("checkpoint", f"{manifest.checkpoint.path} ({', '.join(manifest.checkpoint.files)})")
     facts.add_row("weights", f"{len(manifest.weights)} tensors, {weight_bytes / 1e6:,.1f} MB, inputs of the programs")
     facts.add_row("layers", f"{manifest.model.num_layers}: {', '.join(manifest.model.layer_types)}")
     facts.add_row("canvas, vocabulary", f"{manifest.model.canvas_length}, {manifest.model.vocab_size}")
-    facts.add_row("limits", manifest.build.model_dump_json(exclude={"target", "dtype"}).strip("{}").replace('"', " ").strip())
+    limits = manifest.build.model_dump_json(exclude={"target", "dtype", "device"})
+    facts.add_row("limits", limits.strip("{}").replace('"', " ").strip())
     facts.add_row("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items()))
     console.print(facts)
     for program in manifest.programs.values():
@@ -103,6 +120,8 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
         for binding in program.outputs:
             table.add_row(binding.name, binding.dtype, " x ".join(str(size) for size in binding.shape))
         console.print(table)
+        for profile in program.profiles:
+            console.print(f"profile {profile}", highlight=False)
 
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}

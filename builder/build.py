@@ -5,23 +5,29 @@ and 5. compile it. 6. Copy the tokenizer's files and write the manifest. 7. Put 
 """
 
 import hashlib
+import multiprocessing
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import torch
+from rich.console import Console
 
 from builder.config import read_model_config
 from builder.errors import BuildError
-from builder.export import export_program, signatures
-from builder.targets import choose_target, compiler
+from builder.export import Signature, TracedProgram, export_program, minimums, signatures
+from builder.onnx_export import to_onnx
+from builder.targets import choose_device, choose_target, compiler, current_gpu, versions
 from builder.weights import VISION_PREFIXES, text_weights
 from contract.checkpoint import Checkpoint
+from contract.cpu import this_cpu
 from contract.manifest import (
     COPIED_FILES,
     FILE_NAME,
@@ -30,6 +36,7 @@ from contract.manifest import (
     Manifest,
     ManifestError,
     Program,
+    Variant,
     Weight,
     read_manifest,
 )
@@ -39,6 +46,9 @@ from plugins import PLUGIN_ABI
 
 Report = Callable[[str], None]
 
+TIMING_CACHE = "tensorrt.timing_cache"
+"""File beside the engine directories: what TensorRT measured, so that a second build need not measure it again."""
+
 
 def build_engine(
     checkpoint: Path,
@@ -46,26 +56,34 @@ def build_engine(
     *,
     target: Literal["auto", "tensorrt", "inductor"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    keep_onnx: bool = False,
+    timing_cache: Path | None = None,
     force: bool = False,
+    console: Console | None = None,
     report: Report = lambda line: None,
     **choices: Any,
 ) -> Manifest:
     """Builds `engine` from `checkpoint` and returns its manifest; does nothing if the engine is up to date.
 
-    `dtype` "auto" is the checkpoint's. `choices` are fields of `BuildConfig`. `report` is called with one line a stage.
+    `dtype` "auto" is the checkpoint's; `device` "auto" is the GPU where there is one. `keep_onnx` also writes each program as
+    `<program>.onnx`, for other tools. `timing_cache` is TensorRT's, a file; None is one beside the engine. `choices` are fields
+    of `BuildConfig`. `report` is called with one line a stage; a stage that takes long may show its progress on `console`.
 
     Raises:
         BuildError, CheckpointError: see their messages; `engine` is then as it was before.
     """
     # 1.
-    chosen, reason = choose_target(target)
+    chosen_device, device_reason = choose_device(device)
+    chosen, reason = choose_target(target, chosen_device)
     model = read_model_config(checkpoint)
-    build = BuildConfig(target=chosen, dtype=model.dtype if dtype == "auto" else dtype, **choices)
+    build = BuildConfig(target=chosen, dtype=model.dtype if dtype == "auto" else dtype, device=chosen_device, **choices)
     if build.max_encode_tokens < model.canvas_length:
         raise BuildError(
             f"max_encode_tokens: got {build.max_encode_tokens}, expected at least one canvas, {model.canvas_length}"
         )
-    report(f"target {chosen} ({reason}), dtype {build.dtype}{' (the checkpoint’s)' if dtype == 'auto' else ''}")
+    report(f"target {chosen} ({reason}), device {chosen_device} ({device_reason})")
+    report(f"dtype {build.dtype} ({'the checkpoint’s' if dtype == 'auto' else 'asked for'})")
     # 2.
     tensors = Checkpoint(checkpoint)
     shapes = text_weights(model)
@@ -77,19 +95,18 @@ def build_engine(
 
     manifest = describe(model, build, tensors, shapes, checkpoint, engine)
     # 3.
-    if not force and _up_to_date(engine, manifest):
+    if not force and _up_to_date(engine, manifest, keep_onnx):
         report(f"engine {engine} is up to date; --force builds it again")
         return read_manifest(engine)
     with _staged(engine) as directory:
-        # 4.
-        programs = {}
-        for signature in signatures(model, build):
-            report(f"tracing {signature.name}")
-            program = export_program(signature, model, build)
-            # 5.
-            report(f"compiling {program.name}")
-            file = compiler(chosen)(program, directory)
-            programs[program.name] = Program(file=file, inputs=program.inputs, weights=program.weights, outputs=program.outputs)
+        # 4. and 5.
+        if chosen == "tensorrt":
+            cache = timing_cache or engine.parent / TIMING_CACHE
+            programs = compile_plans(model, build, directory, report, timing_cache=cache, console=console)
+        else:
+            programs = compile_programs(model, build, directory, report)
+        if keep_onnx:
+            write_onnx(model, build, directory, report)
         # 6.
         for name in COPIED_FILES:
             if (checkpoint / name).exists():
@@ -98,6 +115,69 @@ def build_engine(
         manifest.write(directory)
     report(f"engine {engine} written")
     return manifest
+
+
+def compile_programs(model: ModelConfig, build: BuildConfig, directory: Path, report: Report) -> dict[str, Program]:
+    """Traces and compiles every program with its variants into `directory`: for a GPU all at once, each in its own process."""
+    wanted = {each.name: minimums(each, model, build) for each in signatures(model, build)}
+    tasks = [(model, build, name, minimum, directory) for name, least in wanted.items() for minimum in least]
+    done: dict[tuple[str, int], Program] = {}
+    at_once = min(len(tasks), os.cpu_count() or 1) if build.device == "cuda" else 1
+    report("compiling " + ", ".join(f"{name} ({len(least)} times)" for name, least in wanted.items()))
+    if at_once == 1:
+        done = {(task[2], task[3]): _compile(*task) for task in tasks}
+    else:
+        with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+            running = {pool.submit(_compile, *task): (task[2], task[3]) for task in tasks}
+            for future in as_completed(running):
+                done[running[future]] = future.result()
+                report(f"compiled {future.result().file}")
+    return {
+        name: done[name, 1].model_copy(
+            update={"variants": tuple(Variant(minimum=each, file=done[name, each].file) for each in least[1:])}
+        )
+        for name, least in wanted.items()
+    }
+
+
+def _compile(model: ModelConfig, build: BuildConfig, name: str, minimum: int, directory: Path) -> Program:
+    [signature] = [each for each in signatures(model, build) if each.name == name]
+    program = export_program(signature, model, build, minimum)  # 4.
+    compiled = compiler(build, model)(program, directory)  # 5.
+    return Program(file=compiled.file, inputs=program.inputs, weights=program.weights, outputs=program.outputs)
+
+
+def compile_plans(
+    model: ModelConfig, build: BuildConfig, directory: Path, report: Report, *, timing_cache: Path, console: Console | None
+) -> dict[str, Program]:
+    """Traces and compiles every program for TensorRT, one after the other: each takes the whole GPU, to time it."""
+    compile_program = compiler(build, model, timing_cache=timing_cache, console=console)
+    programs = {}
+    for signature in signatures(model, build):
+        report(f"tracing {signature.name}")
+        program = _traced_for_onnx(signature, model, build)  # 4.
+        report(f"compiling {program.name}")
+        compiled = compile_program(program, directory)  # 5.
+        programs[program.name] = Program(
+            file=compiled.file,
+            inputs=program.inputs,
+            weights=program.weights,
+            outputs=program.outputs,
+            profiles=compiled.profiles,
+        )
+    return programs
+
+
+def write_onnx(model: ModelConfig, build: BuildConfig, directory: Path, report: Report) -> None:
+    """Writes every program as `<program>.onnx`."""
+    for signature in signatures(model, build):
+        report(f"writing {signature.name}.onnx")
+        onnx.save(to_onnx(_traced_for_onnx(signature, model, build)), directory / f"{signature.name}.onnx")
+
+
+def _traced_for_onnx(signature: Signature, model: ModelConfig, build: BuildConfig) -> TracedProgram:
+    """ONNX knows no device: the program is traced where tests trace it."""
+    return export_program(signature, model, build.model_copy(update={"device": "cpu"}))
 
 
 def describe(
@@ -123,11 +203,12 @@ def describe(
         format_version=FORMAT_VERSION,
         plugin_abi=PLUGIN_ABI,
         build=build,
+        gpu=current_gpu() if build.device == "cuda" else None,
         model=model,
         programs={},
         weights=weights,
         checkpoint=CheckpointRecord(path=path, files=tensors.fingerprint()),
-        tools={"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+        tools={"python": platform.python_version(), "torch": torch.__version__, "cpu": this_cpu()} | versions(build.target),
         source_digest=_source_digest(),
     )
 
@@ -141,13 +222,14 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
-def _up_to_date(engine: Path, wanted: Manifest) -> bool:
+def _up_to_date(engine: Path, wanted: Manifest, keep_onnx: bool) -> bool:
     try:
         current = read_manifest(engine)
     except ManifestError:
         return False
-    files_there = all((engine / program.file).exists() for program in current.programs.values())
-    return files_there and current.model_copy(update={"programs": {}}) == wanted
+    files = [file for program in current.programs.values() for file in (program.file, *(v.file for v in program.variants))]
+    files += [f"{name}.onnx" for name in current.programs if keep_onnx]
+    return all((engine / file).exists() for file in files) and current.model_copy(update={"programs": {}}) == wanted
 
 
 @contextmanager

@@ -12,18 +12,25 @@ from torch.export import Dim, ExportedProgram
 
 from builder.network import Denoise, Encode, Head
 from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_scalar, text_weights
-from contract.manifest import Binding, BuildConfig
+from contract.manifest import Binding, BuildConfig, Device
 from contract.model_config import ModelConfig
 
-# Names of sizes that vary → a value to trace with; the values differ from each other and from 0 and 1, which are special.
+# Names of sizes that vary → a value to trace with, above their minimum; they differ from each other and from 0 and 1, which are
+# special.
 _TRACED = {"tokens": 6, "sequences": 2, "starts": 3, "pages": 5, "columns": 4, "images": 7, "rows": 9}
+
+# More than any GPU's memory holds. TensorRT refuses a profile in which one tensor could have 2**40 elements.
+_MAX_CACHED_TOKENS = 2**25
+# Rows at which the experts' tile changes: 32 and 128 rows an expert with 128 experts of which 8 are chosen.
+_MORE_ROWS = (512, 2048)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TracedProgram:
-    """An exported program with the bindings that it is called with, in order: `inputs`, then `weights`."""
+    """An exported program with the bindings that it is called with, in order: `inputs`, then `weights`; all on `device`."""
 
     name: str
+    device: Device
     exported: ExportedProgram
     inputs: tuple[Binding, ...]
     weights: tuple[str, ...]
@@ -111,28 +118,59 @@ def _denoise_weights(config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in text_weights(config) if name not in unused)
 
 
-def export_program(signature: Signature, config: ModelConfig, build: BuildConfig) -> TracedProgram:
-    """Traces one program with every varying size symbolic, within the limits of `build`."""
-    dims = {
-        "tokens": Dim("tokens", min=1, max=build.max_encode_tokens),
-        "sequences": Dim("sequences", min=1, max=build.max_sequences),
-        "starts": Dim("starts", min=2, max=build.max_sequences + 1),
-        "columns": Dim("columns", min=1, max=config.max_position_embeddings),
-        "images": Dim("images", min=1, max=build.max_encode_tokens),
-        "rows": Dim("rows", min=1, max=build.max_head_rows),
-        **{f"{each}.pages": Dim(f"{each}_pages", min=1, max=2**30) for each in config.attention},
+def size_limits(config: ModelConfig, build: BuildConfig) -> dict[str, tuple[int, int]]:
+    """The name of each size that varies → its minimum and maximum."""
+    return {
+        "tokens": (1, build.max_encode_tokens),
+        "sequences": (1, build.max_sequences),
+        "starts": (2, build.max_sequences + 1),
+        "columns": (1, config.max_position_embeddings),
+        "images": (1, build.max_encode_tokens),
+        "rows": (1, build.max_head_rows),
+        **{f"{each}.pages": (1, _MAX_CACHED_TOKENS // build.page_size) for each in config.attention},
     }
 
+
+def minimums(signature: Signature, config: ModelConfig, build: BuildConfig) -> tuple[int, ...]:
+    """From which sizes on a program is compiled once more, ascending; the first is 1.
+
+    A kernel's tile depends on the number of rows and is chosen when it is compiled: a program for a GPU, where few rows are
+    bound by memory and many by arithmetic, is compiled for few, some and many. float32 has one tile.
+    """
+    if build.device == "cpu" or build.dtype == "float32" or signature.name == "head":
+        return (1,)
+    unit, most = (config.canvas_length, build.max_sequences) if signature.name == "denoise" else (1, build.max_encode_tokens)
+    sizes = dict.fromkeys(max(1, rows // unit) for rows in _MORE_ROWS)
+    return (1, *(size for size in sizes if 1 < size < most))
+
+
+def export_program(signature: Signature, config: ModelConfig, build: BuildConfig, minimum: int = 1) -> TracedProgram:
+    """Traces one program for the device of `build`, with every varying size symbolic, within its limits.
+
+    minimum: the least tokens of encode, the least sequences of denoise.
+
+    The device need not be here; but what was traced for one that is not cannot be compiled.
+    """
+    limits = size_limits(config, build)
+    least = {"encode": {"tokens": minimum}, "denoise": {"sequences": minimum}}.get(signature.name, {})
+    dims = {
+        name: Dim(name.replace(".", "_"), min=least.get(name, smallest), max=most) for name, (smallest, most) in limits.items()
+    }
+
+    traced = _TRACED | {size: min(least[size] + 10, dims[size].max) for size in least if least[size] > 1}
+
     def fake(binding: Binding) -> torch.Tensor:
-        sizes = [_TRACED[size.rpartition(".")[2]] if isinstance(size, str) else size for size in binding.shape]
+        sizes = [traced[size.rpartition(".")[2]] if isinstance(size, str) else size for size in binding.shape]
         return torch.zeros(sizes, dtype=getattr(torch, binding.dtype))
 
     shapes = text_weights(config)
-    with FakeTensorMode():
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes, torch.device(build.device):
         arguments = (
             {binding.name: fake(binding) for binding in signature.inputs},
             {weight: torch.zeros(shapes[weight], dtype=getattr(torch, build.dtype)) for weight in signature.weights},
         )
+    module = _placed(signature.module.eval(), build.device, fakes)
     dynamic = (
         {
             binding.name: {axis: dims[size] for axis, size in enumerate(binding.shape) if isinstance(size, str)}
@@ -141,17 +179,38 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
         dict.fromkeys(signature.weights),
     )
     with torch.no_grad():
-        exported = torch.export.export(signature.module.eval(), arguments, dynamic_shapes=dynamic, strict=False)
+        exported = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+    values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
+    names = {
+        str(symbol): size
+        for name, binding in zip(exported.graph_signature.user_inputs, signature.inputs, strict=False)  # weights follow
+        for symbol, size in zip(values[name].shape, binding.shape, strict=True)
+        if isinstance(size, str)
+    }
     outputs = tuple(
         _binding(
-            f"output.{index}", str(node.meta["val"].dtype).removeprefix("torch."), *(_size(s) for s in node.meta["val"].shape)
+            f"output.{index}",
+            str(node.meta["val"].dtype).removeprefix("torch."),
+            *(names[str(size)] if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape),
         )
         for index, node in enumerate(exported.graph.output_node().args[0])
     )
     return TracedProgram(
-        name=signature.name, exported=exported, inputs=signature.inputs, weights=signature.weights, outputs=outputs
+        name=signature.name if minimum == 1 else f"{signature.name}.{minimum}",
+        device=build.device,
+        exported=exported,
+        inputs=signature.inputs,
+        weights=signature.weights,
+        outputs=outputs,
     )
 
 
-def _size(size: int | torch.SymInt) -> int | str:
-    return size if isinstance(size, int) else str(size)
+def _placed(module: nn.Module, device: Device, fakes: FakeTensorMode) -> nn.Module:
+    """The module with its constants on the device: the real ones, or fake ones where the device is not here."""
+    if device == "cpu" or torch.cuda.is_available():
+        return module.to(device)
+    with fakes:
+        for part in module.modules():
+            for name, constant in part.named_buffers(recurse=False):
+                setattr(part, name, torch.empty_like(fakes.from_tensor(constant), device=device))
+    return module

@@ -158,7 +158,7 @@ class _Stack(nn.Module):
 def rms_norm(rows: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, rounded to the dtype of `rows`."""
     wide = rows.float()
-    normed = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+    normed = wide * ((wide * wide).mean(-1, keepdim=True) + eps).rsqrt()
     return (normed if weight is None else normed * weight.float()).to(rows.dtype)
 
 
@@ -184,11 +184,14 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def route(hidden: Tensor, prefix: str, top_k: int, eps: float, weights: Tensors) -> tuple[Tensor, Tensor]:
     """top_k_weights [N, k] float32 and top_k_index [N, k] int64 for rows of the residual [N, D]."""
-    normed = rms_norm(hidden, None, eps) * weights[f"{prefix}.scale"] * hidden.shape[-1] ** -0.5
-    probabilities = linear(normed, weights[f"{prefix}.proj.weight"]).softmax(dim=-1, dtype=torch.float32)
+    scaled = rms_norm(hidden, None, eps) * weights[f"{prefix}.scale"]
+    # The factor is not rounded to the engine's dtype; ONNX, where both factors have one dtype, would round it.
+    scaled = (scaled.float() * hidden.shape[-1] ** -0.5).to(hidden.dtype)
+    probabilities = linear(scaled, weights[f"{prefix}.proj.weight"]).float().softmax(dim=-1)
     top_k_weights, top_k_index = probabilities.topk(top_k, dim=-1)
     top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
-    return top_k_weights * weights[f"{prefix}.per_expert_scale"][top_k_index], top_k_index
+    expert_scales = weights[f"{prefix}.per_expert_scale"].index_select(0, top_k_index.flatten()).view(-1, top_k)
+    return top_k_weights * expert_scales, top_k_index
 
 
 def _gated_mlp(rows: Tensor, prefix: str, weights: Tensors) -> Tensor:

@@ -44,13 +44,44 @@ class Binding(Record):
     shape: tuple[int | str, ...]
 
 
+class Profile(Record):
+    """What one optimization profile of a TensorRT plan takes: (least, likely, most) of every size that varies."""
+
+    name: str
+    sizes: dict[str, tuple[int, int, int]]
+
+    def shapes(self, binding: Binding) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The binding's least, likely and most shape."""
+        least, likely, most = (
+            tuple(size if isinstance(size, int) else self.sizes[size][which] for size in binding.shape) for which in range(3)
+        )
+        return least, likely, most
+
+    def __str__(self) -> str:
+        ranges = (f"{name} {least}" + f"..{most}" * (most > least) for name, (least, _, most) in self.sizes.items())
+        return f"{self.name}: {', '.join(ranges)}"
+
+
+class Variant(Record):
+    """Another file of a program, compiled for sizes of the first input's first axis from `minimum` on."""
+
+    minimum: int
+    file: str
+
+
 class Program(Record):
-    """One compiled program. It is called with the tensors of `inputs`, then of `weights`, in this order."""
+    """One compiled program. It is called with the tensors of `inputs`, then of `weights`, in this order.
+
+    profiles: of a TensorRT plan, in its order; empty for other targets, which take every size up to the build's limits.
+    variants: files that are better from some size on, ascending; below the first of them, `file`.
+    """
 
     file: str
     inputs: tuple[Binding, ...]
     weights: tuple[str, ...]
     outputs: tuple[Binding, ...]
+    profiles: tuple[Profile, ...] = ()
+    variants: tuple[Variant, ...] = ()
 
 
 class Weight(Record):
@@ -69,15 +100,29 @@ class Checkpoint(Record):
     files: dict[str, FileFingerprint]
 
 
+Device = Literal["cpu", "cuda"]
+
+
+class Gpu(Record):
+    """The GPU that programs were compiled on: they run on every GPU of its compute capability, (major, minor)."""
+
+    name: str
+    compute_capability: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.compute_capability[0]}.{self.compute_capability[1]})"
+
+
 class BuildConfig(Record):
     """The choices of a build.
 
-    page_size: tokens a KV page. max_encode_tokens: tokens one encode pass may take (the chunk of a long prompt).
-    max_sequences: sequences one denoising step may take. max_head_rows: rows one head pass may take.
+    device: where the programs run. page_size: tokens a KV page. max_encode_tokens: tokens one encode pass may take (the chunk
+    of a long prompt). max_sequences: sequences one denoising step may take. max_head_rows: rows one head pass may take.
     """
 
     target: Target
     dtype: Literal["float32", "bfloat16"]
+    device: Device = "cpu"
     page_size: int = 32
     max_encode_tokens: int = 2048
     max_sequences: int = 64
@@ -85,11 +130,12 @@ class BuildConfig(Record):
 
 
 class Manifest(Record):
-    """The engine directory's one record; see the module docstring."""
+    """The engine directory's one record; see the module docstring. gpu: None where the programs run on the CPU."""
 
     format_version: int
     plugin_abi: int
     build: BuildConfig
+    gpu: Gpu | None = None
     model: ModelConfig
     programs: dict[str, Program]
     weights: dict[str, Weight]

@@ -1,12 +1,12 @@
 """A streaming gRPC client: prints each canvas of the answer as it arrives.
 
-    python examples/triton_client.py "What is 17 + 25?" --chat engines/diffusiongemma
+    python examples/triton_client.py --chat "What is 17 + 25?"
 
-The prompt goes to the model as it is; with --chat, inside the chat template of the tokenizer in that directory.
-Needs `tritonclient[grpc]`, and `transformers` for --chat.
+The prompt goes to the model as it is; with --chat, as a user's turn of a chat. Needs `tritonclient[grpc]`.
 """
 
 import argparse
+import json
 import queue
 
 import numpy as np
@@ -23,26 +23,17 @@ def tensor(name: str, values: list, dtype: str) -> grpcclient.InferInput:
     return result
 
 
-def chat_token_ids(tokenizer_dir: str, prompt: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    messages = [{"role": "user", "content": prompt}]
-    return AutoTokenizer.from_pretrained(tokenizer_dir).apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC service")
-    parser.add_argument("--chat", metavar="DIR", help="a directory with the checkpoint's tokenizer, the engine's for one")
+    parser.add_argument("--chat", action="store_true", help="let the server apply the chat template")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
     if options.chat:
-        prompt = tensor("input_ids", chat_token_ids(options.chat, options.prompt), "INT32")
+        prompt = tensor("messages", [json.dumps([{"role": "user", "content": options.prompt}]).encode()], "BYTES")
     else:
         prompt = tensor("text_input", [options.prompt.encode()], "BYTES")
     inputs = [

@@ -2,4 +2,5 @@
 
 import torch
 
-LIBRARY = torch.library.Library("diffusiongemma", "DEF")
+NAMESPACE = "diffusiongemma"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")

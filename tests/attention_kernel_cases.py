@@ -90,7 +90,27 @@ def test_many_sequences_some_of_them_empty():
 @pytest.mark.parametrize(
     ("num_splits", "causal", "dtype"), [(2, True, torch.bfloat16), (2, False, torch.float32), (5, True, torch.bfloat16)]
 )
-def test_splits_of_the_cached_keys(num_splits, causal, dtype):
-    """Also where a split has no cached keys at all, and where there are none."""
+def test_splits_of_the_keys(num_splits, causal, dtype):
+    """Also where a split has no keys at all, and where none are cached."""
     inputs = attention_inputs(prefixes=[200, 1, 0], counts=[33, 2, 3], window=0, **SMALL, dtype=dtype)
     check(inputs, causal, 0, dtype, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_made_up_indices_read_nothing_outside(num_splits, causal):
+    """A TensorRT builder times the kernel on such inputs; a read outside of them would end this process."""
+    torch.manual_seed(0)
+    inputs = attention_inputs(prefixes=[40, 0], counts=[20, 33], window=32, **SMALL, dtype=torch.float32)
+    for _ in range(5):
+        made_up = [torch.randint(-(2**31), 2**31, each.shape).int() for each in inputs[3:]]
+        output = attention(*inputs[:3], *made_up, causal, 32 if num_splits == 1 else 0, num_splits=num_splits)
+        assert output.shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_splits_of_a_window(causal):
+    """The window's first key is within a block, and splits begin among the cached keys and among the new ones."""
+    inputs = attention_inputs(prefixes=[300, 7], counts=[150, 5], window=90, **SMALL)
+    inputs[-1][20:60] = 0 if causal else -1
+    check(inputs, causal, 90, torch.float32, num_splits=3)

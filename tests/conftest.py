@@ -20,7 +20,7 @@ from tiny_tasks import TASKS, Question, questions  # noqa: E402
 def engine_dir() -> Path:
     """The tiny checkpoint's engine, compiled; kept between runs and built again only when something it depends on changed."""
     engine = ROOT / "engines" / "tests"
-    build_engine(TINY, engine, target="inductor", dtype="float32")
+    build_engine(TINY, engine, target="inductor", dtype="float32", device="cpu")
     return engine
 
 

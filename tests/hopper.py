@@ -30,7 +30,8 @@ def check_compiles(launch: Launch, directory: Path, title: str) -> dict[str, int
     """Compiles, prints what it uses, checks that it can run as declared. Returns counts of the PTX's instructions."""
     compiled = launch.compile(HOPPER)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
-    used = _resources(compiled.asm["cubin"], directory / "kernel.cubin")
+    (directory / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    used = resources(directory / "kernel.cubin")
     instructions = {each: count for each in INSTRUCTIONS if (count := ptx.count(each))}
     print(f"\n{title}: {launch.kernel.__name__}, {used}, shared {metadata.shared} bytes, {instructions}")
 
@@ -47,9 +48,9 @@ def check_compiles(launch: Launch, directory: Path, title: str) -> dict[str, int
     return instructions
 
 
-def _resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """REG: registers a thread. STACK: bytes of its stack frame, where registers are spilled. LOCAL: its other memory."""
-    path.write_bytes(cubin)
+def resources(path: Path) -> dict[str, int]:
+    """Of a cubin. REG: registers a thread. STACK: bytes of its stack frame, where registers are spilled. LOCAL: its other
+    memory."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     printed = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}

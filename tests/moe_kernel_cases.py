@@ -4,6 +4,8 @@ Memory that a kernel must not read is NaN: every output before its kernel runs (
 tensors with NaN, or the largest integer) and the weights of experts that no row chose.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tolerances import assert_close
@@ -31,6 +33,7 @@ EXPERTS = 16
 RANDOM, SAME_EXPERTS, ONE_EXPERT = "random", "all rows to the same experts", "all rows to one expert"
 ROUTINGS = [(1, RANDOM), (63, RANDOM), (257, RANDOM), (63, SAME_EXPERTS), (63, ONE_EXPERT)]
 SMALL = Tile(rows=16, width=16, depth=16, num_warps=4, num_stages=2)
+WEIGHTS_FIRST = replace(SMALL, weights_first=True)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +114,9 @@ def test_align_has_tiles_for_the_worst_routing():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tile", "hidden_size", "width"), [(SMALL, 48, 32), (SMALL, 40, 20), (FEW_ROWS, 130, 20)], ids=["whole", "masked", "real"]
+    ("tile", "hidden_size", "width"),
+    [(SMALL, 48, 32), (SMALL, 40, 20), (WEIGHTS_FIRST, 40, 20), (FEW_ROWS, 130, 20)],
+    ids=["whole", "masked", "weights first", "real"],
 )
 @pytest.mark.parametrize(("rows", "routing"), [(33, RANDOM), (33, SAME_EXPERTS), (33, ONE_EXPERT)])
 def test_grouped_products(rows, routing, tile, hidden_size, width, dtype):
@@ -178,6 +183,27 @@ def test_weights_that_would_need_a_copy_are_refused():
 
 def test_the_tile_follows_the_rows_of_an_expert():
     assert launch.choose_tile(256, 8, 128, torch.bfloat16) == launch.FEW_ROWS
-    assert launch.choose_tile(1023, 8, 128, torch.bfloat16) == launch.FEW_ROWS
-    assert launch.choose_tile(1024, 8, 128, torch.bfloat16) == launch.MANY_ROWS
+    assert launch.choose_tile(511, 8, 128, torch.bfloat16) == launch.FEW_ROWS
+    assert launch.choose_tile(512, 8, 128, torch.bfloat16) == launch.SOME_ROWS
+    assert launch.choose_tile(2047, 8, 128, torch.bfloat16) == launch.SOME_ROWS
+    assert launch.choose_tile(2048, 8, 128, torch.bfloat16) == launch.MANY_ROWS
+    assert launch.choose_down_tile(launch.MANY_ROWS) == launch.MANY_ROWS_DOWN
+    assert launch.choose_down_tile(launch.FEW_ROWS) == launch.FEW_ROWS
     assert launch.choose_tile(1024, 8, 128, torch.float32) == launch.FLOAT32
+
+
+def test_made_up_indices_read_nothing_outside():
+    """A TensorRT builder times each kernel on such inputs; a read outside of them would end this process."""
+
+    def made_up(like: torch.Tensor) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, like.shape).to(like.dtype)
+
+    hidden, weights = torch.randn(63, 32), torch.randn(63, 8)
+    gate_up_proj, down_proj = torch.randn(EXPERTS, 2 * 16, 32), torch.randn(EXPERTS, 32, 16)
+    for _ in range(5):
+        index = made_up(routed_to(63, RANDOM))
+        row_order, tile_expert = launch.align(index, EXPERTS, SMALL.rows).run()
+        assert (tile_expert == -1).all()
+        row_order, tile_expert = made_up(row_order), torch.randint(-2, EXPERTS + 2, tile_expert.shape).int()
+        (activated,) = launch.gate_up(hidden, gate_up_proj, row_order, tile_expert, 8, SMALL).run()
+        launch.down(activated.nan_to_num(), down_proj, weights, row_order, tile_expert, SMALL).run()

@@ -81,6 +81,7 @@ def network_session(checkpoint: Path, *, dtype: str = "auto", **choices) -> Sess
     manifest = describe(model, build, Checkpoint(checkpoint), text_weights(model), checkpoint, checkpoint)
     programs, runners = {}, {}
     for signature in signatures(model, build):
+        signature.module.to(build.device)
         programs[signature.name] = Program(file="", inputs=signature.inputs, weights=signature.weights, outputs=())
 
         def run(tensors: list[torch.Tensor], signature=signature):

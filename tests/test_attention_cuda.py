@@ -39,7 +39,8 @@ def test_the_compiler_sees_the_kernel_and_that_it_writes_its_output_only(monkeyp
     with FakeTensorMode(shape_env=ShapeEnv()):
         inputs = described_inputs(kv_heads=2, head_dim=512, tokens=40, sequences=3, device="cuda")
     tokens, sequences = {0: torch.export.Dim("tokens", min=2)}, torch.export.Dim("sequences", min=2)
-    dynamic = (tokens, tokens, None, {0: sequences}, {0: sequences}, {0: sequences + 1}, tokens)
+    table = {0: sequences, 1: torch.export.Dim("columns", min=2)}
+    dynamic = (tokens, tokens, None, table, {0: sequences}, {0: sequences + 1}, tokens)
     program = torch.export.export(Layer(), inputs, dynamic_shapes={"inputs": dynamic})
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert calls == ["diffusiongemma.paged_attention.default"]
@@ -49,7 +50,7 @@ def test_the_compiler_sees_the_kernel_and_that_it_writes_its_output_only(monkeyp
     with fakes[0].fake_mode:
         traced, _ = aot_export_module(program.module(), fakes, trace_joint=False)
     kernels = [node for node in traced.graph.nodes if str(node.target) == "triton_kernel_wrapper_functional"]
-    assert [node.kwargs["tensors_to_clone"] for node in kernels] == [["output"]]
+    assert [node.kwargs["tensors_to_clone"] for node in kernels] == [["partial", "log_weights"], ["output"]]
     calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
     assert not [call for call in calls if "clone" in call or "diffusiongemma" in call]
 

@@ -46,10 +46,13 @@ def test_attention_compiles(layer, causal, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
-def test_split_attention_compiles(causal, tmp_path):
-    split = split_launch(attention_inputs(kv_heads=2, head_dim=512), causal, 0, 2)
-    check_compiles(split, tmp_path, f"full, {'encode' if causal else 'denoise'}, split")
-    check_compiles(combine_launch(*split.outputs, torch.bfloat16), tmp_path, "full")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_split_attention_compiles(layer, causal, tmp_path):
+    sizes = dict(LAYERS[layer])
+    window = sizes.pop("window")
+    split = split_launch(attention_inputs(**sizes), causal, window, 4)
+    check_compiles(split, tmp_path, f"{layer}, {'encode' if causal else 'denoise'}, split")
+    check_compiles(combine_launch(*split.outputs, torch.bfloat16), tmp_path, layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -77,19 +80,34 @@ def test_acceptance_compiles(tmp_path):
 def test_grids_at_the_real_sizes():
     sliding = attention_inputs(kv_heads=8, head_dim=256, tokens=4 * 256, sequences=4)
     full = attention_inputs(kv_heads=2, head_dim=512, tokens=4 * 256, sequences=4)
-    assert attention_launch(sliding, False, 1024).grid == (1024 // 32 + 4, 8)
+    assert attention_launch(sliding, False, 1024).grid == (1024 // 64 + 4, 8)
     assert attention_launch(full, False, 0).grid == (1024 // 16 + 4, 2 * 2)
     assert split_launch(full, False, 0, 3).grid == (1024 // 16 + 4, 2 * 2, 3)
 
 
 @pytest.mark.parametrize(
     ("tokens", "prefix", "window", "expected"),
-    [(256, 65536, 0, 1), (128, 65536, 0, 3), (1, 65536, 0, 16), (1, 8192, 0, 2), (1, 32, 0, 1), (1, 65536, 1024, 1)],
+    [
+        (1024, 65536, 0, 1),
+        (512, 65536, 0, 1),
+        (256, 65536, 0, 2),
+        (128, 65536, 0, 4),
+        (1, 65536, 0, 8),
+        (1, 1024, 0, 4),
+        (1, 32, 0, 1),
+    ],
 )
 def test_splits_fill_the_device(tokens, prefix, window, expected):
-    """H200: 132 multiprocessors. A canvas has 17 tiles of 4 programs each."""
+    """H200: 132 multiprocessors. A canvas has 16 tiles of 4 programs each."""
     inputs = attention_inputs(kv_heads=2, head_dim=512, tokens=tokens, columns=prefix // PAGE_SIZE)
     assert choose_num_splits(inputs, window, 132) == expected
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "expected"), [(256, 65536, 4), (256, 256, 2), (1024, 65536, 1), (1, 65536, 4)])
+def test_splits_of_a_window(tokens, prefix, expected):
+    """A canvas has 4 tiles of 8 programs each, over 1024 + 256 keys at most."""
+    inputs = attention_inputs(kv_heads=8, head_dim=256, tokens=tokens, columns=prefix // PAGE_SIZE)
+    assert choose_num_splits(inputs, 1024, 132) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from builder.__main__ import app
 from builder.build import build_engine
 from builder.config import read_model_config
 from builder.errors import BuildError
+from builder.targets.compiled import Compiled
 from builder.weights import VISION_PREFIXES, text_weights
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import ManifestError, read_manifest
 
-REAL = Path(__file__).parent / "data" / "diffusiongemma-26B-A4B-it"
+REAL = Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B"
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +187,12 @@ def quick(monkeypatch):
 
     def compile_program(program, directory):
         (directory / f"{program.name}.pt2").write_text(program.name)
-        return f"{program.name}.pt2"
+        return Compiled(file=f"{program.name}.pt2")
 
-    monkeypatch.setattr("builder.build.compiler", lambda target: compile_program)
+    monkeypatch.setattr("builder.build.compiler", lambda build, model: compile_program)
     monkeypatch.setattr(
-        "builder.build.export_program", lambda signature, model, build: type("Traced", (), {**vars(signature), "outputs": ()})
+        "builder.build.export_program",
+        lambda signature, model, build, minimum: type("Traced", (), {**vars(signature), "outputs": ()}),
     )
 
 
@@ -222,7 +224,7 @@ def test_a_build_that_fails_leaves_the_old_engine(quick, checkpoint, tmp_path, m
     def broken(program, directory):
         raise BuildError("no compiler")
 
-    monkeypatch.setattr("builder.build.compiler", lambda target: broken)
+    monkeypatch.setattr("builder.build.compiler", lambda build, model: broken)
     with pytest.raises(BuildError, match="no compiler"):
         build_engine(checkpoint, engine, force=True)
     assert {path.name: path.read_bytes() for path in engine.iterdir()} == before

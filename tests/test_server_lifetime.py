@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 from server_clients import ANY_PORTS, ENDLESS, QUESTION, Refused, Stream, ask_once
 from server_processes import leftovers
 
@@ -18,17 +19,38 @@ from backend.triton_server.launch import MODEL_REPOSITORY, ServerError, TritonSe
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_serve_stops_cleanly(engine_dir, stop):
-    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--openai-port", "0"]
     command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir), *ports]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent) as process:
         line = process.stdout.readline()
-        url, log = re.fullmatch(r"ready  gRPC (\S+)  HTTP \S+  metrics \S+  log (\S+)\n", line).groups()
+        ready = re.fullmatch(r"ready  gRPC (\S+)  HTTP \S+  metrics \S+  OpenAI (\S+)  log (\S+)\n", line)
+        url, openai_url, log = ready.groups()
         assert ask_once(url, text_input=QUESTION, max_tokens=1).num_output_tokens == 1
+        with OpenAI(base_url=openai_url, api_key="any") as client:
+            assert client.completions.create(model="diffusiongemma", prompt=QUESTION, max_tokens=1).usage.completion_tokens == 1
         name = Path(log).parent.name
         assert len(leftovers(name)) > 2  # the server, its stub, and files
         process.send_signal(stop)
     assert process.returncode == 0
     assert leftovers(name) == []
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", int(openai_url.split(":")[2].split("/")[0])), timeout=1).close()
+
+
+def test_serve_without_the_front_end_or_with_a_port_that_is_taken(engine_dir):
+    command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir)]
+    command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = ["--openai-port", str(taken.getsockname()[1])]
+        refused = subprocess.run([*command, *port], capture_output=True, text=True, cwd=MODEL_REPOSITORY.parent)
+        assert refused.returncode == 1
+        assert re.fullmatch(r"error: .*OpenAI port: 127.0.0.1:\d+ cannot be used.*\n", refused.stderr)
+        with subprocess.Popen(
+            [*command, *port, "--no-openai"], stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent
+        ) as process:
+            assert "OpenAI" not in process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+        assert process.returncode == 0
 
 
 def test_a_stop_does_not_wait_for_long_requests(engine_dir):

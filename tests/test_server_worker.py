@@ -104,6 +104,31 @@ def test_who_loads_an_engine_that_cannot_be_used_reads_why(server, client, engin
     assert ask_once(server.grpc_url, **SHORT).num_output_tokens == 1
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"tools": {"cpu": "z80 NO AVX"}}, "built for a CPU z80 NO AVX, but this one is"),
+        (
+            {"build": {"device": "cuda"}, "gpu": {"name": "NVIDIA H100", "compute_capability": [9, 0]}},
+            "built for NVIDIA H100 (compute capability 9.0), but",
+        ),
+    ],
+    ids=["CPU", "GPU"],
+)
+def test_who_loads_an_engine_for_another_machine_reads_why(server, client, engine_dir, tmp_path, record, words):
+    config = client.get_model_config(MODEL_NAME, as_json=True)["config"]
+    engine = damaged_engine(engine_dir, tmp_path / "engine", "config.json", keep=1)
+    manifest = json.loads((engine / "manifest.json").read_text())
+    for part, values in record.items():
+        manifest[part] = {**(manifest[part] or {}), **values}
+    (engine / "manifest.json").write_text(json.dumps(manifest))
+    config["parameters"]["engine_dir"]["string_value"] = str(engine)
+    with pytest.raises(InferenceServerException) as caught:
+        client.load_model(MODEL_NAME, config=json.dumps(config))
+    assert words in caught.value.message().partition("\n")[0]
+    assert ask_once(server.grpc_url, **SHORT).num_output_tokens == 1
+
+
 def test_a_reload_under_load_loses_nothing(server, client):
     """The old instance ends the requests that it has, the new one takes the next; an unload waits for what is under way."""
     config = client.get_model_config(MODEL_NAME, as_json=True)["config"]

@@ -97,6 +97,17 @@ def test_a_lost_worker_fails_what_it_had_and_is_replaced(watched, number, words)
     assert not any(asked.has_more for asked in had)
 
 
+def test_an_interrupt_from_the_terminal_is_the_parents(watched):
+    """Who stops a server with Ctrl-C signals every process of the terminal; requests get their time to finish."""
+    pid, asked = watched.worker_pid(), Asked(watched.service, ENDLESS)
+    asked.next()
+    watched.signal(signal.SIGINT)
+    assert all(isinstance(asked.next(), CanvasOutput) for _ in range(3))
+    assert Asked(watched.service, SHORT).last().finish_reason == "length"
+    assert watched.worker_pid() == pid
+    watched.service.cancel(asked.handle)
+
+
 def test_a_request_sent_while_there_is_no_worker_waits_for_the_next(watched):
     pid = watched.worker_pid()
     os.kill(pid, signal.SIGKILL)
@@ -185,6 +196,16 @@ def test_the_queue_has_a_length_and_a_time_out(engine_dir):
     watched.service.cancel(running.handle)
     assert Asked(watched.service, SHORT).last().finish_reason == "length"
     watched.service.close()
+
+
+def test_a_queue_without_places_still_serves_what_fits_the_batch(engine_dir):
+    """Two at once, before the worker could start either."""
+    watched = Watched(engine_dir, max_sequences=2, max_queued=0)
+    both = [Asked(watched.service, ENDLESS) for _ in range(2)]
+    with pytest.raises(RequestError, match="got 0 waiting requests, at most 0"):
+        Asked(watched.service, SHORT)
+    assert all(isinstance(asked.next(), CanvasOutput) for asked in both)
+    watched.service.close(timeout_s=0)
 
 
 @pytest.mark.parametrize(

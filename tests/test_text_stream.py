@@ -167,6 +167,15 @@ def test_what_is_held_back_and_until_when():
     assert text_stream.push([], last=True) == ("bc", 14, False)
 
 
+def test_a_fork_goes_on_alone():
+    text_stream = TextStream(TOKENIZERS["tiny"], stop=["bcd"])
+    assert text_stream.push(ids("a", "b", "<0xF0>")) == ("a", 1, False)
+    fork = text_stream.fork()
+    assert fork.push(ids("c"), last=True) == ("b\ufffdc", 4, False)
+    assert text_stream.fork().push(ids("<0x9F>", "<0x98>", "<0x80>", "c"), last=True) == ("b😀c", 7, False)
+    assert text_stream.push(ids("a"), last=True) == ("b\ufffda", 4, False)
+
+
 def test_long_waits_stay_linear():
     """A thousand bytes that never become characters: decoded a few times, not a thousand."""
     for name, token in (("tiny", ids("<0xF0>")[0]), ("byte_level", TOKENIZERS["byte_level"].token_to_id("ð"))):

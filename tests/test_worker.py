@@ -102,6 +102,11 @@ def test_a_device_that_recovers_does_not():
     assert outputs(reports)[-1] == (7, canvas("stop"))
 
 
+def test_a_cancelled_request_says_nothing_of_the_device():
+    reports = run(["fails", "fails", canvas("cancelled"), "fails"], [1])
+    assert "3 device steps failed" in str(reports.ending)
+
+
 def test_requests_are_counted_by_the_parent_alone(monkeypatch):
     monkeypatch.setattr("backend.worker.BEAT_INTERVAL_S", 0)
     measured = [report.metrics for report in run([None], [1])]

@@ -11,6 +11,7 @@ import torch
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 MAX_ERROR_RATIO = 1.5
+SAME_ROUNDINGS_RATIO = 1.1  # of a translation, which rounds where its source does; a norm computed in bfloat16 gives 1.3 to 1.5
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -20,8 +21,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
     assert difference <= TOLERANCE[dtype] * scale, f"largest difference {difference:.3g}, of {scale:.3g}"
 
 
-def assert_as_exact(actual: torch.Tensor, other: torch.Tensor, exact: torch.Tensor) -> None:
-    """The root mean square error of `actual` is at most MAX_ERROR_RATIO times that of `other`."""
+def assert_as_exact(actual: torch.Tensor, other: torch.Tensor, exact: torch.Tensor, max_ratio: float = MAX_ERROR_RATIO) -> None:
+    """The root mean square error of `actual` is at most `max_ratio` times that of `other`."""
     assert actual.shape == other.shape == exact.shape
     error, allowed = ((each.float() - exact).pow(2).mean().sqrt().item() for each in (actual, other))
-    assert error <= MAX_ERROR_RATIO * allowed, f"error {error:.3g}, transformers' {allowed:.3g}"
+    assert error <= max_ratio * allowed, f"error {error:.3g}, the other's {allowed:.3g}"

@@ -39,3 +39,20 @@ def let_dot_read_bfloat16() -> None:
         return plain(self, numbers(a), numbers(b), d, *precision)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def let_casts_round_to_bfloat16() -> None:
+    """The interpreter cuts off the bits that bfloat16 does not have; devices round to the nearest."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(self, source, dst_type):
+        if (source.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return plain(self, source, dst_type)
+        bits = source.data.view(np.uint32).astype(np.uint64)
+        return TensorHandle(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc

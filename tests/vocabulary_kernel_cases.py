@@ -13,6 +13,9 @@ from backend import noise, sampler
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
 from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words
 
+# numpy's, about tokens that have no chance: a bound of infinity is meant, and so is no bound where every token is forbidden.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+
 VOCAB_SIZES = (97, 448, 5000)
 # Sums over the vocabulary of float32 terms, whose total is at most ln(V), taken in another order: a few roundings of it.
 ENTROPY_TOLERANCE = {"rtol": 4e-6, "atol": 8e-6}
@@ -103,6 +106,10 @@ def test_vocabulary_pass(vocab_size, cap, dtype):
     check(logits(rows, vocab_size, dtype), cap, temperature, torch.arange(rows) % 3 == 1)
 
 
+def test_a_vocabulary_of_two_tiles():
+    check(logits(3, 17000, torch.bfloat16), 30.0, torch.tensor([0.4, 0.8, 2.0]), torch.arange(3) == 1)
+
+
 def test_entropies_near_zero_and_near_the_largest():
     """A row that is all but certain, a uniform one, and one whose tiles have very different maxima."""
     raw = torch.zeros(3, 5000)
@@ -111,21 +118,30 @@ def test_entropies_near_zero_and_near_the_largest():
 
 
 def test_the_first_of_equal_logits_wins_within_and_between_tiles():
-    raw = torch.zeros(3, 9000)
+    raw = torch.zeros(3, 17000)
     raw[1, [77, 78, 5000]] = 3.0
-    raw[2, [4096, 8999]] = 3.0
+    raw[2, [16384, 16999]] = 3.0
     temperature, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int64)
     drawn = dict.fromkeys(("seeds", "canvas_indices", "steps", "positions"), zeros)
     result = vocabulary_pass(raw, cap=30.0, temperature=temperature, greedy=torch.ones(3, dtype=torch.bool), **drawn)
-    assert result.argmax.tolist() == result.sampled.tolist() == [0, 77, 4096]
-    assert result.entropy[0].item() == pytest.approx(math.log(9000), rel=1e-6)
+    assert result.argmax.tolist() == result.sampled.tolist() == [0, 77, 16384]
+    assert result.entropy[0].item() == pytest.approx(math.log(17000), rel=1e-6)
+
+
+def test_tokens_that_are_almost_as_likely_as_each_other():
+    """Rows of equal logits, of logits that differ by little, and of two tokens that leave the rest no chance."""
+    raw = torch.zeros(12, 3000)
+    raw[4:8] = 29.0 + 1e-3 * torch.randperm(3000, generator=torch.Generator().manual_seed(1)) / 8
+    raw[8:, [1100, 2100]] = 29.0
+    for temperature in (0.01, 1.0):
+        check(raw, 30.0, torch.full((12,), temperature), torch.zeros(12, dtype=torch.bool))
 
 
 def test_forbidden_tokens():
     """Logits of -infinity, uncapped: a few, a whole tile of them, and all but one."""
-    raw = logits(3, 5000, torch.float32)
-    raw[0, [3, 4999]] = raw[1, :4096] = raw[2] = float("-inf")
-    raw[2, 4242] = -1.5
+    raw = logits(3, 17000, torch.float32)
+    raw[0, [3, 16999]] = raw[1, :16384] = raw[2] = float("-inf")
+    raw[2, 16942] = -1.5
     check(raw, None, torch.full((3,), 0.7), torch.zeros(3, dtype=torch.bool))
 
 

@@ -163,9 +163,19 @@ class DiffusionGemmaModel:
                 answer.add(event)
         except Exception:  # the thread must live: it carries every other answer
             outcome = "failed"
-            answer.fail(_logged_internal_error())
+            self._abort(answer)
         if answer.finished:
             self._metrics.count("requests_total", label_value=outcome)
+
+    def _abort(self, answer: Answer) -> None:
+        """Ends an answer whose responses cannot be made or sent; the error may be refused as they were."""
+        error = _logged_internal_error()
+        if answer.handle is not None:
+            self._service.cancel(answer.handle)
+        try:
+            answer.fail(error)
+        except Exception:
+            _logged_internal_error()
 
 
 def _outcome(error: RequestError, *, was_accepted: bool) -> Outcome:

@@ -2,41 +2,82 @@
 
 | target | file | needs |
 |---|---|---|
-| `inductor` | `<program>.pt2` | a C++ compiler while building |
+| `inductor` | `<program>.pt2` | a C++ compiler while building; for a GPU, that GPU and CUDA's headers too |
+| `tensorrt` | `<program>.plan` | TensorRT and the GPU that the plan is for, H100 or H200 |
 """
 
-import importlib.util
+import importlib
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.console import Console
 
 from builder.errors import BuildError
 from builder.export import TracedProgram
 from builder.targets import inductor
-from contract.manifest import Target
+from builder.targets.compiled import Compiled
+from builder.targets.tensorrt_needs import missing_for_tensorrt
+from contract.manifest import BuildConfig, Device, Gpu, Target
+from contract.model_config import ModelConfig
 
-Compile = Callable[[TracedProgram, Path], str]
-"""Writes the compiled program into a directory and returns the file's name."""
-
-_COMPILERS: dict[Target, Compile] = {"inductor": inductor.compile_program}
+Compile = Callable[[TracedProgram, Path], Compiled]
+"""Writes the compiled program into a directory and says what it wrote."""
 
 
-def choose_target(wanted: Literal["auto", "tensorrt", "inductor"]) -> tuple[Target, str]:
-    """The target to build and the reason, to be shown to the user.
+def choose_target(wanted: Literal["auto", "tensorrt", "inductor"], device: Device) -> tuple[Target, str]:
+    """The target to build for `device` and the reason, to be shown to the user.
 
     Raises:
-        BuildError: a target was asked for that this version cannot build.
+        BuildError: TensorRT was asked for and something that it needs is missing.
     """
-    if wanted == "tensorrt":
-        raise BuildError("target 'tensorrt': this version builds 'inductor' only; use --target inductor")
-    if wanted != "auto":
+    if wanted == "inductor":
         return wanted, "asked for"
-    if importlib.util.find_spec("tensorrt") and torch.cuda.is_available():
-        return "inductor", "TensorRT and a GPU are here, but this version builds 'inductor' for the CPU only"
-    return "inductor", "runs on any CPU"
+    missing = missing_for_tensorrt(device)
+    if not missing:
+        return "tensorrt", "asked for" if wanted == "tensorrt" else "TensorRT and a GPU that it builds for are here"
+    if wanted == "tensorrt":
+        raise BuildError(f"target 'tensorrt': {'; '.join(missing)}")
+    return "inductor", f"no tensorrt: {missing[0].partition(';')[0]}"
 
 
-def compiler(target: Target) -> Compile:
-    return _COMPILERS[target]
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> tuple[Device, str]:
+    """The device to build for and the reason, to be shown to the user.
+
+    Raises:
+        BuildError: a GPU was asked for and there is none.
+    """
+    if torch.cuda.is_available():
+        gpu = current_gpu()
+        return ("cuda", f"{gpu} is here") if wanted == "auto" else (wanted, f"asked for; {gpu} is here")
+    if wanted == "cuda":
+        raise BuildError(
+            "device 'cuda': PyTorch finds no GPU here, and programs are compiled on the one they run on; "
+            "use --device cpu, or install a CUDA build of PyTorch on a machine with a GPU"
+        )
+    return "cpu", "PyTorch finds no GPU here" if wanted == "auto" else "asked for"
+
+
+def current_gpu() -> Gpu:
+    return Gpu(name=torch.cuda.get_device_name(), compute_capability=torch.cuda.get_device_capability())
+
+
+def versions(target: Target) -> dict[str, str]:
+    """The tools of a target, whose versions an engine is bound to or should be known by."""
+    if target != "tensorrt":
+        return {}
+    return {"tensorrt": importlib.import_module("tensorrt").__version__, "triton": importlib.metadata.version("triton")}
+
+
+def compiler(
+    build: BuildConfig, model: ModelConfig, *, timing_cache: Path | None = None, console: Console | None = None
+) -> Compile:
+    """What compiles the programs of one engine. timing_cache, console: see `builder.targets.tensorrt`."""
+    if build.target == "inductor":
+        return inductor.compile_program
+    from builder.targets.tensorrt import PlanBuilder  # only here: it needs triton
+
+    trt, trtp = importlib.import_module("tensorrt"), importlib.import_module("tensorrt.plugin")
+    return PlanBuilder(trt, model, build, trtp=trtp, timing_cache=timing_cache, console=console).compile_program

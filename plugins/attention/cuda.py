@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from plugins.attention.launch import attention, choose_num_splits
+from plugins.attention.launch import HOPPER_MULTIPROCESSORS, attention, choose_num_splits
 from plugins.library import LIBRARY
 
 
@@ -29,9 +29,10 @@ def paged_attention_triton(
     causal: bool,
     window: int,
 ) -> Tensor:
-    """As `paged_attention`, open to compilers. Never splits the keys: with symbolic shapes the number is no constant."""
-    indices = (page_table, prefix_lengths, sequence_starts, image_block_ids)
-    return attention(query, new_kv, kv_pages, *indices, causal, window, wrap=wrap_triton)
+    """As `paged_attention`, open to compilers. With symbolic shapes the number of splits is an expression of them."""
+    inputs = (query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids)
+    num_splits = choose_num_splits(inputs, window, HOPPER_MULTIPROCESSORS)
+    return attention(*inputs, causal, window, num_splits=num_splits, wrap=wrap_triton)
 
 
 def paged_attention_cuda(

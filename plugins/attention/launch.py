@@ -7,6 +7,7 @@ tensors (to describe and compile), and on CPU tensors in Triton's interpreter.
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from plugins.attention.kernel import paged_attention_kernel
@@ -25,22 +26,29 @@ class Tile:
     num_stages: int
 
 
-# The bfloat16 tiles are chosen by what Triton 3.7 and its ptxas 12.9 make of them for sm_90a at the model's sizes: no spills,
-# and three stages or more, because with two the copies of a block start only when the one before it is done with. No device was
-# timed. Others without spills, to compare: 128 x 32, 8 warps, 3 stages (head_dim 256) or 2 stages (head_dim 512).
-NARROW_ROWS, NARROW_KEYS, NARROW_WARPS, NARROW_STAGES = 64, 16, 4, 4
-"""Up to head_dim 256: two programs share a multiprocessor, with 98,496 bytes of shared memory each at head_dim 256."""
+NARROW_ROWS, NARROW_KEYS, NARROW_WARPS, NARROW_STAGES = 128, 32, 8, 3
+"""Up to head_dim 256, where it takes 163,840 bytes of shared memory. NVIDIA H200, Triton 3.6, window 1024, 256-token canvases
+of 16 / 4 / 1 sequences: 226 / 59 / 56 µs (1 in 4 splits: 31); 64 rows x 16 keys, 4 warps, 4 stages: 310 / 81 / 54 µs (36); 64 x
+32, 4 warps, 3 stages: 328 / 84 / 42 µs (32 in 2 splits); 128 x 64, 8 warps, 2 stages: 257 / 69 / 67 µs (34)."""
 
-WIDE = Tile(rows=128, keys=16, columns=256, num_warps=8, num_stages=3)
-"""head_dim 512: 204,928 bytes. The accumulator of all columns, over 64 rows, would take every register of 8 warps, and the two
-halves of the warps would compute the same scores. So a program makes half of the columns: the scores are computed twice as
-well, but by twice as many programs."""
+WIDE = Tile(rows=128, keys=32, columns=256, num_warps=8, num_stages=2)
+"""head_dim 512: 229,376 bytes of shared memory. The accumulator of all columns, over 64 rows, would take every register of 8
+warps, and the two halves of the warps would compute the same scores. So a program makes half of the columns: the scores are
+computed twice as well, but keys and values are read for twice as many rows. NVIDIA H200, Triton 3.6, prefix 8192, 256-token
+canvases of 4 / 1 sequences: 1173 / 585 µs (1 in 2 splits: 309, in 3: 411, in 4: 319); 128 x 16, 3 stages: 1398 / 698 µs (371);
+64 x 32 x 256, 4 warps, 3 stages: 1643 / 415 µs (422); 64 x 16 x 512, 3 stages: 2097 / 1049 µs (543)."""
 
 FLOAT32_ROWS = 16
 """For comparisons in float32, which has no tensor cores of full precision. Not meant to be quick."""
 
-_COMBINE_ROWS = 4
-_MIN_SPLIT_KEYS = 4096
+MAX_SPLITS = 8
+"""The most programs that share a tile's keys: what `combine_kernel` holds of a row at once."""
+
+HOPPER_MULTIPROCESSORS = 132
+"""Of the H100 SXM and the H200: programs are compiled on machines without one."""
+
+_COMBINE_ROWS = 2
+_MIN_SPLIT_KEYS = 256
 
 
 def attention(
@@ -58,7 +66,7 @@ def attention(
     tile: Tile | None = None,
     wrap: Wrap = unwrapped,
 ) -> Tensor:
-    """The operator. `num_splits` programs share the cached keys of a tile of queries; their results are then combined.
+    """The operator. `num_splits` programs share the keys of a tile of queries; their results are then combined.
 
     tile: another than `choose_tile`'s, to compare them.
     """
@@ -67,7 +75,7 @@ def attention(
     per_token = (query.contiguous(), new_kv.contiguous())
     indices = (page_table, prefix_lengths, sequence_starts, image_block_ids)
     inputs = (*per_token, kv_pages, *(each.contiguous() for each in indices))
-    if num_splits == 1:
+    if isinstance(num_splits, int) and num_splits == 1:
         (output,) = attention_launch(inputs, causal, window, tile).run(wrap)
         return output
     partial, log_weights = split_launch(inputs, causal, window, num_splits, tile).run(wrap)
@@ -77,14 +85,14 @@ def attention(
 
 def attention_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile | None = None) -> Launch:
     """inputs: the operator's seven tensors, contiguous. Outputs [T, H, D]."""
-    query, _, _, page_table, *_ = inputs
+    query, _, kv_pages, page_table, *_ = inputs
     tile = tile or choose_tile(query.shape[2], query.dtype)
     grid, constants = _tiling(inputs, causal, window, tile)
     return Launch(
         kernel=paged_attention_kernel,
         grid=grid,
         inputs=inputs,
-        scalars=tuple(page_table.shape),
+        scalars=(*page_table.shape, query.shape[0], kv_pages.shape[0]),
         outputs=(torch.empty_like(query),),
         constants=constants,
         num_warps=tile.num_warps,
@@ -94,7 +102,7 @@ def attention_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, tile
 
 def split_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, num_splits: int, tile: Tile | None = None) -> Launch:
     """Outputs partial [splits, T, H, D] and log_weights [splits, T, H], float32, for `combine_launch`."""
-    query, _, _, page_table, *_ = inputs
+    query, _, kv_pages, page_table, *_ = inputs
     tile = tile or choose_tile(query.shape[2], query.dtype)
     grid, constants = _tiling(inputs, causal, window, tile)
     partial = query.new_empty(num_splits, *query.shape, dtype=torch.float32)
@@ -102,9 +110,9 @@ def split_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, num_spli
         kernel=paged_attention_split_kernel,
         grid=(*grid, num_splits),
         inputs=inputs,
-        scalars=(*page_table.shape, query.shape[0]),
+        scalars=(*page_table.shape, query.shape[0], kv_pages.shape[0], num_splits),
         outputs=(partial, query.new_empty(partial.shape[:-1], dtype=torch.float32)),
-        constants=constants | {"NUM_SPLITS": num_splits},
+        constants=constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -114,30 +122,33 @@ def combine_launch(partial: Tensor, log_weights: Tensor, dtype: torch.dtype) -> 
     """Outputs [T, H, D] `dtype`."""
     num_splits, num_tokens, num_heads, head_dim = partial.shape
     num_rows = num_tokens * num_heads
+    most = triton.next_power_of_2(num_splits) if isinstance(num_splits, int) else MAX_SPLITS
     return Launch(
         kernel=combine_kernel,
         grid=((num_rows + _COMBINE_ROWS - 1) // _COMBINE_ROWS,),
         inputs=(partial, log_weights),
-        scalars=(num_rows,),
+        scalars=(num_rows, num_splits),
         outputs=(partial.new_empty(partial.shape[1:], dtype=dtype),),
-        constants={"HEAD_DIM": head_dim, "BLOCK_ROWS": _COMBINE_ROWS, "NUM_SPLITS": num_splits},
+        constants={"HEAD_DIM": head_dim, "BLOCK_ROWS": _COMBINE_ROWS, "MAX_SPLITS": most},
         num_warps=4,
         num_stages=2,
     )
 
 
 def choose_num_splits(inputs: tuple[Tensor, ...], window: int, num_multiprocessors: int) -> int:
-    """As many splits as fill the device once, none of much less than 4,096 keys.
+    """As many splits as fill the device once, none of much less than 256 keys.
 
-    A split costs 8 bytes an element of the output, written and read again. Against that stand 4,096 keys' scores and values
-    for every row, so the combination stays small. The page table's width bounds the prefixes: their lengths are on the device.
+    A split costs 8 bytes an element of the output, written and read again, so none is made where the tiles alone fill the
+    device. The page table's width bounds the prefixes: their lengths are on the device. Of symbolic sizes: symbolic.
     """
-    if window:
-        return 1
-    query, _, kv_pages, page_table, *_ = inputs
-    (num_tiles, num_columns), _ = _tiling(inputs, False, window, choose_tile(query.shape[2], query.dtype))
+    query, new_kv, kv_pages, page_table, *_ = inputs
+    tile = choose_tile(query.shape[2], query.dtype)
+    tokens = tile.rows // (query.shape[1] // new_kv.shape[2])
+    num_programs = torch.sym_max(query.shape[0] // tokens, 1) * new_kv.shape[2] * (query.shape[2] // tile.columns)
     max_prefix = page_table.shape[1] * kv_pages.shape[1]
-    return max(1, min(num_multiprocessors // max(num_tiles * num_columns, 1), max_prefix // _MIN_SPLIT_KEYS))
+    max_keys = (torch.sym_min(max_prefix, window) if window else max_prefix) + query.shape[0]
+    useful = torch.sym_min(max_keys // _MIN_SPLIT_KEYS, MAX_SPLITS)
+    return torch.sym_max(1, torch.sym_min(num_multiprocessors // num_programs, useful))
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:

@@ -14,7 +14,8 @@ each expert starts a new tile of TILE_ROWS slots; a slot that holds no routed ro
 
 What a TensorRT plugin with embedded PTX can launch shapes the signatures: inputs, then int32 scalars, then outputs, then
 constants; scratch is an output and never assumed zeroed. Scalars are not specialised, so that one binary serves every
-number of rows there and here. All tensors are contiguous. The kernels compute in float32 and store in the output's dtype.
+number of rows there and here. Indices that are out of range are skipped: a TensorRT builder times a plugin on made-up
+inputs, and a kernel that faults ends the build. All tensors are contiguous. The kernels compute in float32 and store in the output's dtype.
 """  # noqa: E501
 
 # ruff: noqa: N803 - constants are in capitals
@@ -91,8 +92,8 @@ def align_kernel(
     counts = tl.zeros((EXPERTS_POW2,), dtype=tl.int32)
     for start in range(0, num_routed, BLOCK):
         routed = start + block
-        index = tl.load(top_k_index + routed, mask=routed < num_routed, other=0).to(tl.int32)
-        counts += tl.histogram(index, EXPERTS_POW2, mask=routed < num_routed)
+        index = tl.load(top_k_index + routed, mask=routed < num_routed, other=-1).to(tl.int32)
+        counts += tl.histogram(index, EXPERTS_POW2, mask=(index >= 0) & (index < NUM_EXPERTS))
     # 2.
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0), axis=0)
@@ -127,31 +128,34 @@ def gate_up_kernel(
     tile_expert,
     num_routed,
     activated,
+    NUM_EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
 ):
     """activated[routed row] = gelu_tanh(gate(hidden[its row])) * up(hidden[its row]), by its expert's projections.
 
-    Tiles are the grid's fast axis: the programs that run together share an expert's columns, which leave memory once.
+    Columns are the grid's fast axis: the programs that run together read one stretch of weights, and share the rows of a tile.
+    WEIGHTS_FIRST: the product is computed transposed, where a tile has fewer rows than the tensor cores' tallest instruction.
     """
-    tile = tl.program_id(0)
+    tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile)
-    if expert < 0:
+    if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
-    taken = routed < num_routed  # about half of the slots at few rows; the others must not cost reads
-    columns = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
+    taken = (routed >= 0) & (routed < num_routed)  # about half of the slots at few rows; the others must not cost reads
+    columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     read_columns = columns if WIDTH % TILE_WIDTH == 0 else tl.minimum(columns, WIDTH - 1)
     depth = tl.arange(0, TILE_DEPTH)
     rows_at = hidden + (routed // TOP_K)[:, None].to(tl.int64) * HIDDEN + depth[None, :]
-    gate_at = gate_up_proj + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + read_columns[None, :] * HIDDEN + depth[:, None]
+    gate_at = gate_up_proj + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + read_columns[:, None] * HIDDEN + depth[None, :]
     up_at = gate_at + WIDTH * HIDDEN
-    gate = tl.zeros((TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
-    up = tl.zeros((TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    gate = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    up = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
     for start in range(0, HIDDEN, TILE_DEPTH):
         if HIDDEN % TILE_DEPTH == 0:
             x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
@@ -159,12 +163,18 @@ def gate_up_kernel(
         else:
             inside = start + depth < HIDDEN
             x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
-            gate_weight = tl.load(gate_at + start, mask=inside[:, None], other=0.0)
-            up_weight = tl.load(up_at + start, mask=inside[:, None], other=0.0)
-        gate = tl.dot(x, gate_weight, gate, input_precision="ieee")
-        up = tl.dot(x, up_weight, up, input_precision="ieee")
+            gate_weight = tl.load(gate_at + start, mask=inside[None, :], other=0.0)
+            up_weight = tl.load(up_at + start, mask=inside[None, :], other=0.0)
+        if WEIGHTS_FIRST:
+            gate = tl.dot(gate_weight, x.T, gate, input_precision="ieee")
+            up = tl.dot(up_weight, x.T, up, input_precision="ieee")
+        else:
+            gate = tl.dot(x, gate_weight.T, gate, input_precision="ieee")
+            up = tl.dot(x, up_weight.T, up, input_precision="ieee")
     # gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
     result = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    if WEIGHTS_FIRST:
+        result = result.T
     stored = taken[:, None] & (columns < WIDTH)[None, :]
     activated_at = activated + routed[:, None].to(tl.int64) * WIDTH + columns[None, :]
     tl.store(activated_at, result.to(activated.dtype.element_ty), mask=stored)
@@ -179,25 +189,27 @@ def down_kernel(
     tile_expert,
     num_routed,
     weighted,
+    NUM_EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
 ):
     """weighted[routed row] = its routing weight * down(activated[routed row]), by its expert's projection."""
-    tile = tl.program_id(0)
+    tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile)
-    if expert < 0:
+    if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
-    taken = routed < num_routed
-    columns = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
+    taken = (routed >= 0) & (routed < num_routed)
+    columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     read_columns = columns if HIDDEN % TILE_WIDTH == 0 else tl.minimum(columns, HIDDEN - 1)
     depth = tl.arange(0, TILE_DEPTH)
     rows_at = activated + routed[:, None].to(tl.int64) * WIDTH + depth[None, :]
-    down_at = down_proj + expert.to(tl.int64) * (HIDDEN * WIDTH) + read_columns[None, :] * WIDTH + depth[:, None]
-    result = tl.zeros((TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    down_at = down_proj + expert.to(tl.int64) * (HIDDEN * WIDTH) + read_columns[:, None] * WIDTH + depth[None, :]
+    result = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
     for start in range(0, WIDTH, TILE_DEPTH):
         if WIDTH % TILE_DEPTH == 0:
             x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
@@ -205,8 +217,13 @@ def down_kernel(
         else:
             inside = start + depth < WIDTH
             x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
-            weight = tl.load(down_at + start, mask=inside[:, None], other=0.0)
-        result = tl.dot(x, weight, result, input_precision="ieee")
+            weight = tl.load(down_at + start, mask=inside[None, :], other=0.0)
+        if WEIGHTS_FIRST:
+            result = tl.dot(weight, x.T, result, input_precision="ieee")
+        else:
+            result = tl.dot(x, weight.T, result, input_precision="ieee")
+    if WEIGHTS_FIRST:
+        result = result.T
     result *= tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)[:, None]
     stored = taken[:, None] & (columns < HIDDEN)[None, :]
     weighted_at = weighted + routed[:, None].to(tl.int64) * HIDDEN + columns[None, :]

@@ -1,12 +1,17 @@
 """The sampler's pass over the vocabulary: logits → argmax, Gumbel argmax and entropy of each row, in one read.
 
-    vocabulary_tile_kernel    a tile of a row's vocabulary each, so that few rows fill the device
+    vocabulary_tile_kernel    a tile of a row's vocabulary each, block by block
         1. processed = soft_cap(raw logits) / temperature, float32
         2. the tile's largest processed logit and where it is
-        3. the largest of processed + Gumbel noise and where it is (rows that are greedy: the same as 2)
-        4. sums over the tile of w and of w * shifted, with shifted = processed - largest, w = exp(shifted)
+        3. sums over the tile of w and of w * shifted, with shifted = processed - largest, w = exp(shifted)
+        4. the largest of processed + Gumbel noise and where it is (rows that are greedy: the same as 2)
     vocabulary_merge_kernel   a row each: the tiles' maxima and sums into the row's
         entropy = log(Z) - sum(w * shifted) / Z; both terms are at least 0, so nothing cancels where it is small
+
+4 takes logarithms only where a token can win. The Gumbel noise of a word is -log(e), so the winner has the smallest e / w; a
+bound, a little less than e, comes without a logarithm. A block whose smallest bound / w is above the best so far is done with.
+Of another the token with the smallest is evaluated, and only if a second one's is below that, all are. The comparisons have a
+slack above the roundings of either side: what is stored is what evaluating every token gives.
 
 Of equal values the first wins, within a tile and between tiles. Arguments: the package's, and between the two kernels
 
@@ -19,10 +24,16 @@ Of equal values the first wins, within a tile and between tiles. Arguments: the 
 import triton
 import triton.language as tl
 
-from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words
+from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words, least_arrival
 
 # Stands for -infinity, the logit of a forbidden token, where its product with a weight of 0 must be 0.
 _LOWEST = tl.constexpr(-1e30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+_TWICE_LOG2_E = tl.constexpr(2.8853900817779268)
+# Of log(e / w): relative roundings of e, w and of the noisy values, whose size is that of the largest logit.
+_SLACK = tl.constexpr(2.0**-10)
+_SLACK_RATIO = tl.constexpr(2.0**-21)
 
 
 @triton.jit(do_not_specialize=("num_rows",))
@@ -40,45 +51,77 @@ def vocabulary_tile_kernel(
     VOCAB_SIZE: tl.constexpr,
     CAP: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Grid: (R, S). CAP: 0 for none."""
+    """Grid: (R, S). CAP: 0 for none. A tile is BLOCKS blocks of BLOCK columns."""
     row = tl.program_id(0)
     tile = tl.program_id(1)
-    num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK - 1) // BLOCK
-    lanes = tile * BLOCK + tl.arange(0, BLOCK)
-    valid = lanes < VOCAB_SIZE
-    raw = tl.load(raw_logits + row.to(tl.int64) * VOCAB_SIZE + lanes, mask=valid, other=0.0).to(tl.float32)
-    capped = raw  # 1.
-    if CAP > 0:
-        capped = CAP * _tanh(raw * (1 / CAP))
-    processed = tl.where(valid, capped * tl.div_rn(1.0, tl.load(temperature + row)), float("-inf"))
+    num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK * BLOCKS - 1) // (BLOCK * BLOCKS)
+    raw_logits += row.to(tl.int64) * VOCAB_SIZE
+    places = tl.arange(0, BLOCK)
+    inverse = tl.div_rn(1.0, tl.load(temperature + row))
+    random = tl.load(greedy + row) == 0
+    seed = tl.load(seeds + row)
+    canvas_index = tl.load(canvas_indices + row)
+    step = tl.load(steps + row)
+    position = tl.load(positions + row)
 
-    largest, argmax = tl.max(processed, 0, return_indices=True)  # 2.
-    noisy, sampled = largest, argmax
-    if tl.load(greedy + row) == 0:  # 3.
-        words = gumbel_words(
-            tl.load(seeds + row),
-            tl.load(canvas_indices + row),
-            tl.load(steps + row),
-            tl.load(positions + row),
-            tile * BLOCK,
-            BLOCK,
-        )
-        noisy, sampled = tl.max(processed + gumbel_from_words(words), 0, return_indices=True)
+    largest = float("-inf")
+    argmax = tile * (BLOCK * BLOCKS)
+    noisy = float("-inf")
+    sampled = argmax
+    totals = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    for begin in range(tile * (BLOCK * BLOCKS), tl.minimum((tile + 1) * (BLOCK * BLOCKS), VOCAB_SIZE), BLOCK):
+        valid = begin + places < VOCAB_SIZE
+        raw = tl.load(raw_logits + begin + places, mask=valid, other=0.0).to(tl.float32)
+        capped = raw  # 1.
+        if CAP > 0:
+            capped = CAP * _tanh(raw * (1 / CAP))
+        processed = tl.where(valid, capped * inverse, float("-inf"))
 
-    # Where every token of the tile is forbidden, nothing has a weight; where one is, its term is 0, the limit of w * log w.
-    shifted = processed - tl.maximum(largest, _LOWEST)  # 4.
-    weights = tl.exp(shifted)
-    weighted = weights * tl.maximum(shifted, _LOWEST)
+        top = tl.max(processed, 0)  # 2.
+        if top > largest:
+            shift = tl.maximum(largest - top, _LOWEST)
+            scale = tl.exp(shift)
+            weighted = (weighted + shift * totals) * scale
+            totals *= scale
+            argmax = begin + tl.min(tl.where(processed == top, places, BLOCK), 0)
+            largest = top
+
+        # Where every token so far is forbidden, nothing has a weight; where one is, its term is 0, the limit of w * log w.
+        shifted = processed - tl.maximum(largest, _LOWEST)  # 3.
+        weights = tl.exp2(shifted * _LOG2_E)
+        totals += weights
+        weighted += weights * tl.maximum(shifted, _LOWEST)
+
+        if random:  # 4.
+            words = gumbel_words(seed, canvas_index, step, position, begin, BLOCK)
+            least = least_arrival(words) * tl.exp2(shifted * _MINUS_LOG2_E)
+            slack = _SLACK + _SLACK_RATIO * tl.abs(largest)
+            first = tl.min(least, 0)
+            if first <= tl.exp(largest - noisy + slack):
+                chosen = least == first
+                gumbel = gumbel_from_words(tl.sum(tl.where(chosen, words, 0), 0))
+                value = tl.sum(tl.where(chosen, processed, 0.0), 0) + gumbel
+                place = tl.sum(tl.where(chosen, places, 0), 0)
+                if tl.sum((least <= tl.maximum(tl.exp(largest - value + slack), first)).to(tl.int32), 0) > 1:
+                    value, place = tl.max(processed + gumbel_from_words(words), 0, return_indices=True)
+                if value > noisy:
+                    noisy = value
+                    sampled = begin + place
+    if random == 0:
+        noisy = largest
+        sampled = argmax
 
     entry = row * num_tiles + tile
     plane = num_rows * num_tiles
     tl.store(numbers + entry, largest)
-    tl.store(numbers + plane + entry, tl.sum(weights, 0))
+    tl.store(numbers + plane + entry, tl.sum(totals, 0))
     tl.store(numbers + 2 * plane + entry, tl.sum(weighted, 0))
     tl.store(numbers + 3 * plane + entry, noisy)
-    tl.store(tokens + entry, tile * BLOCK + argmax)
-    tl.store(tokens + plane + entry, tile * BLOCK + sampled)
+    tl.store(tokens + entry, argmax)
+    tl.store(tokens + plane + entry, sampled)
 
 
 @triton.jit(do_not_specialize=("num_rows",))
@@ -117,5 +160,5 @@ def _tanh(x):
     series = series * square - 0.05385249853134155
     series = series * square + 0.13332782685756683
     series = series * square - 0.333333283662796
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * _TWICE_LOG2_E) + 1.0)
     return tl.where(tl.abs(x) < 0.625, x + x * (square * series), tl.where(x < 0, -large, large))

@@ -56,3 +56,10 @@ def gumbel_from_words(words):
     u = 1.0 - v
     minus_log = tl.where(u == 1.0, v, -tl.log(u) * (v / tl.maximum(1.0 - u, 2.0**-24)))
     return -tl.log(minus_log)
+
+
+@triton.jit
+def least_arrival(words):
+    """At most exp(-Gumbel) = -log(1 - v), without a logarithm: the first terms of its series."""
+    v = words.to(tl.float32) * 2.0**-32
+    return v * (1.0 + v * (0.5 + v * (1 / 3)))

@@ -1,0 +1,243 @@
+"""The canvas loop on a GPU: a denoising step is captured as CUDA graphs, once for each batch size, and then replayed.
+
+A bucket is a batch size that is captured; a batch is filled up to the next bucket with idle rows, which have a state row of
+their own. Nothing in a step depends on the host but the rows and their prefix lengths, which are copied in. Two graphs a step:
+
+    1. state of the rows → denoise → head and vocabulary pass, chunk by chunk → acceptance → state, results to the host
+    2. soft embeddings of the last chunk → state
+
+The host waits for the first only: while the second runs it reads the results and prepares the next step. The definitions are
+those of `canvas_loop`, the arithmetic is that of `plugins.vocabulary`. On CPU tensors, in Triton's interpreter, a step runs
+uncaptured.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backend import sampler
+from backend.canvas_loop import CanvasLoop
+from backend.kv_cache import PagedKVCache
+from backend.sampling_config import ResolvedSampling
+from backend.session import Session
+from plugins.vocabulary.feedback import soft_embeddings
+from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Results:
+    """What the host reads of a step, in memory that copies from the device do not wait for. One entry a row of the bucket."""
+
+    finished: Tensor  # [B] bool
+    argmax: Tensor  # [B, C] int64
+    steps: Tensor  # [B] int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step of one bucket, ready to run: fill `inputs`, run `first`, then `second`; `results` are there after `first`."""
+
+    staged: Tensor  # on the host, what goes to `inputs`
+    inputs: Tensor  # [2, B] int64: rows of the state, prefix lengths
+    results: _Results
+    first: Callable[[], object]
+    second: Callable[[], object]
+
+
+def buckets(max_sequences: int) -> tuple[int, ...]:
+    """1, 2, 4, … and at last max_sequences."""
+    sizes = [1]
+    while sizes[-1] < max_sequences:
+        sizes.append(min(2 * sizes[-1], max_sequences))
+    return tuple(sizes)
+
+
+class CapturedLoop(CanvasLoop):
+    """As `CanvasLoop`. Every tensor that a graph reads or writes lives as long as the loop."""
+
+    def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20, capture: bool = True):
+        """`workspace_bytes` bounds the logits of a chunk, the one thing of the vocabulary's size. Without `capture`, as on the
+        CPU, the same operations run one by one."""
+        super().__init__(session, cache, workspace_bytes=workspace_bytes)
+        fitting = workspace_bytes // (self._model.vocab_size * session.dtype.itemsize)
+        # Of a captured step; a plain one has more tensors of this size, and smaller chunks.
+        self._captured_chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
+        self._buckets = buckets(len(cache.length))
+        self._idle = len(cache.length)
+        self._steps: dict[int, _Step] = {}
+        self._results: dict[int, tuple[_Results, int]] = {}  # slot → where the host has its last results
+        self._on_gpu = session.device.type == "cuda"
+        self._capture = capture and self._on_gpu
+        if self._on_gpu:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._first_done = torch.cuda.Event()
+        # The idle row computes like any other: its temperature must be a number, and without noise it costs least.
+        self._t_min[self._idle] = self._t_max[self._idle] = 1.0
+        self._num_steps[self._idle] = 1
+        self._greedy[self._idle] = True
+
+    def step(self, slots: Sequence[int]) -> list[bool]:
+        """See `CanvasLoop.step`. Waits for the device until the results are there, not until the step is over."""
+        if self.needs_plain_step(slots):
+            for slot in slots:
+                self._results.pop(slot, None)
+            return super().step(slots)
+        size = next(bucket for bucket in self._buckets if bucket >= len(slots))
+        step = self._steps.get(size) or self._prepare(size)
+        padding = [self._idle] * (size - len(slots))
+        self._cache.upload_tables()
+        lengths = [self._cache.length[slot] for slot in slots] + [0] * len(padding)
+        # The last copy from here is over: the results of its step have been waited for.
+        step.staged.copy_(torch.tensor([[*slots, *padding], lengths]))
+        step.inputs.copy_(step.staged, non_blocking=True)
+        step.first()
+        if self._on_gpu:
+            self._first_done.record()
+        step.second()
+        if self._on_gpu:
+            self._first_done.synchronize()
+        self._results = {slot: (step.results, row) for row, slot in enumerate(slots)}
+        return step.results.finished[: len(slots)].tolist()
+
+    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
+        """See `CanvasLoop.start_canvas`."""
+        self._results.pop(slot, None)
+        super().start_canvas(slot, canvas_index, sampling)
+
+    def argmax_canvas(self, slot: int) -> list[int]:
+        """See `CanvasLoop.argmax_canvas`. Does not wait for the device."""
+        if slot not in self._results:
+            return super().argmax_canvas(slot)
+        results, row = self._results[slot]
+        return results.argmax[row].tolist()
+
+    def num_steps(self, slot: int) -> int:
+        """See `CanvasLoop.num_steps`. Does not wait for the device."""
+        if slot not in self._results:
+            return super().num_steps(slot)
+        results, row = self._results[slot]
+        return int(results.steps[row])
+
+    def prepare_all(self) -> None:
+        """Captures every bucket now, which the first step of its size would do otherwise."""
+        for size in self._buckets:
+            if size not in self._steps:
+                self._prepare(size)
+
+    def _prepare(self, size: int) -> _Step:
+        pinned = {"pin_memory": self._on_gpu}
+        staged = torch.zeros(2, size, dtype=torch.int64, **pinned)
+        staged[0] = self._idle
+        inputs = staged.to(self._session.device, copy=True)
+        results = _Results(
+            finished=torch.zeros(size, dtype=torch.bool, **pinned),
+            argmax=torch.zeros(size, self._model.canvas_length, dtype=torch.int64, **pinned),
+            steps=torch.zeros(size, dtype=torch.int64, **pinned),
+        )
+        first, second = (self._captured if self._capture else self._uncaptured)(inputs, results)
+        self._steps[size] = _Step(staged=staged, inputs=inputs, results=results, first=first, second=second)
+        return self._steps[size]
+
+    def _uncaptured(self, inputs: Tensor, results: _Results) -> tuple[Callable[[], object], Callable[[], object]]:
+        pending: list[Callable[[], None]] = []
+        return lambda: pending.append(self._advance(inputs, results)), lambda: pending.pop()()
+
+    def _captured(self, inputs: Tensor, results: _Results) -> tuple[Callable[[], object], Callable[[], object]]:
+        """Runs the step once, so that kernels are loaded and libraries have their workspaces, then captures its two parts.
+
+        The graphs share one pool of memory: they run one after the other, and nothing in it outlives a step.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._advance(inputs, results)()
+        torch.cuda.current_stream().wait_stream(stream)
+        stream.synchronize()
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(first, pool=self._pool, stream=stream):
+            feed_back = self._advance(inputs, results)
+        with torch.cuda.graph(second, pool=self._pool, stream=stream):
+            feed_back()
+        return first.replay, second.replay
+
+    @torch.no_grad()
+    def _advance(self, inputs: Tensor, results: _Results) -> Callable[[], None]:
+        """The first part of a step; returns its second part. The numbers are those of `canvas_loop`."""
+        rows, prefix_lengths = inputs[0], inputs[1].int()
+        length = self._model.canvas_length
+        # 1.
+        tables = {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}
+        hidden = self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
+        hidden = hidden.flatten(0, 1)
+        # 2.
+        seed, canvas_index, step = self._seed[rows], self._canvas_index[rows], self._step[rows]
+        num_steps = self._num_steps[rows]
+        temperature = sampler.temperature_schedule(self._t_min[rows], self._t_max[rows], num_steps - step, num_steps)
+        each = {
+            "temperature": temperature,
+            "greedy": self._greedy[rows],
+            "seeds": seed,
+            "canvas_indices": canvas_index,
+            "steps": step,
+        }
+        each = {name: value.repeat_interleave(length) for name, value in each.items()}
+        each["positions"] = self._within.repeat(rows.numel())
+        cap, passes, soft_embeds = self._model.final_logit_softcapping, [], torch.empty_like(hidden)
+
+        def pass_over(chunk: slice) -> tuple[slice, Tensor, Tensor]:
+            logits = self._session.head(hidden[chunk])
+            passes.append(vocabulary_pass(logits, cap=cap, **{name: value[chunk] for name, value in each.items()}))
+            return chunk, logits, passes[-1].argmax
+
+        def feed_back(chunk: slice, logits: Tensor, argmax: Tensor) -> None:  # 5.
+            soft_embeds[chunk] = soft_embeddings(
+                logits,
+                cap=cap,
+                temperature=each["temperature"][chunk],
+                argmax=argmax,
+                embedding=self._session.embedding,
+                embed_scale=self._embed_scale,
+            )
+
+        held = None  # what `feed_back` needs of the last chunk: its logits are gone before the next are there
+        for begin in range(0, hidden.shape[0], self._captured_chunk_rows):
+            if held:
+                feed_back(*held)
+                held = None
+            held = pass_over(slice(begin, begin + self._captured_chunk_rows))
+        argmax, sampled, entropy = (torch.cat(parts).view(-1, length) for parts in zip(*passes, strict=True))
+        # 3. and 4.
+        accepted = accept_and_renoise(
+            entropy=entropy,
+            argmax=argmax,
+            sampled=sampled,
+            bound=self._entropy_bound[rows],
+            confidence_threshold=self._confidence[rows],
+            previous_argmax=self._argmax[rows],
+            stable_steps=self._stable_steps[rows],
+            stability_threshold=self._stability[rows],
+            seeds=seed,
+            canvas_indices=canvas_index,
+            steps=step,
+            vocab_size=self._model.vocab_size,
+        )
+        finished = accepted.converged | (step + 1 >= num_steps)
+        for state, value in (
+            (self._canvas, accepted.canvas),
+            (self._argmax, argmax),
+            (self._stable_steps, accepted.stable_steps),
+            (self._step, step + 1),
+        ):
+            state.index_copy_(0, rows, value)
+        results.finished.copy_(finished, non_blocking=True)
+        results.argmax.copy_(argmax, non_blocking=True)
+        results.steps.copy_(step + 1, non_blocking=True)
+
+        @torch.no_grad()
+        def last() -> None:
+            feed_back(*held)
+            self._soft_embeds.index_copy_(0, rows, soft_embeds.view(rows.numel(), length, -1))
+
+        return last

@@ -1,0 +1,120 @@
+"""A checkpoint's shape with random weights on the GPU, made into a session: nothing is read from disk and nothing written."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from backend.kv_cache import PagedKVCache
+from backend.session import RunProgram, Session, load_program
+from builder.build import compile_programs, describe
+from builder.config import read_model_config
+from builder.export import signatures
+from builder.weights import EMBEDDING, text_weights
+from contract.manifest import BuildConfig, Program
+from contract.model_config import ModelConfig
+
+Report = Callable[[str], None]
+
+
+class RandomCheckpoint:
+    """What the builder asks of a checkpoint, without files."""
+
+    def __init__(self, dtype: str):
+        self._dtype = dtype
+
+    def dtype(self, name: str) -> str:
+        return self._dtype
+
+    def fingerprint(self) -> dict:
+        return {}
+
+
+def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
+    """Scaled so that activations stay of order one: norms 1, embeddings and products by their fan-in, routers wide awake."""
+    weights = {}
+    for name, shape in text_weights(config).items():
+        tensor = torch.empty(shape, dtype=getattr(torch, build.dtype), device=build.device)
+        if len(shape) == 1:
+            tensor.fill_(1.0)
+        elif name.endswith("router.proj.weight"):
+            tensor.normal_()
+        else:
+            tensor.normal_(std=(shape[1] if name == EMBEDDING else shape[-1]) ** -0.5)
+        weights[name] = tensor
+    return weights
+
+
+def random_session(
+    checkpoint: Path, build: BuildConfig, weights: dict[str, torch.Tensor], *, compiled: bool, report: Report
+) -> Session:
+    """A session of these weights, its programs compiled as the builder does or the network's own modules."""
+    model = read_model_config(checkpoint)
+    manifest = describe(model, build, RandomCheckpoint(build.dtype), text_weights(model), checkpoint, checkpoint)
+    if not compiled:
+        programs, runners = {}, {}
+        for each in signatures(model, build):
+            programs[each.name] = Program(file="", inputs=each.inputs, weights=each.weights, outputs=())
+            runners[each.name] = uncompiled(each, build)
+        return Session(manifest.model_copy(update={"programs": programs}), runners, weights)
+    with tempfile.TemporaryDirectory() as name:
+        directory, started = Path(name), time.perf_counter()
+        programs = compile_programs(
+            model, build, directory, lambda line: report(f"  {time.perf_counter() - started:6.1f} s  {line}")
+        )
+        runners = {name: load_program(directory / program.file) for name, program in programs.items()}
+        variants = {
+            name: [(each.minimum, load_program(directory / each.file)) for each in program.variants]
+            for name, program in programs.items()
+        }
+        report(f"  {time.perf_counter() - started:6.1f} s  loaded")
+    return Session(manifest.model_copy(update={"programs": programs}), runners, weights, variants)
+
+
+def uncompiled(signature, build: BuildConfig) -> RunProgram:
+    """The network's own module as a program."""
+    signature.module.to(build.device)
+    names = [binding.name for binding in signature.inputs]
+
+    @torch.no_grad()
+    def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        inputs = dict(zip(names, tensors[: len(names)], strict=True))
+        output = signature.module(inputs, dict(zip(signature.weights, tensors[len(names) :], strict=True)))
+        return output if isinstance(output, list) else [output]
+
+    return run
+
+
+def random_cache(session: Session, *, max_sequences: int, num_tokens: int, max_tokens: int) -> PagedKVCache:
+    """Pages for `num_tokens` tokens of full-attention layers, filled with random numbers, and bound to the session."""
+    model, page_size = session.manifest.model, session.manifest.build.page_size
+    num_pages = dict.fromkeys(model.attention, -(-num_tokens // page_size))
+    for kind, attention in model.attention.items():
+        if attention.window:
+            num_pages[kind] = min(num_pages[kind], max_sequences * (-(-(attention.window - 1) // page_size) + 1))
+    cache = PagedKVCache(
+        model,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+        dtype=session.dtype,
+        device=session.device,
+    )
+    for pages in cache.pages:
+        pages.normal_()
+    session.bind_pages(cache.pages)
+    return cache
+
+
+def open_sequences(cache: PagedKVCache, lengths: Sequence[int], chunk: int = 8192) -> list[int]:
+    """Slots of sequences with so many random tokens in the cache."""
+    slots = [cache.open(length) for length in lengths]
+    rows = [torch.randn(1, *pages.shape[2:], device=pages.device).to(pages.dtype) for pages in cache.pages]
+    for slot, length in zip(slots, lengths, strict=True):
+        for begin in range(0, length, chunk):
+            count = min(chunk, length - begin)
+            cache.append([slot], [count], [row.expand(count, *row.shape[1:]) for row in rows])
+    return slots

@@ -1,0 +1,274 @@
+"""A whole denoising step at the real model's size on one GPU, with random weights: checked, then timed.
+
+Phases print as they go and their results are kept in the file of --output, so that what is cut off loses nothing. A phase that
+fails prints why and the next one runs; the exit status is then 1. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import triton.testing
+from random_model import open_sequences, random_cache, random_session, random_weights
+from step_pieces import pieces_of
+from tokenizers import Tokenizer
+
+from backend.captured_loop import CapturedLoop
+from backend.generation_defaults import GenerationDefaults
+from backend.sampling_config import SamplingConfig
+from backend.scheduler import Scheduler
+from builder.config import read_model_config
+from contract.manifest import BuildConfig
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+DEFAULTS = GenerationDefaults.from_json({"eos_token_id": []})
+FIXED_STEPS = SamplingConfig(max_tokens=256, max_denoising_steps=48, confidence_threshold=0, ignore_eos=True, seed=1)
+CACHED_TOKENS = 32 * 65536 + 64 * 512
+DEVICE = "cuda"
+PHASES = ("ceilings", "weights", "compile", "check", "step", "pieces", "encode", "canvas", "memory", "profile", "transformers")
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """On the device, median."""
+    return triton.testing.do_bench(run, return_mode="median")
+
+
+class Bench:
+    """The phases, in order; each leaves its figures in `results`."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.checkpoint = options.checkpoint
+        self.model = read_model_config(self.checkpoint)
+        self.build = BuildConfig(target="inductor", dtype="bfloat16", device=DEVICE, max_encode_tokens=8192)
+        self.results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+
+    def note(self, key: str, value: object) -> None:
+        self.results[key] = value
+        print(f"  {key}: {value}", flush=True)
+
+    # -- What the phases share
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return random_weights(self.model, self.build)
+
+    @cached_property
+    def session(self):
+        weights, began = self.weights, time.perf_counter()
+        session = random_session(self.checkpoint, self.build, weights, compiled=not self.options.uncompiled, report=print)
+        self.note("compile_s", round(time.perf_counter() - began, 1))
+        return session
+
+    @cached_property
+    def cache(self):
+        most = self.model.max_position_embeddings
+        return random_cache(self.session, max_sequences=64, num_tokens=CACHED_TOKENS, max_tokens=most)
+
+    @cached_property
+    def loops(self) -> dict[str, CapturedLoop]:
+        captures = {"graph": True, "uncaptured": False}
+        return {name: CapturedLoop(self.session, self.cache, capture=capture) for name, capture in captures.items()}
+
+    @contextmanager
+    def sequences(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Slots with so many random tokens in the cache."""
+        slots = open_sequences(self.cache, lengths)
+        try:
+            yield slots
+        finally:
+            for slot in slots:
+                self.cache.close(slot)
+
+    def start(self, loop: CapturedLoop, slots: list[int]) -> None:
+        for slot in slots:
+            loop.start_canvas(slot, 0, FIXED_STEPS.resolve(DEFAULTS))
+
+    # -- Phases
+
+    def ceilings(self) -> None:
+        source, target = torch.randn(2, 1 << 30, device=DEVICE)
+        self.note("copy_gb_per_s", round(2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e6))
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        self.note("bf16_tflops", round(2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9))
+
+    def weights_made(self) -> None:
+        self.note("weights_gb", round(sum(tensor.nbytes for tensor in self.weights.values()) / 1e9, 2))
+
+    def compiled(self) -> None:
+        _ = self.session
+        torch.cuda.empty_cache()
+
+    def check(self) -> None:
+        """Replayed steps equal uncaptured ones bit for bit, in a padded bucket; everything is finite."""
+        states = []
+        with self.sequences([700, 1, 130]) as slots:
+            for loop in self.loops.values():
+                self.start(loop, slots)
+                for _ in range(3):
+                    loop.step(slots)
+                state = [tensor[slots] for tensor in (loop._canvas, loop._argmax, loop._soft_embeds, loop._step)]
+                states.append([loop.argmax_canvas(slot) for slot in slots] + state)
+        same = states[0][:3] == states[1][:3] and all(map(torch.equal, states[0][3:], states[1][3:]))
+        soft = states[0][5]
+        self.note("replay_equals_uncaptured", same)
+        self.note("finite", bool(soft.isfinite().all()))
+        self.note("soft_embeds_rms", round(soft.float().pow(2).mean().sqrt().item(), 4))
+        if not (same and self.results["finite"]):
+            raise AssertionError("the captured step is wrong; nothing after this means anything")
+
+    def step(self) -> None:
+        """Wall time of `step` as the scheduler calls it, with its copies and its waiting."""
+        times: dict[str, float] = {}
+        self.results["step_ms"] = times
+        for batch in (1, 4, 16, 32):
+            for prefix in (512, 8192, 65536):
+                if batch * prefix > CACHED_TOKENS:
+                    continue
+                with self.sequences([prefix] * batch) as slots:
+                    for name, loop in self.loops.items():
+                        self.start(loop, slots)
+                        ms = self.time_steps(loop, slots, 10 if batch * prefix < 100_000 else 3)
+                        times[f"{name}, batch {batch}, prefix {prefix}"] = round(ms, 3)
+                        print(f"  {name}, batch {batch}, prefix {prefix}: {ms:.3f} ms", flush=True)
+
+    def time_steps(self, loop: CapturedLoop, slots: list[int], count: int) -> float:
+        """Milliseconds, median, after one step that warms up."""
+        each = []
+        for _ in range(1 + count):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            loop.step(slots)
+            torch.cuda.synchronize()
+            each.append(1e3 * (time.perf_counter() - started))
+        return statistics.median(each[1:])
+
+    def pieces(self) -> None:
+        """What a step is made of, each alone."""
+        times: dict[str, float] = {}
+        for batch in (1, 4):
+            with self.sequences([512] * batch) as slots:
+                times |= {name: round(milliseconds(run), 3) for name, run in pieces_of(self.session, self.cache, slots).items()}
+        self.note("pieces_ms", times)
+
+    def encode(self) -> None:
+        times = {}
+        with self.sequences([512]) as slots:
+            tables, prefix = self.cache.tables(slots), torch.tensor([512], dtype=torch.int32)
+        for tokens in (256, 2048, 8192):
+            ids = torch.randint(self.model.vocab_size, (tokens,), dtype=torch.int32)
+            positions = torch.arange(512, 512 + tokens, dtype=torch.int32)
+            starts = torch.tensor([0, tokens], dtype=torch.int32)
+            new_kv = self.session.encode(ids, positions, starts, prefix, tables)
+            finite = all(bool(kv.isfinite().all()) for kv in new_kv)
+            ms = milliseconds(lambda a=(ids, positions, starts): self.session.encode(*a, prefix, tables))
+            times[f"{tokens} tokens"] = round(ms, 3)
+            print(f"  encode {tokens} tokens: {ms:.3f} ms, finite {finite}", flush=True)
+        self.results["encode_ms"] = times
+
+    def canvas(self) -> None:
+        """One canvas of 48 fixed steps after a prompt of 128 tokens, for 1, 4 and 8 requests, through the scheduler."""
+        tokenizer = Tokenizer.from_file(str(CHECKPOINTS / "tiny" / "tokenizer.json"))
+        scheduler = Scheduler(self.session, self.cache, self.loops["graph"], tokenizer)
+        times = {}
+        for requests in (1, 4, 8):
+            for _ in range(2):
+                outputs = []
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                for request in range(requests):
+                    prompt = [(7 * token + request) % 400 + 5 for token in range(128)]
+                    scheduler.add(prompt, FIXED_STEPS.resolve(DEFAULTS), outputs.append)
+                while not scheduler.is_idle:
+                    scheduler.tick()
+                seconds = time.perf_counter() - started
+            times[f"{requests} requests"] = round(seconds, 4)
+            steps = [output.num_steps for output in outputs]
+            print(f"  {requests} requests: {seconds:.4f} s, steps {steps}", flush=True)
+        self.results["canvas_s"] = times
+
+    def memory(self) -> None:
+        """The most memory that one step of 64 sequences takes beside weights and pages."""
+        loop = self.loops["graph"]
+        with self.sequences([512] * 64) as slots:
+            self.start(loop, slots)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loop.step(slots)
+            torch.cuda.synchronize()
+            pages = sum(each.nbytes for each in self.cache.pages)
+            sizes = {"before": before, "peak": torch.cuda.max_memory_allocated(), "pages": pages}
+            sizes["reserved"] = torch.cuda.memory_reserved()
+            self.note("memory_gb", {name: round(size / 1e9, 2) for name, size in sizes.items()})
+            self.note("step_ms_of_64", round(self.time_steps(loop, slots, 3), 3))
+
+    def profile(self) -> None:
+        """Where a replayed step's time goes, by kernel."""
+        table = self.results["profile_us"] = {}
+        loop = self.loops["graph"]
+        for batch, prefix in ((1, 512), (4, 8192)):
+            with self.sequences([prefix] * batch) as slots:
+                self.start(loop, slots)
+                self.time_steps(loop, slots, 1)
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                    for _ in range(3):
+                        loop.step(slots)
+                    torch.cuda.synchronize()
+            rows = [(each.key[:90], each.count / 3, each.self_device_time_total / 3) for each in profiler.key_averages()]
+            rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+            print(f"  batch {batch}, prefix {prefix}: {sum(row[2] for row in rows) / 1e3:.3f} ms in kernels")
+            for name, count, us in rows[:45]:
+                print(f"    {us:9.1f} us  {count:6.1f} x  {name}", flush=True)
+            table[f"batch {batch}, prefix {prefix}"] = rows[:80]
+
+    def transformers(self) -> None:
+        from transformers_step import time_transformers
+
+        self.note("transformers_ms", time_transformers(self.checkpoint, self.weights))
+
+
+METHODS = dict.fromkeys(PHASES) | {name: name for name in PHASES} | {"weights": "weights_made", "compile": "compiled"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINTS / "diffusiongemma-26B-A4B", help="only its config.json is read"
+    )
+    parser.add_argument("--phases", default=",".join(PHASES[:-2]), help=f"of {','.join(PHASES)}")
+    parser.add_argument("--profile", action="store_true", help="also the phase profile")
+    parser.add_argument("--transformers", action="store_true", help="also the phase transformers")
+    parser.add_argument("--uncompiled", action="store_true", help="the network's modules instead of compiled programs")
+    parser.add_argument("--output", type=Path, help="file for the results, written after each phase")
+    options = parser.parse_args()
+    wanted = {*options.phases.split(","), *(name for name in ("profile", "transformers") if getattr(options, name))}
+    if unknown := wanted - set(PHASES):
+        parser.error(f"--phases: got {', '.join(sorted(unknown))}, expected some of {', '.join(PHASES)}")
+
+    bench, failed, began = Bench(options), [], time.perf_counter()
+    for phase in (phase for phase in PHASES if phase in wanted):
+        print(f"[{time.perf_counter() - began:6.1f} s] {phase}", flush=True)
+        try:
+            getattr(bench, METHODS[phase])()
+        except Exception:  # a phase that fails must not take the others' figures with it
+            traceback.print_exc()
+            failed.append(phase)
+        bench.results["failed"] = failed
+        if options.output:
+            options.output.write_text(json.dumps(bench.results, indent=1))
+    print(f"[{time.perf_counter() - began:6.1f} s] done", flush=True)
+    print(json.dumps({"benchmark": "step", **bench.results}))
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The cases of `test_captured_loop.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import pytest
+import torch
+from small_checkpoints import network_session, random_checkpoint
+from triton_interpreter import let_casts_round_to_bfloat16
+
+from backend import sampler
+from backend.canvas_loop import CanvasLoop
+from backend.captured_loop import CapturedLoop
+from backend.generation_defaults import GenerationDefaults
+from backend.kv_cache import PagedKVCache
+from backend.planner import LOGITS_COPIES
+from backend.prefix_cache import extend_page_keys
+from backend.sampling_config import SamplingConfig
+from plugins.vocabulary.feedback import soft_embeddings
+
+VOCAB_SIZES = (97, 448, 5000)
+
+let_casts_round_to_bfloat16()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """PyTorch's deterministic mode fills new tensors with NaN, or the largest integer: the kernels' outputs and scratch."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("cap", [30.0, None])
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_soft_embeddings(vocab_size, cap):
+    """float32 to roundings; bfloat16 against the definition in float32 of the same rounded logits: a few of its roundings."""
+    torch.manual_seed(vocab_size)
+    temperature = torch.tensor([0.4, 0.8, 1.0, 2.0])
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7)):
+        raw = (torch.randn(4, vocab_size) * 8).to(dtype)
+        embedding = torch.randn(vocab_size, 24).to(dtype)
+        processed = sampler.soft_cap(raw, cap) / temperature[:, None]
+        expected = sampler.soft_embeddings(processed, embedding, 24**0.5, dtype)
+        actual = soft_embeddings(
+            raw, cap=cap, temperature=temperature, argmax=processed.argmax(-1), embedding=embedding, embed_scale=24**0.5
+        )
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    return network_session(random_checkpoint(tmp_path_factory.mktemp("random"), seed=8), page_size=8)
+
+
+def loop_of(kind, session, prefixes, **options):
+    """A loop over sequences with random prefixes in the cache."""
+    model = session.manifest.model
+    cache = PagedKVCache(
+        model,
+        page_size=8,
+        num_pages=dict.fromkeys(model.attention, 64),
+        max_sequences=len(prefixes) + 1,
+        max_tokens=256,
+        dtype=session.dtype,
+        device=session.device,
+    )
+    session.bind_pages(cache.pages)
+    generator = torch.Generator().manual_seed(0)
+    slots = [cache.open(length + 16) for length in prefixes]
+    for slot, length in zip(slots, prefixes, strict=True):
+        shapes = [(length, 2, *pages.shape[3:]) for pages in cache.pages]
+        cache.append([slot], [length], [torch.randn(shape, generator=generator) for shape in shapes])
+    return kind(session, cache, **options), slots
+
+
+SAMPLINGS = (
+    {"seed": 1, "max_denoising_steps": 6},
+    {"seed": 2, "temperature": 0, "max_denoising_steps": 3},
+    {"seed": (1 << 64) - 3, "entropy_bound": 2.0, "stability_threshold": 0, "confidence_threshold": 9.0},
+)
+
+
+def run(session, loop, slots) -> list[tuple]:
+    """Steps of three rows that join one after the other and leave when they are finished; what the loop says of each."""
+    defaults = GenerationDefaults.from_json({"eos_token_id": []})
+    active, seen = [], []
+    for tick in range(9):
+        if tick < len(slots):
+            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick]).resolve(defaults))
+            assert loop.num_steps(slots[tick]) == 0
+            active.append(slots[tick])
+        if not active:
+            break
+        finished = loop.step(active)
+        for slot, is_finished in zip(list(active), finished, strict=True):
+            seen.append((tick, slot, is_finished, loop.num_steps(slot), loop.argmax_canvas(slot)))
+            if is_finished:
+                active.remove(slot)
+    return seen
+
+
+@pytest.mark.parametrize("chunk_rows", [512 << 20, 97 * 4 * 24], ids=["one chunk", "chunks of 24 rows"])
+def test_steps_are_those_of_the_plain_loop(session, chunk_rows):
+    """Argmax canvases, steps and ends of rows with unequal prefixes, samplings and beginnings, in buckets of 1, 2 and 4."""
+    prefixes = [30, 5, 41]
+    plain = run(session, *loop_of(CanvasLoop, session, prefixes))
+    captured = run(session, *loop_of(CapturedLoop, session, prefixes, workspace_bytes=chunk_rows))
+    assert captured == plain
+    assert {slot for _, slot, is_finished, *_ in plain if is_finished} == {slot for _, slot, *_ in plain}
+
+
+def test_rows_that_the_kernels_cannot_do_take_the_plain_path(session, monkeypatch):
+    prefixes = [30, 5, 41]
+    plain = run(session, *loop_of(CanvasLoop, session, prefixes))
+    loop, slots = loop_of(CapturedLoop, session, prefixes)
+    monkeypatch.setattr(loop, "needs_plain_step", lambda rows: len(rows) == 2)
+    assert run(session, loop, slots) == plain
+
+
+def test_a_prompt_that_is_all_in_the_prefix_cache(session):
+    """Its page table reaches the device although nothing of it is encoded. The device is one beside the host, as a GPU is."""
+
+    def after_one_step(kind) -> list[int]:
+        loop, [ended] = loop_of(kind, session, [8])
+        cache = loop._cache
+        cache.device_tables = {layer_type: table.clone() for layer_type, table in cache.device_tables.items()}
+        keys: list[bytes] = []
+        extend_page_keys(keys, range(20, 68), cache.page_size)
+        generator = torch.Generator().manual_seed(1)
+        new_kv = [torch.randn(48, 2, *pages.shape[3:], generator=generator) for pages in cache.pages]
+        cache.append([cache.open(48)], [48], new_kv, page_keys=[keys])
+        cache.close(ended)
+        again = cache.open(64, page_keys=keys)
+        assert (again, cache.length[again]) == (ended, 48)
+        loop.start_canvas(again, 0, SamplingConfig(seed=1).resolve(GenerationDefaults.from_json({"eos_token_id": []})))
+        loop.step([again])
+        return loop.argmax_canvas(again)
+
+    assert after_one_step(CapturedLoop) == after_one_step(CanvasLoop)
+
+
+def test_a_plain_step_keeps_within_the_workspace(session, monkeypatch):
+    """It holds several float32 tensors of a chunk's logits where a captured one holds the logits alone."""
+    workspace_bytes = 97 * 4 * 24
+    rows: list[int] = []
+    head = session.head
+    monkeypatch.setattr(session, "head", lambda hidden: rows.append(len(hidden)) or head(hidden))
+    loop, slots = loop_of(CapturedLoop, session, [30, 5], workspace_bytes=workspace_bytes)
+    sampling = SamplingConfig(seed=1, logprobs=True).resolve(GenerationDefaults.from_json({"eos_token_id": []}))
+    for slot in slots:
+        loop.start_canvas(slot, 0, sampling)
+    loop.step(slots)
+    assert max(rows) == workspace_bytes // (97 * 4 * LOGITS_COPIES)

@@ -1,0 +1,112 @@
+"""The answering thread of the model in a server's Python backend, with stand-ins for the server and the service."""
+
+import queue
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from waiting import wait_until
+
+from backend.job import CanvasOutput
+from backend.metrics import MetricValues, Series
+
+
+class TritonError(str):
+    INTERNAL = 1
+
+    def __new__(cls, line: str, code: int):
+        return super().__new__(cls, line)
+
+
+class Sender:
+    """A response sender; `fails`: how many sends in a row fail, as when the server has no shared memory left."""
+
+    def __init__(self, fails: int = 0):
+        self.sent, self.fails = [], fails
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    def send(self, response=None, flags: int = 0) -> None:
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError("no shared memory")
+        self.sent.append((response, flags))
+
+
+@pytest.fixture
+def server_model(monkeypatch):
+    """`backend.triton_server.model`, imported with a stand-in for the module that only a server has."""
+    utils = SimpleNamespace(
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+        Tensor=lambda name, array: (name, array),
+        InferenceResponse=lambda tensors=(), error=None: error or tensors,
+        TritonError=TritonError,
+        Logger=SimpleNamespace(log_error=lambda line: None),
+        TritonModelException=RuntimeError,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    for name in ("model", "response", "exported_metrics"):
+        monkeypatch.delitem(sys.modules, f"backend.triton_server.{name}", raising=False)
+    from backend.triton_server import model
+
+    yield model
+    for name in ("model", "response", "exported_metrics"):
+        sys.modules.pop(f"backend.triton_server.{name}", None)
+
+
+@pytest.fixture
+def answering(server_model):
+    """A model whose answering thread runs; `cancelled` are the handles that the service was told to end."""
+    model = server_model.DiffusionGemmaModel()
+    model.cancelled = []
+    model._service = SimpleNamespace(cancel=model.cancelled.append)
+    model._events, model._metrics = queue.SimpleQueue(), MetricValues()
+    model._exported = SimpleNamespace(apply=lambda delta: None, clear_gauges=lambda: None)
+    thread = threading.Thread(target=model._answer_until_closed, daemon=True)
+    thread.start()
+    yield model
+    model._events.put((None, server_model._CLOSED))
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def accepted(server_model, model, sender: Sender, handle: int):
+    request = SimpleNamespace(
+        request_id="7",
+        prompt="",
+        answer=None,
+        stream=True,
+        echo_prompt=False,
+        omitted=(),
+        timeout_s=None,
+        sampling=SimpleNamespace(logprobs=False),
+    )
+    answer = server_model.Answer(sender, request, tokenizer=None)
+    answer.handle = handle
+    model._events.put((answer, server_model._ACCEPTED))
+    return answer
+
+
+def canvas(finish_reason: str | None) -> CanvasOutput:
+    return CanvasOutput(text="a", token_ids=[1], canvas_index=0, num_steps=1, finish_reason=finish_reason, num_prompt_tokens=1)
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_an_answer_that_cannot_be_sent_ends_alone(server_model, answering, monkeypatch, fails):
+    """Also when not even the error can be sent; the engine does not go on with it."""
+    counted = []
+    monkeypatch.setattr(answering._metrics, "count", lambda name, label_value: counted.append(Series(name, label_value)))
+    broken, good = Sender(fails), Sender()
+    answer = accepted(server_model, answering, broken, handle=5)
+    other = accepted(server_model, answering, good, handle=6)
+    answering._events.put((answer, canvas(None)))
+    answering._events.put((other, canvas("stop")))
+    wait_until(lambda: other.finished)
+    assert answer.finished and answering.cancelled == [5]
+    assert [flags for _, flags in good.sent] == [0, 1]
+    line = "[request id: 7] [INTERNAL] internal error (see the server's log)"
+    assert broken.sent == [(line, 1)][fails - 1 :]
+    wait_until(lambda: len(counted) == 2)
+    assert {series.label_value for series in counted} == {"failed", "success"}

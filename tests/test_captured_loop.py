@@ -1,0 +1,20 @@
+"""The captured loop's steps equal the plain loop's, uncaptured and in Triton's interpreter: see `captured_loop_cases.py`."""
+
+from pathlib import Path
+
+import pytest
+from triton_interpreter import run_in_interpreter
+
+
+def test_captured_steps_equal_plain_steps():
+    run_in_interpreter(str(Path(__file__).with_name("captured_loop_cases.py")))
+
+
+@pytest.mark.parametrize(
+    ("max_sequences", "expected"), [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (64, (1, 2, 4, 8, 16, 32, 64))]
+)
+def test_buckets(max_sequences, expected):
+    pytest.importorskip("triton", reason="the loop's kernels are written in Triton's language")
+    from backend.captured_loop import buckets
+
+    assert buckets(max_sequences) == expected

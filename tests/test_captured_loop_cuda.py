@@ -1,0 +1,97 @@
+"""Proof ladder, rung 7, on the tiny checkpoint: an engine built for the GPU, and its captured steps."""
+
+import pytest
+import torch
+from small_checkpoints import TINY, network_session
+from tokenizers import Tokenizer
+
+from backend import LLM, SamplingConfig
+from backend.canvas_loop import CanvasLoop
+from backend.engine import Engine, EngineLimits
+from backend.generation_defaults import GenerationDefaults
+from backend.kv_cache import PagedKVCache
+from backend.session import Session
+from builder.build import build_engine
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SAMPLING = {"max_tokens": 96}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """dtype → the tiny checkpoint's engine, built for the GPU that is here."""
+    root = tmp_path_factory.mktemp("engines")
+    for dtype in ("float32", "bfloat16"):
+        build_engine(TINY, root / dtype, target="inductor", dtype=dtype, device="cuda", report=print)
+    return root
+
+
+def uncompiled(dtype: str, **limits) -> LLM:
+    """The network's own modules on the GPU, under the plain loop."""
+    session = network_session(TINY, dtype=dtype, device="cuda")
+    defaults = GenerationDefaults.from_json(TINY / "generation_config.json")
+    engine = Engine(session, Tokenizer.from_file(str(TINY / "tokenizer.json")), defaults, EngineLimits(**limits))
+    cache = engine.scheduler._cache
+    engine.scheduler._loop = CanvasLoop(session, cache)
+    return LLM.from_engine(engine)
+
+
+@pytest.mark.parametrize("max_sequences", [1, 5])
+def test_float32_tokens_are_those_of_the_uncompiled_network(engines, max_sequences, render, held_out):
+    prompts = [render(question) for question in held_out]
+    configs = [SamplingConfig(seed=seed, **SAMPLING) for seed in range(len(prompts))]
+    expected = uncompiled("float32", max_sequences=max_sequences).generate(prompts, configs)
+    actual = LLM(engines / "float32", max_sequences=max_sequences).generate(prompts, configs)
+    assert [result.token_ids for result in actual] == [result.token_ids for result in expected]
+    assert [result.num_steps for result in actual] == [result.num_steps for result in expected]
+
+
+def test_bfloat16_answers_are_right(engines, render, held_out):
+    prompts = [render(question) for question in held_out]
+    results = LLM(engines / "bfloat16").generate(prompts, SamplingConfig(seed=1, skip_special_tokens=False, **SAMPLING))
+    wrong = [
+        (question.messages[-1]["content"], question.answer, result.text)
+        for question, result in zip(held_out, results, strict=True)
+        if result.text != question.answer
+    ]
+    print(f"{len(held_out) - len(wrong)} of {len(held_out)} held-out questions answered exactly in bfloat16")
+    assert len(wrong) <= len(held_out) // 20, wrong
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engines, dtype):
+    """Three rows in a bucket of four, then one alone; every state tensor after each step."""
+    from backend.captured_loop import CapturedLoop
+
+    session = Session.load(engines / dtype)
+    model = session.manifest.model
+    defaults = GenerationDefaults.from_json(TINY / "generation_config.json")
+    states = []
+    for capture in (True, False):
+        cache = PagedKVCache(
+            model,
+            page_size=session.manifest.build.page_size,
+            num_pages=dict.fromkeys(model.attention, 8),
+            max_sequences=4,
+            max_tokens=model.max_position_embeddings,
+            dtype=session.dtype,
+            device=session.device,
+        )
+        session.bind_pages(cache.pages)
+        loop = CapturedLoop(session, cache, capture=capture)
+        generator, states_of_loop = torch.Generator(session.device).manual_seed(0), []
+        slots = [cache.open(length) for length in (40, 3, 17)]
+        for slot, length in zip(slots, (40, 3, 17), strict=True):
+            shapes = [(length, 2, *pages.shape[3:]) for pages in cache.pages]
+            new_kv = [torch.randn(shape, generator=generator, device=session.device).to(session.dtype) for shape in shapes]
+            cache.append([slot], [length], new_kv)
+            loop.start_canvas(slot, 0, SamplingConfig(seed=slot, confidence_threshold=0).resolve(defaults))
+        for rows in (slots, slots, slots[1:2], slots):
+            finished = loop.step(rows)
+            canvases = [loop.argmax_canvas(slot) for slot in rows]
+            state = [loop._canvas, loop._soft_embeds, loop._argmax, loop._stable_steps, loop._step]
+            states_of_loop.append((finished, canvases, [tensor[:-1].clone() for tensor in state]))
+        states.append(states_of_loop)
+    for (finished, canvases, captured), (expected_finished, expected_canvases, expected) in zip(*states, strict=True):
+        assert (finished, canvases) == (expected_finished, expected_canvases)
+        assert all(torch.equal(*pair) for pair in zip(captured, expected, strict=True))

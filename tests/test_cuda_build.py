@@ -1,0 +1,179 @@
+"""Building for a GPU and loading what was built for one, as far as it goes on a machine without a GPU."""
+
+import pytest
+import torch
+from small_checkpoints import TINY, network_session, random_checkpoint
+from typer.testing import CliRunner
+
+from backend.session import Session
+from builder import build as building
+from builder.__main__ import app
+from builder.build import compile_programs, describe
+from builder.config import read_model_config
+from builder.errors import BuildError
+from builder.export import export_program, minimums, signatures
+from builder.targets import choose_device
+from builder.targets.compiled import Compiled
+from builder.targets.inductor import _keep_rotations, opened
+from builder.weights import text_weights
+from contract.checkpoint import Checkpoint
+from contract.manifest import BuildConfig, Gpu, ManifestError, Program, Variant
+
+H200 = Gpu(name="NVIDIA H200", compute_capability=(9, 0))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has an H200."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H200.name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: H200.compute_capability)
+
+
+def build_config(**choices) -> BuildConfig:
+    return BuildConfig(**{"target": "inductor", "dtype": "bfloat16", "device": "cuda", **choices})
+
+
+# -- Choosing the device
+
+
+def test_without_a_gpu(no_gpu):
+    assert choose_device("auto") == ("cpu", "PyTorch finds no GPU here")
+    assert choose_device("cpu") == ("cpu", "asked for")
+    with pytest.raises(BuildError, match=r"device 'cuda': PyTorch finds no GPU here, .* use --device cpu, or install"):
+        choose_device("cuda")
+
+
+def test_with_a_gpu(gpu):
+    assert choose_device("auto") == ("cuda", "NVIDIA H200 (compute capability 9.0) is here")
+    assert choose_device("cuda")[0] == "cuda"
+    assert choose_device("cpu")[0] == "cpu"
+
+
+def test_the_command_line_refuses_in_one_line(no_gpu, tmp_path):
+    result = CliRunner().invoke(app, ["build", str(TINY), str(tmp_path / "e"), "--device", "cuda"])
+    assert result.exit_code == 1
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: device 'cuda'")
+
+
+# -- Loading what was built for a GPU
+
+
+@pytest.fixture
+def engine_of_an_h200(tmp_path):
+    """A manifest alone: what is wrong with the machine is said before files are looked for."""
+    model = read_model_config(TINY)
+    build = BuildConfig(target="inductor", dtype="float32")
+    manifest = describe(model, build, Checkpoint(TINY), text_weights(model), TINY, tmp_path)
+    manifest.model_copy(update={"gpu": H200, "build": build_config(dtype="float32")}).write(tmp_path)
+    return tmp_path
+
+
+def test_an_engine_for_a_gpu_is_refused_without_one(engine_of_an_h200, no_gpu):
+    with pytest.raises(ManifestError, match=r"built for NVIDIA H200 \(compute capability 9.0\), but PyTorch finds no GPU"):
+        Session.load(engine_of_an_h200)
+
+
+def test_an_engine_for_another_gpu_is_refused(engine_of_an_h200, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ManifestError, match=r"the GPU here is NVIDIA A100 \(compute capability 8.0\); build it again"):
+        Session.load(engine_of_an_h200)
+
+
+# -- Variants
+
+
+def test_programs_are_compiled_for_few_some_and_many_rows():
+    """At the real model's canvas of 256: rows from 512 and from 2048 on."""
+    model = read_model_config(TINY).model_copy(update={"canvas_length": 256})
+
+    def least(**choices) -> dict[str, tuple[int, ...]]:
+        build = build_config(**choices)
+        return {each.name: minimums(each, model, build) for each in signatures(model, build)}
+
+    assert least() == {"encode": (1, 512), "denoise": (1, 2, 8), "head": (1,)}
+    assert least(max_encode_tokens=8192)["encode"] == (1, 512, 2048)
+    assert least(max_sequences=6)["denoise"] == (1, 2)
+    assert set(least(device="cpu").values()) == set(least(dtype="float32").values()) == {(1,)}
+
+
+def test_variants_are_compiled_and_recorded(monkeypatch, tmp_path):
+    model = read_model_config(TINY).model_copy(update={"canvas_length": 256})
+    monkeypatch.setattr(building.os, "cpu_count", lambda: 1)  # in this process, where the compiler is replaced
+    monkeypatch.setattr(building, "compiler", lambda *_: lambda program, _: Compiled(file=f"{program.name}.pt2"))
+    programs = compile_programs(model, build_config(), tmp_path, lambda line: None)
+    assert programs["denoise"].file == "denoise.pt2"
+    assert programs["denoise"].variants == (
+        Variant(minimum=2, file="denoise.2.pt2"),
+        Variant(minimum=8, file="denoise.8.pt2"),
+    )
+    assert (programs["head"].file, programs["head"].variants) == ("head.pt2", ())
+
+
+def test_a_missing_variant_is_named(engine_of_an_h200, gpu, tmp_path):
+    head = Program(file="manifest.json", inputs=(), weights=(), outputs=(), variants=(Variant(minimum=4, file="head.4.pt2"),))
+    manifest = building.read_manifest(engine_of_an_h200)
+    manifest.model_copy(update={"programs": {"head": head}}).write(engine_of_an_h200)
+    with pytest.raises(ManifestError, match=r"head\.4\.pt2: missing; build the engine again with --force"):
+        Session.load(engine_of_an_h200)
+
+
+def test_the_session_runs_the_variant_for_the_size(tmp_path):
+    session = network_session(random_checkpoint(tmp_path))
+    programs = {name: lambda tensors: ["base"] for name in session.manifest.programs}
+    variants = {"head": [(4, lambda tensors: ["four"]), (8, lambda tensors: ["eight"])]}
+    weights = {name: torch.zeros(1) for name in session.manifest.weights}
+    session = Session(session.manifest, programs, weights, variants)
+    chosen = {rows: session.head(torch.zeros(rows, 48)) for rows in (1, 3, 4, 7, 8, 100)}
+    assert chosen == {1: "base", 3: "base", 4: "four", 7: "four", 8: "eight", 100: "eight"}
+
+
+# -- Tracing for a GPU that is not here
+
+
+def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+    from hopper import HopperDriver
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", HopperDriver())
+    model, build = read_model_config(random_checkpoint(tmp_path)), build_config()
+    for signature in signatures(model, build):
+        program = export_program(signature, model, build)
+        user_inputs = set(program.exported.graph_signature.user_inputs)
+        inputs = [node.meta["val"] for node in program.exported.graph.nodes if node.name in user_inputs]
+        assert {each.device.type for each in inputs} == {"cuda"}
+        names = [str(node.target) for node in opened(program.exported).graph.nodes if node.op == "call_function"]
+        assert not [
+            name for name in names if name in ("diffusiongemma.experts.default", "diffusiongemma.paged_attention.default")
+        ]
+        layers = 0 if signature.name == "head" else model.num_layers
+        assert names.count("diffusiongemma.experts_triton.default") == layers
+        assert names.count("diffusiongemma.paged_attention_triton.default") == layers
+
+
+def test_stored_rotations_change_nothing(tmp_path):
+    """The network's denoise on the CPU, before and after; two layer types have a cosine and a sine each."""
+    session = network_session(random_checkpoint(tmp_path), page_size=8)
+    model, build = session.manifest.model, session.manifest.build
+    signature = signatures(model, build)[1]
+    program = export_program(signature, model, build).exported
+    sizes = {"sequences": 3, "columns": 2, "pages": 9}
+    inputs = {}
+    for binding in signature.inputs:
+        shape = [sizes[size.rpartition(".")[2]] if isinstance(size, str) else size for size in binding.shape]
+        inputs[binding.name] = torch.randint(9, shape, dtype=torch.int32) if binding.dtype == "int32" else torch.randn(shape)
+    tensors = Checkpoint(tmp_path)
+    weights = {name: tensors.tensor(name) for name in signature.weights}
+    expected = program.module()(inputs, weights)
+    _keep_rotations(program)
+    stored = [node for node in program.graph.nodes if node.target == torch.ops.aten.as_strided.default]
+    assert len(stored) == 4
+    assert all(len(node.args[0].users) == 2 for node in stored)  # its number of rows, and the view
+    assert torch.equal(program.module()(inputs, weights), expected)

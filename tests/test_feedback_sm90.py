@@ -1,0 +1,18 @@
+"""The kernel of the soft embeddings compiles for Hopper at the real model's shape, on a machine without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+
+from hopper import check_compiles
+
+from plugins.vocabulary.feedback import weights_launch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_softmax_weights_compile(dtype, tmp_path):
+    logits = torch.empty(256, 262144, dtype=dtype, device="meta")
+    launch = weights_launch(logits, torch.empty(256, device="meta"), logits[:, :1], 30.0)
+    assert launch.grid == (256, 64)
+    assert check_compiles(launch, tmp_path, str(dtype))["ld.global.v4"]

@@ -1,0 +1,97 @@
+"""The memory plan: hand-computed sizes, what is allocated in fact, budgets that hold and budgets that cannot."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_checkpoints import network_session, random_checkpoint
+
+from backend.canvas_loop import CanvasLoop
+from backend.kv_cache import PagedKVCache
+from backend.planner import EngineLimits, plan_memory
+from contract.manifest import ManifestError
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    return network_session(random_checkpoint(tmp_path_factory.mktemp("random"), seed=8), page_size=8)
+
+
+def plan(session, **limits):
+    return plan_memory(session.manifest, EngineLimits(**limits))
+
+
+def test_sizes_by_hand(session):
+    """float32, 2 sliding layers of 2 heads of 16 with a window of 24, 1 full layer of 1 head of 32, pages of 8 tokens."""
+    made = plan(session, max_cached_tokens=100, max_sequences=3)
+    assert made.page_bytes == {"sliding_attention": 8 * 2 * 2 * 2 * 16 * 4, "full_attention": 8 * 2 * 1 * 32 * 4}
+    assert made.num_pages == {"full_attention": 13, "sliding_attention": 13}
+    assert made.kv_bytes == 13 * (4096 + 2048)
+    assert (made.num_sequences(20), made.num_sequences(50), made.num_sequences(105)) == (3, 1, 0)
+
+
+def test_the_plan_is_what_is_allocated(session):
+    made = plan(session, max_sequences=5)
+    assert made.weights_bytes == sum({id(each): each.nbytes for group in session._weights.values() for each in group}.values())
+    cache = PagedKVCache(
+        session.manifest.model,
+        page_size=8,
+        num_pages=made.num_pages,
+        max_sequences=5,
+        max_tokens=2048,
+        dtype=session.dtype,
+        device=session.device,
+    )
+    assert made.kv_bytes == sum(pages.nbytes for pages in cache.pages)
+    state = [each for each in vars(CanvasLoop(session, cache)).values() if isinstance(each, torch.Tensor) and len(each) == 5]
+    assert sum(each.nbytes for each in state) <= 5 * made.state_bytes
+
+
+@pytest.mark.parametrize("num_tokens", [16, 100, 2048])
+def test_a_budget_holds_and_is_used(num_tokens, session):
+    roomy = plan(session, max_sequences=4, max_cached_tokens=4 * num_tokens, prefix_cache=False)
+    made = plan(session, max_sequences=4, memory_bytes=roomy.total_bytes + 200_000, prefix_cache=False)
+    assert made.total_bytes <= roomy.total_bytes + 200_000
+    assert made.num_sequences(num_tokens) == 4
+
+
+def test_a_budget_that_holds_nothing(session):
+    with pytest.raises(
+        ManifestError, match=r"memory_bytes: got 0\.00 GB, expected at least 0\.\d\d GB for weights \(0\.\d\d\)"
+    ):
+        plan(session, memory_bytes=1000)
+
+
+def test_default_pages_let_every_sequence_be_as_long_as_the_model_allows(session):
+    made = plan(session, max_sequences=16)
+    assert made.num_sequences(2048) == 16
+    assert plan(session, max_sequences=1).num_pages["full_attention"] == 4 * 2048 // 8
+
+
+def test_the_workspace_does_not_grow_with_sequences(session):
+    assert plan(session, max_sequences=64).workspace_bytes == plan(session, max_sequences=4).workspace_bytes
+
+
+def test_the_report(session):
+    lines = plan(session, max_sequences=2, max_cached_tokens=2048).report().splitlines()
+    assert lines[0].startswith("memory  ") and "KV pages" in lines[0]
+    assert lines[1] == "fits    sequences of so many tokens: 2 of 1,024, 1 of 2,048"
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_sequences": 0}, "max_sequences: got 0, expected at least 1"),
+        ({"memory_bytes": -1}, "memory_bytes: got -1, expected at least 1"),
+        ({"max_sequences": 65}, "max_sequences: got 65, expected 1 to 64; rebuild the engine"),
+        ({"max_cached_tokens": 1, "memory_bytes": 1}, "max_cached_tokens and memory_bytes: got both"),
+    ],
+)
+def test_refusals(limits, message, session):
+    with pytest.raises(ManifestError, match=message):
+        plan(session, **limits)
+
+
+def test_limits_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineLimits().max_sequences = 2
