@@ -9,6 +9,7 @@ ENGINE     ?= engines/diffusiongemma
 TARGET     ?= auto
 DTYPE      ?= auto
 DEVICE     ?= auto
+BENCH      ?=
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -42,14 +43,15 @@ test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest
 
 test-gpu: $(INSTALLED) ## Prove what needs an H100 or H200 (and, for plans, pip install '.[tensorrt]'); see docs/tensorrt.md
-	$(BIN)/python -m pytest -rs tests/test_tensorrt_ptx_gpu.py tests/test_tensorrt_gpu.py tests/test_attention_cuda.py tests/test_captured_loop_cuda.py
+	$(BIN)/python -m pytest -rs tests/test_tensorrt_ptx_gpu.py tests/test_tensorrt_gpu.py tests/test_attention_cuda.py \
+		tests/test_captured_loop_cuda.py tests/test_sampling_devices.py tests/test_weight_loading.py
 
 lint: $(INSTALLED) ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: engine ## Measure ENGINE against transformers on the same checkpoint
-	$(BIN)/python benchmarks/generation.py --checkpoint $(CHECKPOINT) --engine $(ENGINE)
+bench: engine ## Measure everything against transformers, ten minutes (BENCH="--quick", BENCH=--log: docs/benchmarks.md)
+	$(BIN)/python benchmarks/run.py --checkpoint $(CHECKPOINT) --engine $(ENGINE) $(BENCH)
 
 clean: ## Remove what was built; the virtual environment stays
 	rm -rf engines build *.egg-info .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@
 | `planner` | what an engine takes in memory, and how many KV pages that leaves |
 | `scheduler` | requests → ticks of encode and denoise |
 | `admission`, `job` | what can be served; one request and what its canvases add to it |
+| `images` | what clients send → patches, and the tokens that stand for them |
 | `encode_budget`, `encode_pass` | who goes with the next encode pass; the pass |
 | `metrics` | what is measured, and its values |
 | `canvas_loop` | one denoising step of all active rows |

@@ -1,4 +1,4 @@
-"""The backend's command line: `python -m backend serve`, `openai`, `generate` and `chat`."""
+"""The backend's command line: `python -m backend serve`, `openai`, `generate`, `chat` and `plan`."""
 
 import signal
 import sys
@@ -181,6 +181,34 @@ def chat(
             session.run(sys.stdin)
     except (RequestError, ManifestError, CheckpointError) as error:
         _fail(str(error))
+
+
+@app.command()
+def plan(
+    engine: Annotated[Path, typer.Argument(help="Engine directory, or one that has a manifest alone.")],
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory for everything, such as 80GB or 79.6GiB.")],
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, what the engine was built for.")] = None,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences at once that the server is to take.")] = 16,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a sequence; may be repeated.")] = None,
+) -> None:
+    """Say what serving an engine takes in memory, and how many sequences of which length fit; nothing is loaded."""
+    from rich.console import Console
+
+    from backend.capacity import LENGTHS, capacities, parse_bytes, table
+    from backend.planner import EngineLimits, plan_memory
+    from contract.manifest import ManifestError, read_manifest
+
+    if device not in (None, "cpu", "cuda"):
+        _fail(f"--device: got {device!r}, expected cpu or cuda")
+    try:
+        manifest = read_manifest(engine)
+        memory_bytes, device_type = parse_bytes(memory), device or manifest.build.device
+        limits = EngineLimits(max_sequences=max_sequences, memory_bytes=memory_bytes)
+        print(plan_memory(manifest, limits, device_type=device_type).report())
+    except ManifestError as error:
+        _fail(str(error))
+    rows = capacities(manifest, memory_bytes, device_type=device_type, lengths=sorted(length or LENGTHS))
+    Console().print(table(rows))
 
 
 def _typed_lines(ask: Callable[[str], str]) -> Iterator[str]:

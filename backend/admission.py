@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 
 from backend.errors import RequestError
+from backend.images.placeholders import image_spans
+from backend.images.preprocess import ImagePatches
 from backend.kv_cache import PagedKVCache
 from backend.sampling_config import ResolvedSampling
+from contract.manifest import Manifest
 from contract.model_config import ModelConfig
 
 
@@ -31,11 +34,6 @@ def check_request(
     bad = next((token for token, _ in sampling.logit_bias if token >= model.vocab_size), None)
     if bad is not None:
         raise RequestError("INVALID_ARGUMENT", f"logit_bias: got token id {bad}, expected 0 to {model.vocab_size - 1}")
-    if model.image_token_id in prompt_ids:
-        raise RequestError(
-            "INVALID_ARGUMENT",
-            f"prompt: got image token {model.image_token_id}, but images are not supported yet; remove it",
-        )
     canvases = -(-sampling.max_tokens // model.canvas_length)
     if len(prompt_ids) + canvases * model.canvas_length > model.max_position_embeddings:
         raise RequestError(
@@ -52,4 +50,21 @@ def check_request(
             "INVALID_ARGUMENT",
             f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens}, which need more KV pages than "
             f"this server has in all ({pages}); shorten the prompt or lower max_tokens",
+        )
+
+
+def check_images(manifest: Manifest, prompt_ids: Sequence[int], images: Sequence[ImagePatches]) -> None:
+    """Safe to call from any thread.
+
+    Raises:
+        RequestError INVALID_ARGUMENT: the prompt's image tokens are not those of `images`, or one has more than fit into an
+            encode pass, which must take it whole.
+    """
+    image_spans(prompt_ids, images, manifest.model)
+    most, most_allowed = max((image.num_soft_tokens for image in images), default=0), manifest.build.max_encode_tokens
+    if most > most_allowed:
+        raise RequestError(
+            "INVALID_ARGUMENT",
+            f"images: got one of {most} soft tokens, expected at most {most_allowed}, the tokens of one encode pass; "
+            "lower max_soft_tokens, or rebuild the engine with a larger --max-encode-tokens",
         )

@@ -23,7 +23,7 @@ from backend import sampler
 from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.noise import gumbel_noise_rows, initial_canvas_rows, renoise_tokens_rows, seed_bits
-from backend.planner import LOGITS_COPIES
+from backend.pass_memory import LOGITS_COPIES
 from backend.row_extras import RowExtras
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
@@ -112,12 +112,21 @@ class CanvasLoop:
         )
         # 2. and 5.
         argmax, sampled, entropy = self._vocabulary(slots, rows, hidden)
-        # 3.
+        # 3. and 4.
+        canvas, stable_steps, converged = self._advance(rows, argmax, sampled, entropy)
+        self._canvas[rows] = canvas
+        self._argmax[rows] = argmax
+        self._stable_steps[rows] = stable_steps
+        self._step[rows] += 1
+        return (converged | (self._step[rows] >= self._num_steps[rows])).tolist()
+
+    def _advance(
+        self, rows: torch.Tensor, argmax: torch.Tensor, sampled: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows' next canvas [B, C], their stable steps [B] and whether they have converged [B]."""
         mask = sampler.accept(entropy, self._entropy_bound[rows])
         seed, index, step = self._seed[rows, None], self._canvas_index[rows, None], self._step[rows, None]
         renoise = renoise_tokens_rows(seed, index, step, self._within, self._model.vocab_size)
-        self._canvas[rows] = sampler.next_canvas(mask, sampled, renoise)
-        # 4.
         convergence = sampler.converged(
             argmax,
             entropy,
@@ -126,10 +135,7 @@ class CanvasLoop:
             stability_threshold=self._stability[rows],
             confidence_threshold=self._confidence[rows],
         )
-        self._argmax[rows] = argmax
-        self._stable_steps[rows] = convergence.stable_steps
-        self._step[rows] += 1
-        return (convergence.converged | (self._step[rows] >= self._num_steps[rows])).tolist()
+        return sampler.next_canvas(mask, sampled, renoise), convergence.stable_steps, convergence.converged
 
     def _vocabulary(
         self, slots: Sequence[int], rows: torch.Tensor, hidden: torch.Tensor

@@ -142,7 +142,7 @@ class CapturedLoop(CanvasLoop):
 
     def _uncaptured(self, inputs: Tensor, results: _Results) -> tuple[Callable[[], object], Callable[[], object]]:
         pending: list[Callable[[], None]] = []
-        return lambda: pending.append(self._advance(inputs, results)), lambda: pending.pop()()
+        return lambda: pending.append(self._update_canvases(inputs, results)), lambda: pending.pop()()
 
     def _captured(self, inputs: Tensor, results: _Results) -> tuple[Callable[[], object], Callable[[], object]]:
         """Runs the step once, so that kernels are loaded and libraries have their workspaces, then captures its two parts.
@@ -152,18 +152,18 @@ class CapturedLoop(CanvasLoop):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._advance(inputs, results)()
+            self._update_canvases(inputs, results)()
         torch.cuda.current_stream().wait_stream(stream)
         stream.synchronize()
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(first, pool=self._pool, stream=stream):
-            feed_back = self._advance(inputs, results)
+            feed_back = self._update_canvases(inputs, results)
         with torch.cuda.graph(second, pool=self._pool, stream=stream):
             feed_back()
         return first.replay, second.replay
 
     @torch.no_grad()
-    def _advance(self, inputs: Tensor, results: _Results) -> Callable[[], None]:
+    def _update_canvases(self, inputs: Tensor, results: _Results) -> Callable[[], None]:
         """The first part of a step; returns its second part. The numbers are those of `canvas_loop`."""
         rows, prefix_lengths = inputs[0], inputs[1].int()
         length = self._model.canvas_length

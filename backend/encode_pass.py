@@ -1,10 +1,15 @@
-"""One encode pass: new tokens of several sequences, packed, and their keys and values written behind what each sequence has."""
+"""One encode pass: new tokens of several sequences, packed, and their keys and values written behind what each sequence has.
+
+Images among the tokens go through the vision program first, one by one. Each is in one pass whole, so it is looked at once.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from backend.images.preprocess import ImagePatches
+from backend.job import Job
 from backend.kv_cache import PagedKVCache
 from backend.session import Session
 
@@ -14,11 +19,18 @@ _ROW_MULTIPLE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """What a pass adds to the sequence in `slot`. page_keys: keys of its full pages, the new tokens' included."""
+    """What a pass adds to the sequence in `slot`. page_keys: keys of its full pages, the new tokens' included. images: those
+    among the tokens, each with the index of its first token."""
 
     slot: int
     token_ids: list[int]
     page_keys: Sequence[bytes]
+    images: Sequence[tuple[int, ImagePatches]] = ()
+
+    @classmethod
+    def of(cls, job: Job, count: int) -> "NewTokens":
+        """The first `count` pending tokens of a job."""
+        return cls(slot=job.slot, token_ids=job.next_tokens(count), page_keys=job.page_keys, images=job.next_images(count))
 
 
 def encode_new_tokens(session: Session, cache: PagedKVCache, packed: Sequence[NewTokens], *, keep_pages: bool) -> None:
@@ -41,5 +53,22 @@ def encode_new_tokens(session: Session, cache: PagedKVCache, packed: Sequence[Ne
         torch.tensor(starts, **int32),
         torch.tensor(lengths, **int32),
         cache.tables(slots),
+        *_image_inputs(session, packed, starts, len(token_ids)),
     )
     cache.append(slots, counts, new_kv, page_keys=[each.page_keys for each in packed] if keep_pages else None)
+
+
+def _image_inputs(
+    session: Session, packed: Sequence[NewTokens], starts: Sequence[int], num_tokens: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """image_embeds and image_index of `Session.encode`."""
+    placed = [(start + first, image) for start, each in zip(starts, packed, strict=False) for first, image in each.images]
+    if not placed:
+        return None, None
+    index, num_rows = torch.full((2, num_tokens), -1, dtype=torch.int32), 0
+    for number, (first, image) in enumerate(placed):
+        tokens = slice(first, first + image.num_soft_tokens)
+        index[0, tokens] = torch.arange(num_rows, num_rows + image.num_soft_tokens, dtype=torch.int32)
+        index[1, tokens] = number
+        num_rows += image.num_soft_tokens
+    return torch.cat([session.vision(image) for _, image in placed]), index

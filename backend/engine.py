@@ -3,12 +3,14 @@
 import logging
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 from backend.canvas_loop import CanvasLoop
+from backend.compiled_loop import CompiledLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
-from backend.planner import EngineLimits, pass_rows, plan_memory
+from backend.planner import EngineLimits, check_free, pass_rows, plan_memory
 from backend.prompt_tokens import prompt_tokens
 from backend.scheduler import Scheduler
 from backend.session import Session
@@ -26,12 +28,14 @@ class Engine:
         """Allocates the KV pages and the canvases; what that comes to is in `plan`, and logged.
 
         Raises:
-            ManifestError: see `plan_memory`.
+            ManifestError: see `plan_memory`, and on a GPU `check_free`.
         """
         model, build = session.manifest.model, session.manifest.build
         self.plan = plan_memory(session.manifest, limits, device_type=session.device.type)
         for line in self.plan.report().splitlines():
             _logger.info("%s", line)
+        if session.device.type == "cuda":
+            check_free(self.plan, _free_bytes(session.device))
         self.tokenizer, self.defaults, self.session = tokenizer, defaults, session
         self.bos_token = tokenizer.id_to_token(model.bos_token_id) if model.bos_token_id is not None else None
         cache = PagedKVCache(
@@ -84,7 +88,15 @@ def _load_tokenizer(path: Path) -> Tokenizer:
         raise ManifestError(f"{path}: cannot be loaded ({error}); build the engine again with --force") from None
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU: what nobody has, and what PyTorch keeps and no tensor uses."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def _canvas_loop(session: Session, cache: PagedKVCache, limits: EngineLimits) -> CanvasLoop:
+    if session.manifest.operators:
+        return CompiledLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes)
     if session.device.type != "cuda":
         return CanvasLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes)
     from backend.captured_loop import CapturedLoop  # only here: its kernels need triton

@@ -1,10 +1,12 @@
 """One request inside the scheduler: what it asks for, how far it is, and what each of its canvases adds to its result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from backend.errors import RequestError
+from backend.images.preprocess import ImagePatches
+from backend.prefix_cache import ImageSpan
 from backend.sampling_config import ResolvedSampling
 from backend.text_stream import TextStream
 
@@ -57,16 +59,18 @@ OnOutput = Callable[[CanvasOutput | DraftOutput | RequestError], None]
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """One request. `prefix`: tokens that are in the cache or about to be, of which the last `num_pending` are not yet: the rest
-    of the prompt, or a canvas to commit. `page_keys`: keys of the prefix's full pages. `tokens`: the result so far, of which
-    the first `num_sent` have been sent; `logprobs`: theirs, if the request asks. `slot`: -1 until it is admitted.
-    `waiting_since`: the tick its pending tokens are from. `ended`: the last output has been sent; what is pending is encoded
-    for later requests only.
+    """One request. `images` are in the prompt at `image_spans`. `prefix`: tokens that are in the cache or about to be, of which
+    the last `num_pending` are not yet: the rest of the prompt, or a canvas to commit. `page_keys`: keys of the prefix's full
+    pages. `tokens`: the result so far, of which the first `num_sent` have been sent; `logprobs`: theirs, if the request asks.
+    `slot`: -1 until it is admitted. `waiting_since`: the tick its pending tokens are from. `ended`: the last output has been
+    sent; what is pending is encoded for later requests only.
 
     Times are in seconds of the scheduler's clock. `draft_interval_s`: None sends no drafts, 0 one after every step.
     """
 
     prompt_ids: list[int]
+    images: Sequence[ImagePatches] = ()
+    image_spans: Sequence[ImageSpan] = ()
     sampling: ResolvedSampling
     on_output: OnOutput
     text: TextStream
@@ -93,6 +97,21 @@ class Job:
         """The first `count` pending tokens."""
         start = len(self.prefix) - self.num_pending
         return self.prefix[start : start + count]
+
+    def next_images(self, count: int) -> list[tuple[int, ImagePatches]]:
+        """The images among the first `count` pending tokens, each with the index of its first token there."""
+        first = len(self.prefix) - self.num_pending
+        return [
+            (span.start - first, image)
+            for span, image in zip(self.image_spans, self.images, strict=True)
+            if first <= span.start < first + count
+        ]
+
+    @property
+    def images_left(self) -> list[tuple[int, int]]:
+        """Where the images are among the pending tokens: (first token, token behind the last one)."""
+        first = len(self.prefix) - self.num_pending
+        return [(span.start - first, span.end - first) for span in self.image_spans if span.start >= first]
 
     def finish_canvas(self, canvas: list[int], num_steps: int, logprobs: list[TokenLogprob] | None = None) -> CanvasOutput:
         """Takes a finished canvas into the result; the output's finish_reason says whether it was the last. logprobs: of every

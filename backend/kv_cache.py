@@ -68,7 +68,14 @@ class PagedKVCache:
         """See `planner.pages_needed`."""
         return pages_needed(num_tokens, self.page_size, self._kept)
 
-    def fits(self, num_tokens: int, *, page_keys: Sequence[bytes] = (), when_empty: bool = False) -> bool:
+    def fits(
+        self,
+        num_tokens: int,
+        *,
+        page_keys: Sequence[bytes] = (),
+        images: Sequence[ImageSpan] = (),
+        when_empty: bool = False,
+    ) -> bool:
         """Whether a sequence of `num_tokens` can be opened now, or could be if no other were there. Pages that only the prefix
         cache holds count as free."""
         needed = self.pages_needed(num_tokens)
@@ -76,7 +83,7 @@ class PagedKVCache:
             return all(pool.num_pages >= needed[kind] for kind, pool in self._pools.items())
         if not self._free_slots:
             return False
-        shared = self._shared(page_keys)
+        shared = self._shared(page_keys, images)
         return all(
             pool.num_available >= needed[kind] - len(shared[kind]) + pool.cost_of_sharing([*shared[kind].values()])
             for kind, pool in self._pools.items()

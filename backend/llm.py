@@ -10,17 +10,22 @@ from typing import Any
 from tqdm import tqdm
 
 from backend.chat.answer import AnswerFormat
-from backend.chat.messages import chat_request
+from backend.chat.messages import chat_request, placed_images
 from backend.chat.template import ChatTemplate
 from backend.engine import Engine, EngineLimits
 from backend.errors import RequestError
 from backend.generation import Generation, Piece, PieceReader
+from backend.images.limits import ImageLimits
+from backend.images.loading import ImageLoader, ImageSource
+from backend.images.placeholders import expand
+from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput
 from backend.sampling_config import ResolvedSampling, SamplingConfig
 from contract.manifest import ManifestError
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+Images = Sequence[ImageSource]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,7 @@ class _Request:
     """A prompt that can be served. form: how to read a chat's answer."""
 
     prompt_ids: list[int]
+    images: tuple[ImagePatches, ...]
     sampling: ResolvedSampling
     form: AnswerFormat | None = None
 
@@ -47,14 +53,18 @@ class LLM:
         max_sequences: int = 16,
         max_cached_tokens: int | None = None,
         checkpoint_dir: str | PathLike | None = None,
+        image_soft_tokens: int | None = None,
     ):
-        """See `EngineLimits` for the sizes; `checkpoint_dir` overrides where the weights are.
+        """See `EngineLimits` for the sizes; `checkpoint_dir` overrides where the weights are, `image_soft_tokens` how many
+        tokens an image may have.
 
         Raises:
             ManifestError, CheckpointError: the engine or its checkpoint cannot be used.
+            ValueError: see `ImageLoader`.
         """
         limits = EngineLimits(max_sequences=max_sequences, max_cached_tokens=max_cached_tokens)
         self._engine = Engine.load(Path(engine_dir), limits, Path(checkpoint_dir) if checkpoint_dir else None)
+        self._images = _image_loader(self._engine, image_soft_tokens)
         try:
             self._template = ChatTemplate.load(Path(engine_dir), self._engine.tokenizer)
         except ValueError as error:
@@ -65,6 +75,7 @@ class LLM:
         """Without a chat template."""
         llm = cls.__new__(cls)
         llm._engine, llm._template = engine, ChatTemplate(None, {}, engine.tokenizer)
+        llm._images = _image_loader(engine, None)
         return llm
 
     @property
@@ -77,9 +88,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
+        images: Images | Sequence[Images] | None = None,
         use_tqdm: bool = True,
     ) -> list[Generation]:
         """One result a prompt, in order. Prompts are texts or lists of token ids; one alone is taken as a list of one.
+        `images`: those of the one prompt, or a list for each; one for each of its placeholders. An image is a Pillow image, a
+        path, the bytes of a file, base64 or a data URL.
 
         `sampling` is one configuration for all or one for each. Prompts are denoised together, as many as fit, and each result
         is what the prompt gives alone. `use_tqdm`: on a terminal, a bar says how many are done.
@@ -88,8 +102,9 @@ class LLM:
             RequestError: a prompt or a parameter that cannot be served; nothing is generated then.
         """
         listed = [prompts] if _is_one(prompts) else list(prompts)
-        pairs = zip(listed, _one_each(sampling, len(listed)), strict=True)
-        return self._results([self._request(prompt, config) for prompt, config in pairs], use_tqdm)
+        pictures = _images_each(images, len(listed), alone=_is_one(prompts))
+        asked = zip(listed, _one_each(sampling, len(listed)), pictures, strict=True)
+        return self._results([self._request(prompt, config, each) for prompt, config, each in asked], use_tqdm)
 
     def chat(
         self,
@@ -99,24 +114,33 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        images: Images | Sequence[Images] | None = None,
         use_tqdm: bool = True,
     ) -> list[Generation]:
         """One result a chat; `messages` is one chat or a list of them. Tools, tool_choice and messages are in the OpenAI form;
-        chat_template_kwargs are variables for the template, `{"enable_thinking": True}` for one. Else as `generate`."""
-        chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        pairs = zip(chats, _one_each(sampling, len(chats)), strict=True)
+        chat_template_kwargs are variables for the template, `{"enable_thinking": True}` for one. `images`: one for each part of
+        the messages of type image. Else as `generate`."""
+        alone = bool(messages) and isinstance(messages[0], Mapping)
+        chats = [messages] if alone else list(messages)
+        pictures = _images_each(images, len(chats), alone=alone)
+        asked = zip(chats, _one_each(sampling, len(chats)), pictures, strict=True)
         more = (tools, tool_choice, chat_template_kwargs)
-        return self._results([self._chat_request(chat, config, *more) for chat, config in pairs], use_tqdm)
+        return self._results([self._chat_request(chat, config, each, *more) for chat, config, each in asked], use_tqdm)
 
     def stream(
-        self, prompt: Prompt, sampling: SamplingConfig | None = None, *, draft_interval_s: float | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig | None = None,
+        *,
+        images: Images = (),
+        draft_interval_s: float | None = None,
     ) -> Iterator[Piece]:
         """The result of one prompt, piece by piece: one a canvas, and with draft_interval_s drafts of canvases that are not
         finished, at most one in this time. Leaving the iteration early ends the request.
 
         Raises RequestError as `generate`, when called.
         """
-        return self._pieces(self._request(prompt, sampling or SamplingConfig()), draft_interval_s)
+        return self._pieces(self._request(prompt, sampling or SamplingConfig(), images), draft_interval_s)
 
     def stream_chat(
         self,
@@ -126,22 +150,27 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        images: Images = (),
         draft_interval_s: float | None = None,
     ) -> Iterator[Piece]:
         """As `stream`, for one chat as in `chat`."""
-        config = sampling or SamplingConfig()
-        return self._pieces(self._chat_request(messages, config, tools, tool_choice, chat_template_kwargs), draft_interval_s)
+        more = (tools, tool_choice, chat_template_kwargs)
+        return self._pieces(self._chat_request(messages, sampling or SamplingConfig(), images, *more), draft_interval_s)
 
-    def _request(self, prompt: Prompt, config: SamplingConfig, form: AnswerFormat | None = None) -> _Request:
-        prompt_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    def _request(self, prompt: Prompt, config: SamplingConfig, images: Images, form: AnswerFormat | None = None) -> _Request:
+        patches = self._images.load(images)
+        token_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        prompt_ids = expand(token_ids, patches, self._engine.session.manifest.model)
         resolved = config.resolve(self._engine.defaults)
-        self._engine.scheduler.check(prompt_ids, resolved)
-        return _Request(prompt_ids=prompt_ids, sampling=resolved, form=form)
+        self._engine.scheduler.check(prompt_ids, resolved, images=patches)
+        return _Request(prompt_ids=prompt_ids, images=patches, sampling=resolved, form=form)
 
-    def _chat_request(self, messages: Messages, config: SamplingConfig, *more) -> _Request:
-        prompt = self._template.prompt(chat_request(messages, *more), keep_special_tokens=not config.skip_special_tokens)
+    def _chat_request(self, messages: Messages, config: SamplingConfig, images: Images, *more) -> _Request:
+        chat = chat_request(messages, *more)
+        prompt = self._template.prompt(chat, keep_special_tokens=not config.skip_special_tokens)
         # The tags in the answer are special tokens.
-        return self._request(prompt.text, replace(config, skip_special_tokens=False), prompt.form)
+        config = replace(config, skip_special_tokens=False)
+        return self._request(prompt.text, config, placed_images(chat, images), prompt.form)
 
     def _results(self, requests: Sequence[_Request], use_tqdm: bool) -> list[Generation]:
         scheduler = self._engine.scheduler
@@ -151,7 +180,8 @@ class LLM:
             try:
                 for request in requests:
                     collectors.append(_Collector(request, bar))
-                    jobs.append(scheduler.add(request.prompt_ids, request.sampling, collectors[-1].take))
+                    take = collectors[-1].take
+                    jobs.append(scheduler.add(request.prompt_ids, request.sampling, take, images=request.images))
                 while not all(collector.is_done() for collector in collectors):
                     scheduler.tick()
             finally:
@@ -162,7 +192,13 @@ class LLM:
     def _pieces(self, request: _Request, draft_interval_s: float | None) -> Iterator[Piece]:
         scheduler, reader = self._engine.scheduler, PieceReader(request.form)
         arrived: deque[CanvasOutput | DraftOutput | RequestError] = deque()
-        job = scheduler.add(request.prompt_ids, request.sampling, arrived.append, draft_interval_s=draft_interval_s)
+        job = scheduler.add(
+            request.prompt_ids,
+            request.sampling,
+            arrived.append,
+            images=request.images,
+            draft_interval_s=draft_interval_s,
+        )
         try:
             finished = False
             while not finished:
@@ -187,6 +223,18 @@ def _one_each(sampling: SamplingConfig | Sequence[SamplingConfig] | None, count:
     if len(configs) != count:
         raise RequestError("INVALID_ARGUMENT", f"sampling: got {len(configs)} configurations, expected {count}, one a prompt")
     return configs
+
+
+def _images_each(images: Images | Sequence[Images] | None, count: int, *, alone: bool) -> list[Images]:
+    listed = [()] * count if images is None else [images] if alone else list(images)
+    if len(listed) != count:
+        raise RequestError("INVALID_ARGUMENT", f"images: got {len(listed)} lists of images, expected {count}, one a prompt")
+    return listed
+
+
+def _image_loader(engine: Engine, max_soft_tokens: int | None) -> ImageLoader:
+    vision = engine.session.manifest.model.vision
+    return ImageLoader(limits=ImageLimits(), vision=vision, max_soft_tokens=max_soft_tokens)
 
 
 class _Collector:

@@ -1,8 +1,11 @@
 """What serving an engine takes in memory, computed before anything is allocated.
 
+    runtime      what is there before the first tensor: the process with its libraries on the CPU, the device's context, kernels
+                 and libraries' workspaces on a GPU
     weights      every weight once, in the dtype that it is bound in
-    workspace    of the largest pass: activations of its rows, and the head's and sampler's chunk. It does not grow with the
-                 number of sequences: no pass has more than `max_pass_rows` rows, nothing of rows x vocabulary outlives a chunk
+    workspace    of the largest pass (`pass_memory`). It does not grow with the number of sequences on the CPU: no pass has more
+                 than `max_pass_rows` rows, nothing of rows x vocabulary outlives a chunk
+    graphs       on a GPU: the captured denoising steps. They share memory with each other, and with no other pass
     state        of a sequence: soft embeddings and a few numbers a canvas position
     KV pages     of a sequence: every token in full-attention layers, the last window in sliding ones
 
@@ -19,16 +22,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from backend.pass_memory import (
+    captured_head_bytes,
+    denoise_bytes,
+    encode_bytes,
+    item_bytes,
+    sampler_bytes,
+    token_bytes,
+    vision_bytes,
+)
 from contract.manifest import Manifest, ManifestError
-from contract.model_config import LayerType, ModelConfig
+from contract.model_config import LayerType
 
 _DEFAULT_SEQUENCE_TOKENS = 8192
 _FEWEST_SEQUENCES = 4  # that the default counts with
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-LOGITS_COPIES = 6
-"""float32 tensors of the size of a head chunk's logits that are alive at once in a step of `CanvasLoop`: raw, processed, noise,
-temporaries (filters have two and a half)."""
 _STATE_BYTES_PER_POSITION = 64  # canvas, argmax canvas, and room for what sampling options keep
+_RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
+"""cpu: resident with PyTorch 2.13, 240 MB once the engine's modules are imported, 390 with compiled programs loaded. cuda: an
+estimate."""
 _REPORTED_LENGTHS = (1024, 4096, 8192, 16_384, 65_536, 262_144)
 _GB = 1e9
 
@@ -73,8 +84,10 @@ class MemoryPlan:
     kept_tokens: Mapping[LayerType, int | None]  # tokens before it that a token sees; None: all
     page_bytes: Mapping[LayerType, int]  # a page in all layers of the type
     num_pages: Mapping[LayerType, int]
+    runtime_bytes: int
     weights_bytes: int
     workspace_bytes: int
+    graphs_bytes: int
     state_bytes: int  # of one sequence
 
     @property
@@ -82,24 +95,35 @@ class MemoryPlan:
         return sum(count * self.page_bytes[kind] for kind, count in self.num_pages.items())
 
     @property
+    def states_bytes(self) -> int:
+        """Of all sequences, and of the idle row that fills up a batch."""
+        return (self.max_sequences + 1) * self.state_bytes
+
+    @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.workspace_bytes + self.max_sequences * self.state_bytes + self.kv_bytes
+        passes = self.workspace_bytes + self.graphs_bytes
+        return self.runtime_bytes + self.weights_bytes + passes + self.states_bytes + self.kv_bytes
 
     def num_sequences(self, num_tokens: int) -> int:
         """How many sequences of so many tokens fit at once."""
-        needed = pages_needed(num_tokens, self.page_size, self.kept_tokens)
+        needed = self.needed_by_each(num_tokens)
         return min(self.max_sequences, *(self.num_pages[kind] // count for kind, count in needed.items() if count))
+
+    def needed_by_each(self, num_tokens: int) -> dict[LayerType, int]:
+        """See `pages_needed`."""
+        return pages_needed(num_tokens, self.page_size, self.kept_tokens)
 
     def report(self) -> str:
         """The plan in a few lines, for people."""
         lengths = [length for length in _REPORTED_LENGTHS if length < self.max_positions] + [self.max_positions]
         fitting = ", ".join(f"{self.num_sequences(length)} of {length:,}" for length in lengths)
         pages = ", ".join(f"{count:,} {kind}" for kind, count in self.num_pages.items())
-        state_bytes = self.max_sequences * self.state_bytes
+        graphs = f" + graphs {self.graphs_bytes / _GB:.2f}" if self.graphs_bytes else ""
         return (
-            f"memory  {self.total_bytes / _GB:.2f} GB = weights {self.weights_bytes / _GB:.2f} + workspace "
-            f"{self.workspace_bytes / _GB:.2f} + {self.max_sequences} sequences {state_bytes / _GB:.3f} + KV pages "
-            f"{self.kv_bytes / _GB:.2f} ({pages}, {self.page_size} tokens each)\n"
+            f"memory  {self.total_bytes / _GB:.2f} GB = runtime {self.runtime_bytes / _GB:.2f} + weights "
+            f"{self.weights_bytes / _GB:.2f} + workspace {self.workspace_bytes / _GB:.2f}{graphs} + {self.max_sequences} "
+            f"sequences {self.states_bytes / _GB:.3f} + KV pages {self.kv_bytes / _GB:.2f} ({pages}, {self.page_size} tokens "
+            "each)\n"
             f"fits    sequences of so many tokens: {fitting}"
         )
 
@@ -117,11 +141,13 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
             "rebuild the engine with a larger --max-sequences"
         )
     kept = {kind: each.window - 1 if each.window else None for kind, each in model.attention.items()}
-    page_bytes = {kind: build.page_size * _token_bytes(model, kind, _ITEM_BYTES[build.dtype]) for kind in model.attention}
+    page_bytes = {kind: build.page_size * token_bytes(model, kind, build.dtype) for kind in model.attention}
     fixed = {
-        "weights_bytes": sum(math.prod(each.shape) * _ITEM_BYTES[each.dtype] for each in manifest.weights.values()),
+        "runtime_bytes": _RUNTIME_BYTES[device_type],
+        "weights_bytes": sum(math.prod(each.shape) * item_bytes(each.dtype) for each in manifest.weights.values()),
         "workspace_bytes": _workspace_bytes(manifest, limits, device_type),
-        "state_bytes": model.canvas_length * (model.hidden_size * _ITEM_BYTES[build.dtype] + _STATE_BYTES_PER_POSITION),
+        "graphs_bytes": _graphs_bytes(manifest, limits, device_type),
+        "state_bytes": model.canvas_length * (model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION),
     }
 
     def with_pages(tokens_each: int, sequences: int) -> MemoryPlan:
@@ -153,12 +179,27 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
             least = with_pages(model.canvas_length, limits.max_sequences).total_bytes
             raise ManifestError(
                 f"memory_bytes: got {limits.memory_bytes / _GB:.2f} GB, expected at least {least / _GB:.2f} GB for weights "
-                f"({plan.weights_bytes / _GB:.2f}), workspace ({plan.workspace_bytes / _GB:.2f}) and {limits.max_sequences} "
+                f"({plan.weights_bytes / _GB:.2f}), runtime and passes ({_beside(plan) / _GB:.2f}) and {limits.max_sequences} "
                 f"sequences of one canvas ({model.canvas_length} tokens); allow more, or lower max_sequences"
             )
     else:  # 3.
         plan = with_pages(min(longest, _DEFAULT_SEQUENCE_TOKENS), max(limits.max_sequences, _FEWEST_SEQUENCES))
     return _with_kept_windows(plan, limits) if limits.prefix_cache else plan
+
+
+def check_free(plan: MemoryPlan, free_bytes: int) -> None:
+    """Compares what is left to allocate, once runtime and weights are there, with what is free.
+
+    Raises:
+        ManifestError: it is more.
+    """
+    needed = plan.total_bytes - plan.runtime_bytes - plan.weights_bytes
+    if needed > free_bytes:
+        raise ManifestError(
+            f"memory: got {free_bytes / _GB:.2f} GB free beside the weights, expected {needed / _GB:.2f} GB for "
+            f"{plan.max_sequences} sequences, their KV pages ({plan.kv_bytes / _GB:.2f}) and passes; set memory_bytes to "
+            "what may be used, or lower max_sequences or max_cached_tokens"
+        )
 
 
 def _with_kept_windows(plan: MemoryPlan, limits: EngineLimits) -> MemoryPlan:
@@ -179,11 +220,6 @@ def pages_needed(num_tokens: int, page_size: int, kept: Mapping[LayerType, int |
     return {kind: pages if each is None else min(pages, -(-each // page_size) + 1) for kind, each in kept.items()}
 
 
-def _token_bytes(model: ModelConfig, kind: LayerType, item_bytes: int) -> int:
-    attention = model.attention[kind]
-    return model.layer_types.count(kind) * 2 * attention.num_kv_heads * attention.head_dim * item_bytes
-
-
 def pass_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
     """Rows of the largest denoising pass."""
     every = limits.max_sequences * manifest.model.canvas_length
@@ -191,14 +227,23 @@ def pass_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> int
     return max(manifest.model.canvas_length, min(limit, every))
 
 
+def _beside(plan: MemoryPlan) -> int:
+    return plan.runtime_bytes + plan.workspace_bytes + plan.graphs_bytes
+
+
 def _workspace_bytes(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
-    """An estimate: a layer's tensors of the largest pass, the encode pass's new keys and values of all layers, a head chunk."""
+    """Of the largest of an encode pass, an image and a step that is not captured; of a step, the pass and the sampler, whose
+    memory the allocator keeps apart."""
     model, build = manifest.model, manifest.build
-    heads = max(model.num_attention_heads * each.head_dim for each in model.attention.values())
-    routed = model.top_k_experts * (3 * model.hidden_size + 3 * model.moe_intermediate_size)
-    row_items = 8 * model.hidden_size + routed + 3 * model.intermediate_size + 4 * heads
-    rows = max(build.max_encode_tokens, pass_rows(manifest, limits, device_type))
-    item_bytes = _ITEM_BYTES[build.dtype]
-    new_kv = build.max_encode_tokens * sum(_token_bytes(model, kind, item_bytes) for kind in model.attention)
-    head = min(limits.sampler_workspace_bytes, build.max_head_rows * model.vocab_size * 4 * LOGITS_COPIES)
-    return rows * row_items * item_bytes + new_kv + head
+    step = denoise_bytes(model, build, pass_rows(manifest, limits, device_type), device_type)
+    step += sampler_bytes(model, build, limits.sampler_workspace_bytes)
+    return max(encode_bytes(model, build, device_type), vision_bytes(model, build), step)
+
+
+def _graphs_bytes(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
+    """Of the graphs of the largest bucket; the others find room in their memory."""
+    if device_type != "cuda":
+        return 0
+    model, build = manifest.model, manifest.build
+    step = denoise_bytes(model, build, pass_rows(manifest, limits, device_type), device_type)
+    return step + captured_head_bytes(model, build, limits.sampler_workspace_bytes)

@@ -50,17 +50,23 @@ def usable_pages(
     """The most pages of the prefix `keys` that can be used (see the module docstring).
 
     kept_tokens: how many tokens before it a token sees in each layer type; None sees all.
+
+    1. Full-attention layers bound the prefix. 2. From there down: where a window misses a page, no prefix that sees this page
+    can be used, so the next one ends before it. Of thousands of pages each is looked up about once.
     """
-    windows = {kind: kept for kind, kept in kept_tokens.items() if kept is not None}
-    runs = dict.fromkeys(windows, 0)  # pages in a row, up to here, that a sliding pool has
-    usable = 0
-    for page, key in enumerate(keys):
-        if any(kept is None and pools[kind].find(key) is None for kind, kept in kept_tokens.items()):
+    full = [pools[kind] for kind, kept in kept_tokens.items() if kept is None]
+    windows = [(pools[kind], kept) for kind, kept in kept_tokens.items() if kept is not None]
+    end = len(keys)
+    for pool in full:  # 1.
+        end = next((page for page in range(end) if pool.find(keys[page]) is None), end)
+    while end:  # 2.
+        missing = [
+            page
+            for pool, kept in windows
+            for page in range(max(0, end * page_size - kept) // page_size, end)
+            if pool.find(keys[page]) is None
+        ]
+        if not missing and not any(image.start < end * page_size < image.end for image in images):
             break
-        end = (page + 1) * page_size
-        for kind in runs:
-            runs[kind] = runs[kind] + 1 if pools[kind].find(key) is not None else 0
-        seen = all(runs[kind] >= page + 1 - max(0, end - kept) // page_size for kind, kept in windows.items())
-        if seen and not any(image.start < end < image.end for image in images):
-            usable = page + 1
-    return usable
+        end = max(missing, default=end - 1)
+    return end

@@ -28,11 +28,13 @@ from functools import partial
 
 from tokenizers import Tokenizer
 
-from backend.admission import check_request, most_cached_tokens
+from backend.admission import check_images, check_request, most_cached_tokens
 from backend.canvas_loop import CanvasLoop
 from backend.encode_budget import encode_budget, share_encode_budget
 from backend.encode_pass import NewTokens, encode_new_tokens
 from backend.errors import RequestError
+from backend.images.placeholders import image_spans
+from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput, Job, OnOutput
 from backend.kv_cache import PagedKVCache
 from backend.metrics import MetricValues, Outcome
@@ -87,10 +89,11 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not self._queue and not self._active
 
-    def check(self, prompt_ids: Sequence[int], sampling: ResolvedSampling) -> None:
+    def check(self, prompt_ids: Sequence[int], sampling: ResolvedSampling, *, images: Sequence[ImagePatches] = ()) -> None:
         """Refuses what can never be served; see `check_request`. Safe to call from any thread."""
-        model = self._session.manifest.model
-        check_request(model, self._cache, prompt_ids, sampling, commit_last=self._commit_last)
+        manifest = self._session.manifest
+        check_request(manifest.model, self._cache, prompt_ids, sampling, commit_last=self._commit_last)
+        check_images(manifest, prompt_ids, images)
 
     def add(
         self,
@@ -98,15 +101,19 @@ class Scheduler:
         sampling: ResolvedSampling,
         on_output: OnOutput,
         *,
+        images: Sequence[ImagePatches] = (),
         draft_interval_s: float | None = None,
     ) -> Job:
         """Queues a request that passed `check`; `on_output` is called once a canvas, at last with a finish_reason or error.
 
+        images: those of the prompt, whose placeholders are expanded (`backend.images.placeholders`).
         draft_interval_s: send DraftOutputs of canvases that are not finished yet, at most one in this time (seconds; 0 after
         every denoising step); None sends none. Drafts change no result.
         """
         job = Job(
             prompt_ids=list(prompt_ids),
+            images=images,
+            image_spans=image_spans(prompt_ids, images, self._session.manifest.model),
             sampling=sampling,
             on_output=on_output,
             text=TextStream(self._tokenizer, stop=sampling.stop, skip_special_tokens=sampling.skip_special_tokens),
@@ -114,8 +121,7 @@ class Scheduler:
             added_at=self._clock(),
             prefix=list(prompt_ids),
         )
-        if self._prefix_cache:
-            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size)
+        self._extend_page_keys(job)
         self._queue.append(job)
         return job
 
@@ -185,9 +191,13 @@ class Scheduler:
             self.fail(job, RequestError("INTERNAL", f"device step failed: {first_line}; send the request again"))
 
     def _admit(self) -> None:
-        while self._queue and self._cache.fits(self._most_cached_tokens(self._queue[0]), page_keys=self._queue[0].page_keys):
-            job = self._queue.popleft()
-            job.slot = self._cache.open(self._most_cached_tokens(job), page_keys=job.page_keys)
+        while self._queue:
+            job = self._queue[0]
+            num_tokens, known = self._most_cached_tokens(job), {"page_keys": job.page_keys, "images": job.image_spans}
+            if not self._cache.fits(num_tokens, **known):
+                return
+            self._queue.popleft()
+            job.slot = self._cache.open(num_tokens, **known)
             self._active.append(job)
             num_hit = self._cache.length[job.slot]
             self._wait_for_encode(job, len(job.prefix) - num_hit)
@@ -214,13 +224,16 @@ class Scheduler:
     def _encode(self, waiting: list[Job]) -> None:
         num_canvas_rows = (len(self._active) - len(waiting)) * self._canvas_length
         budget = encode_budget(self._session.manifest.build.max_encode_tokens, num_canvas_rows)
-        shares = share_encode_budget([job.num_pending for job in waiting], [job.waiting_since for job in waiting], budget)
+        shares = share_encode_budget(
+            [job.num_pending for job in waiting],
+            [job.waiting_since for job in waiting],
+            budget,
+            [job.images_left for job in waiting],
+        )
         packed = [(job, share) for job, share in zip(waiting, shares, strict=True) if share]
         if not packed:
             return
-        new_tokens = [
-            NewTokens(slot=job.slot, token_ids=job.next_tokens(count), page_keys=job.page_keys) for job, count in packed
-        ]
+        new_tokens = [NewTokens.of(job, count) for job, count in packed]
         encode_new_tokens(self._session, self._cache, new_tokens, keep_pages=self._prefix_cache)
         for job, count in packed:
             job.num_pending -= count
@@ -282,9 +295,12 @@ class Scheduler:
 
     def _commit(self, job: Job, canvas: list[int]) -> None:
         job.prefix += canvas
-        if self._prefix_cache:
-            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size)
+        self._extend_page_keys(job)
         self._wait_for_encode(job, len(canvas))
+
+    def _extend_page_keys(self, job: Job) -> None:
+        if self._prefix_cache:
+            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size, job.image_spans)
 
     def _set_gauges(self) -> None:
         self.metrics.set("active_requests", len(self._active))

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from backend.errors import RequestError
+from backend.images.placeholders import expand
+from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput, OnOutput
 from backend.metrics import MetricsDelta
 from backend.prompt_tokens import prompt_tokens
 from backend.sampling_config import ResolvedSampling, SamplingConfig
 from backend.worker_messages import Cancel, Failure, LoadFailed, Ready, Report, Submit, is_last
 from backend.worker_process import WorkerConfig, WorkerError, WorkerProcess
+from contract.model_config import ModelConfig
 
 _logger = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 0.1
@@ -49,9 +52,10 @@ class ServiceLimits:
 
 @dataclass(kw_only=True)
 class _Request:
-    """`sent`: the worker has it. `started`: it has a place in the batch."""
+    """`sent`: the worker has it, its images too, which are not kept here any longer. `started`: it has a place in the batch."""
 
     prompt_ids: list[int]
+    images: tuple[ImagePatches, ...]
     sampling: ResolvedSampling
     on_output: OnOutput
     draft_interval_s: float | None
@@ -104,6 +108,11 @@ class Service:
         return self._tokenizer
 
     @property
+    def model(self) -> ModelConfig:
+        """The model of the engine."""
+        return self._engine.model
+
+    @property
     def worker_pid(self) -> int | None:
         """Process id of the worker; None while there is none that is ready."""
         with self._lock:
@@ -115,16 +124,19 @@ class Service:
         sampling: SamplingConfig,
         on_output: OnOutput,
         *,
+        images: Sequence[ImagePatches] = (),
         draft_interval_s: float | None = None,
     ) -> int:
         """Queues a request and returns its handle; `on_output` is called from the supervising thread and must not block.
-        draft_interval_s: see `Scheduler.add`.
+        images: one for each placeholder of the prompt. draft_interval_s: see `Scheduler.add`.
 
         Raises:
-            RequestError: INVALID_ARGUMENT for parameters that contradict each other, UNAVAILABLE over the queue's limit, while
-                closing, or after too many deaths. A prompt that can never be served is found by the worker.
+            RequestError: INVALID_ARGUMENT for parameters that contradict each other and for images that do not fit the prompt,
+                UNAVAILABLE over the queue's limit, while closing, or after too many deaths. A prompt that can never be served
+                is found by the worker.
         """
         token_ids = prompt_tokens(self._tokenizer, self._engine.bos_token, prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = expand(token_ids, images, self._engine.model)
         resolved = sampling.resolve(self._engine.defaults)
         with self._lock:
             if self._unusable:
@@ -139,6 +151,7 @@ class Service:
             handle = next(self._handles)
             request = _Request(
                 prompt_ids=token_ids,
+                images=tuple(images),
                 sampling=resolved,
                 on_output=on_output,
                 draft_interval_s=draft_interval_s,
@@ -167,10 +180,12 @@ class Service:
             Submit(
                 handle=handle,
                 prompt_ids=request.prompt_ids,
+                images=request.images,
                 sampling=request.sampling,
                 draft_interval_s=request.draft_interval_s,
             )
         )
+        request.images = ()
 
     def _forget(self, handle: int) -> _Request | None:
         request = self._requests.pop(handle, None)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import torch
 
+from backend.images.preprocess import ImagePatches
+from backend.load_progress import ShowProgress, show_progress
 from backend.tensorrt_session import load_plans
-from backend.weights import Report, bind_weights, to_standard_error
+from backend.weights import bind_weights
 from contract.cpu import this_cpu
 from contract.manifest import Gpu, Manifest, ManifestError, read_manifest
 from plugins import PLUGIN_ABI
+from plugins.cpu import load_operators
 
 RunProgram = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 """A compiled program: tensors in the manifest's order of inputs, then weights → its outputs."""
@@ -22,7 +25,7 @@ _EMBEDDING = "model.decoder.embed_tokens.weight"
 
 
 class Session:
-    """encode, denoise and head of one engine. Not thread-safe: one owner.
+    """encode, denoise, head and vision of one engine. Not thread-safe: one owner.
 
     Use `Session.load` for an engine directory; the constructor takes programs from anywhere, tests for one.
     """
@@ -44,10 +47,13 @@ class Session:
         self._weights = {name: [weights[each] for each in manifest.programs[name].weights] for name in programs}
         self._pages: dict[str, torch.Tensor] = {}
         self._no_image = torch.zeros(1, manifest.model.hidden_size, dtype=self.dtype, device=self.device)
+        # A byte of a pixel → its value from -1 to 1, rounded as in transformers, whose processor scales it to 0 to 1 first.
+        values = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
+        self._pixel_values = (2 * (values - 0.5)).to(self.dtype).to(self.device)
 
     @classmethod
-    def load(cls, engine_dir: Path, checkpoint_dir: Path | None = None, report: Report = to_standard_error) -> "Session":
-        """Loads the programs of `engine_dir` and binds the checkpoint's weights; `report` tells how far a long load is.
+    def load(cls, engine_dir: Path, checkpoint_dir: Path | None = None, show: ShowProgress = show_progress) -> "Session":
+        """Loads the programs of `engine_dir` and binds the checkpoint's weights; `show` is told how far reading them is.
 
         Raises:
             ManifestError: no engine there, or one for another version of the operators, or for another machine.
@@ -64,10 +70,17 @@ class Session:
             raise ManifestError(
                 f"{engine_dir}: built for a CPU {manifest.tools.get('cpu')}, but this one is {this_cpu()}; build it again here"
             )
+        if not manifest.programs:
+            raise ManifestError(
+                f"{engine_dir}: got a manifest alone, expected an engine with its programs; build it with: "
+                "python -m builder build CHECKPOINT ENGINE"
+            )
         for program in manifest.programs.values():
             for file in (program.file, *(variant.file for variant in program.variants)):
                 if not (engine_dir / file).exists():
                     raise ManifestError(f"{engine_dir / file}: missing; build the engine again with --force")
+        if manifest.operators:
+            _load_operators(engine_dir / manifest.operators)
         # Programs first: what is wrong with them is known in seconds, and weights may take minutes.
         if manifest.build.target == "tensorrt":
             programs = load_plans(manifest, engine_dir)
@@ -77,7 +90,7 @@ class Session:
             name: [(variant.minimum, load_program(engine_dir / variant.file)) for variant in program.variants]
             for name, program in manifest.programs.items()
         }
-        weights = bind_weights(manifest, engine_dir, checkpoint_dir, report)
+        weights = bind_weights(manifest, engine_dir, checkpoint_dir, show)
         return cls(manifest, programs, weights, variants)
 
     def bind_pages(self, pages: Sequence[torch.Tensor]) -> None:
@@ -91,19 +104,29 @@ class Session:
         sequence_starts: torch.Tensor,
         prefix_lengths: torch.Tensor,
         tables: Mapping[str, torch.Tensor],
+        image_embeds: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
-        """Keys and values of T new tokens for every layer, [T, 2, K, head_dim] each. All arguments are int32, on any device."""
+        """Keys and values of T new tokens for every layer, [T, 2, K, head_dim] each. All indices are int32, on any device.
+
+        image_embeds: [M, D] of the images among the tokens, as `vision` gives them. image_index: [2, T]; the token's row of
+        image_embeds and the number of its image, -1 for text.
+        """
         token_ids = self._here(token_ids)
-        text = torch.full_like(token_ids, -1)
+        if image_embeds is None:
+            row = block = torch.full_like(token_ids, -1)
+        else:
+            row, block = self._here(image_index)
+            block = block if self.manifest.model.bidirectional_images else torch.full_like(block, -1)
         return self._run(
             "encode",
             token_ids=token_ids,
             positions=self._here(positions),
             sequence_starts=self._here(sequence_starts),
             prefix_lengths=self._here(prefix_lengths),
-            image_embeds=self._no_image,
-            image_index=text,
-            image_block_ids=text,
+            image_embeds=self._no_image if image_embeds is None else image_embeds,
+            image_index=row,
+            image_block_ids=block,
             **_named(tables),
         )
 
@@ -122,6 +145,17 @@ class Session:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Raw logits [R, V] of hidden [R, D]."""
         return self._run("head", hidden=hidden)[0]
+
+    def vision(self, image: ImagePatches) -> torch.Tensor:
+        """The embeddings [S, D] of one image's tokens."""
+        pixels = self._here(torch.tensor(image.patches))
+        num_patches = image.positions.shape[0] * image.positions.shape[1]
+        return self._run(
+            "vision",
+            patches=self._pixel_values.index_select(0, pixels.flatten().int()).view(pixels.shape),
+            patch_positions=self._here(torch.tensor(image.positions)),
+            patch_range=self._here(torch.tensor([0, num_patches], dtype=torch.int32)),
+        )[0]
 
     def _here(self, indices: torch.Tensor) -> torch.Tensor:
         return indices.to(self.device, non_blocking=True)
@@ -149,6 +183,13 @@ def _check_gpu(built_for: Gpu | None, engine_dir: Path) -> None:
     here = Gpu(name=torch.cuda.get_device_name(), compute_capability=torch.cuda.get_device_capability())
     if here.compute_capability != built_for.compute_capability:
         raise ManifestError(f"{engine_dir}: built for {built_for}, but the GPU here is {here}; build it again on this machine")
+
+
+def _load_operators(path: Path) -> None:
+    try:
+        load_operators(path)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be loaded ({error}); build the engine again with --force") from None
 
 
 def load_program(path: Path) -> RunProgram:

@@ -2,8 +2,8 @@
 
 One execution context a shape, kept: a context whose shapes change loads the plugins' kernels again each time (and TensorRT
 11.1 and 11.2 never unload them), and a captured CUDA graph needs a context whose shapes stay. So that there are few shapes,
-inputs are filled up: tokens, sequences and page-table columns to the next power of two that a profile takes. What is filled
-up belongs to no sequence, and is cut off the outputs.
+inputs are filled up: tokens, sequences, page-table columns and rows of images to the next power of two that a profile takes,
+the soft tokens of an image to the next of the profiles. What is filled up belongs to no sequence, and is cut off the outputs.
 
 All contexts share one workspace: a session has one owner, and its programs run one after the other on the current stream.
 TensorRT reports failure by returning False or None; here each becomes an error that names the program and the binding.
@@ -24,7 +24,7 @@ from plugins.tensorrt_log import collecting_logger
 
 RunProgram = Callable[[list[Tensor]], Sequence[Tensor]]
 
-_LEAST_FILLED = {"tokens": 16, "sequences": 1, "columns": 64}
+_LEAST_FILLED = {"tokens": 16, "sequences": 1, "columns": 64, "images": 1, "soft_tokens": 1}
 """Sizes that are filled up, and from where: below it, shapes would be many and the gain small."""
 
 _DTYPES = {"float32": "FLOAT", "bfloat16": "BF16", "int32": "INT32"}

@@ -1,37 +1,41 @@
 """Binds an engine's weights: tensors of the checkpoint's own files.
 
-On the CPU they are mapped, and not copied unless the engine's dtype differs. For a GPU they are copied there one after the
-other, so that the host never holds more than the pages of the files that are being read.
+On the CPU they are mapped, and not copied unless a transform is to be done. For a GPU they are read and copied there as
+`weight_loading` does it, so that the host never holds more than its readers' buffers.
 """
 
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from backend.load_progress import ShowProgress, show_progress
+from backend.weight_lanes import CudaCopies, HostLane, StagedLane
+from backend.weight_loading import Transform, Wanted, load
 from contract.checkpoint import Checkpoint, CheckpointError
-from contract.manifest import Manifest
+from contract.manifest import Manifest, Weight
 
-Report = Callable[[str], None]
-
-_REPORT_INTERVAL_S = 5.0
-
-
-def to_standard_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+TRANSFORMS: dict[str, Transform | None] = {
+    "none": None,
+    "cast": lambda stored, dtype: stored.to(dtype),
+}
+"""What the manifest's `Weight.transform` names."""
 
 
 def bind_weights(
-    manifest: Manifest, engine_dir: Path, checkpoint_dir: Path | None = None, report: Report = to_standard_error
+    manifest: Manifest, engine_dir: Path, checkpoint_dir: Path | None = None, show: ShowProgress = show_progress
 ) -> dict[str, torch.Tensor]:
     """Weight binding → tensor on the device that the engine was built for.
 
-    `checkpoint_dir` overrides the path in the manifest, for a checkpoint that has moved. `report` is called every few seconds.
+    `checkpoint_dir` overrides the path in the manifest, for a checkpoint that has moved. `show` is told how far reading is.
+
+    1. See that the checkpoint's files are those that the engine was built from. 2. Map what can be used as it lies in them.
+    3. Read the rest. 4. See that the files are still the same.
 
     Raises:
-        CheckpointError: the checkpoint is not there, or its files are not those that the engine was built from.
+        CheckpointError: the checkpoint is not there, its files are not those that the engine was built from, or they change
+            while they are being read.
     """
     directory = checkpoint_dir or engine_dir / manifest.checkpoint.path
     if not directory.is_dir():
@@ -39,7 +43,39 @@ def bind_weights(
             f"{directory}: no such directory; expected the checkpoint that engine {engine_dir} was built from; "
             "put it back, give its new place, or build the engine again"
         )
-    checkpoint = Checkpoint(directory.resolve())
+    checkpoint, device = Checkpoint(directory.resolve()), torch.device(manifest.build.device)
+    with _unchanged(checkpoint):  # 4.
+        _check_files(manifest, engine_dir, directory, checkpoint)  # 1.
+        weights, wanted = {}, []
+        for binding, weight in manifest.weights.items():
+            if device.type == "cpu" and TRANSFORMS[weight.transform] is None and len(weight.tensors) == 1:  # 2.
+                weights[binding] = checkpoint.tensor(*weight.tensors)
+                continue
+            weights[binding] = torch.empty(weight.shape, dtype=getattr(torch, weight.dtype), device=device)
+            wanted += _wanted(checkpoint, weight, weights[binding])
+        if wanted:  # 3.
+            with show(sum(each.extent.num_bytes for each in wanted)) as advance:
+                load(wanted, _lanes(device), advance=advance)
+    return weights
+
+
+def _wanted(checkpoint: Checkpoint, weight: Weight, target: torch.Tensor) -> Iterator[Wanted]:
+    """The checkpoint's tensors, each to its part of `target`."""
+    extents = [checkpoint.extent(name) for name in weight.tensors]
+    parts = target.split([extent.shape[0] for extent in extents]) if len(extents) > 1 else [target]
+    for name, extent, part in zip(weight.tensors, extents, parts, strict=True):
+        stored = getattr(torch, checkpoint.dtype(name))
+        yield Wanted(extent=extent, stored=stored, target=part, transform=TRANSFORMS[weight.transform])
+
+
+def _lanes(device: torch.device):
+    if device.type == "cpu":
+        return HostLane
+    after = torch.cuda.current_stream(device)
+    return lambda most_bytes: StagedLane(most_bytes, CudaCopies(after))
+
+
+def _check_files(manifest: Manifest, engine_dir: Path, directory: Path, checkpoint: Checkpoint) -> None:
     actual = checkpoint.fingerprint()
     for name, expected in manifest.checkpoint.files.items():
         if actual.get(name) != expected:
@@ -48,13 +84,20 @@ def bind_weights(
                 f"{directory / name}: got {got}, expected the {expected.size_bytes} bytes that engine {engine_dir} was built "
                 "from; build the engine again"
             )
-    weights = {}
-    loaded_bytes, reported = 0, time.monotonic()
-    for binding, weight in manifest.weights.items():
-        tensor = checkpoint.tensor(weight.tensor).to(manifest.build.device)
-        weights[binding] = tensor.to(getattr(torch, weight.dtype)) if weight.transform == "cast" else tensor
-        loaded_bytes += weights[binding].nbytes
-        if time.monotonic() - reported >= _REPORT_INTERVAL_S:
-            report(f"weights: {loaded_bytes / 1e9:.1f} GB loaded, {len(weights)} of {len(manifest.weights)} tensors")
-            reported = time.monotonic()
-    return weights
+
+
+@contextmanager
+def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: a file is another one after the block, or was written within it.
+    """
+    before = checkpoint.stamps()
+    yield
+    for name, after in checkpoint.stamps().items():
+        if after != before[name]:
+            size = "no such file" if after is None else f"{after.size_bytes} bytes"
+            raise CheckpointError(
+                f"{checkpoint.directory / name}: got {size}, expected the {before[name].size_bytes} bytes that were there "
+                "before; it changed while it was being loaded; start again when it is complete"
+            )

@@ -55,7 +55,14 @@ def main() -> None:
         _logger.exception("the engine cannot be loaded")
         first_line = str(error).strip().partition("\n")[0]
         _refuse(connection, f"{options.engine}: cannot be loaded ({first_line}); build the engine again with --force")
-    connection.send(Ready(bos_token=engine.bos_token, defaults=engine.defaults, max_sequences=engine.plan.max_sequences))
+    connection.send(
+        Ready(
+            model=engine.session.manifest.model,
+            bos_token=engine.bos_token,
+            defaults=engine.defaults,
+            max_sequences=engine.plan.max_sequences,
+        )
+    )
     Loop(engine, inbox, connection).run()
 
 
@@ -138,7 +145,7 @@ class Loop:
             return
         handle = message.handle
         try:
-            self._scheduler.check(message.prompt_ids, message.sampling)
+            self._scheduler.check(message.prompt_ids, message.sampling, images=message.images)
         except RequestError as error:
             self._outputs.append((handle, Failure(code=error.code, message=str(error))))
             return
@@ -147,6 +154,7 @@ class Loop:
             message.prompt_ids,
             message.sampling,
             lambda output: self._on_output(handle, output),
+            images=message.images,
             draft_interval_s=message.draft_interval_s,
         )
 

@@ -13,19 +13,23 @@ from dataclasses import dataclass
 
 from backend.errors import ErrorCode, RequestError
 from backend.generation_defaults import GenerationDefaults
+from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput
 from backend.metrics import MetricsDelta
 from backend.sampling_config import ResolvedSampling
+from contract.model_config import ModelConfig
 
 BEAT_INTERVAL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """A request. `handle` names it from now on. draft_interval_s: see `Scheduler.add`."""
+    """A request. `handle` names it from now on. images, draft_interval_s: see `Scheduler.add`; an image is its patches in
+    bytes, 2 MB for 280 soft tokens of the 26B model."""
 
     handle: int
     prompt_ids: list[int]
+    images: tuple[ImagePatches, ...]
     sampling: ResolvedSampling
     draft_interval_s: float | None
 
@@ -42,6 +46,7 @@ class Ready:
     """The engine is loaded. `bos_token` opens every prompt that does not open with it; None if the checkpoint has none.
     max_sequences: places in the batch."""
 
+    model: ModelConfig
     bos_token: str | None
     defaults: GenerationDefaults
     max_sequences: int

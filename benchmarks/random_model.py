@@ -9,12 +9,14 @@ import torch
 
 from backend.kv_cache import PagedKVCache
 from backend.session import RunProgram, Session, load_program
-from builder.build import compile_programs, describe
+from builder.build import compile_programs
 from builder.config import read_model_config
+from builder.description import describe
 from builder.export import signatures
-from builder.weights import EMBEDDING, text_weights
+from builder.weights import EMBEDDING, binding_shapes, text_weights, weight_dtype
 from contract.manifest import BuildConfig, Program
 from contract.model_config import ModelConfig
+from plugins.moe.fp8 import to_fp8
 
 Report = Callable[[str], None]
 
@@ -22,20 +24,27 @@ Report = Callable[[str], None]
 class RandomCheckpoint:
     """What the builder asks of a checkpoint, without files."""
 
-    def __init__(self, dtype: str):
-        self._dtype = dtype
+    def __init__(self, model: ModelConfig, dtype: str):
+        self._model, self._dtype = model, dtype
 
     def dtype(self, name: str) -> str:
-        return self._dtype
+        return weight_dtype(name, self._model, self._dtype)
 
     def fingerprint(self) -> dict:
         return {}
 
 
+def read_text_model(checkpoint: Path) -> ModelConfig:
+    """The checkpoint's configuration without its vision tower: text alone is measured."""
+    return read_model_config(checkpoint).model_copy(update={"vision": None})
+
+
 def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
     """Scaled so that activations stay of order one: norms 1, embeddings and products by their fan-in, routers wide awake."""
     weights = {}
-    for name, shape in text_weights(config).items():
+    for name, shape in binding_shapes(text_weights(config)).items():
+        if name in weights:  # a scale, made with its weight
+            continue
         tensor = torch.empty(shape, dtype=getattr(torch, build.dtype), device=build.device)
         if len(shape) == 1:
             tensor.fill_(1.0)
@@ -43,16 +52,24 @@ def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.T
             tensor.normal_()
         else:
             tensor.normal_(std=(shape[1] if name == EMBEDDING else shape[-1]) ** -0.5)
-        weights[name] = tensor
+        if weight_dtype(name, config, build.dtype) == "float8_e4m3fn":
+            weights[name], weights[f"{name}_scale"] = to_fp8(tensor)
+        else:
+            weights[name] = tensor
     return weights
 
 
 def random_session(
-    checkpoint: Path, build: BuildConfig, weights: dict[str, torch.Tensor], *, compiled: bool, report: Report
+    model: ModelConfig,
+    checkpoint: Path,
+    build: BuildConfig,
+    weights: dict[str, torch.Tensor],
+    *,
+    compiled: bool,
+    report: Report,
 ) -> Session:
     """A session of these weights, its programs compiled as the builder does or the network's own modules."""
-    model = read_model_config(checkpoint)
-    manifest = describe(model, build, RandomCheckpoint(build.dtype), text_weights(model), checkpoint, checkpoint)
+    manifest = describe(model, build, RandomCheckpoint(model, build.dtype), text_weights(model), checkpoint, checkpoint)
     if not compiled:
         programs, runners = {}, {}
         for each in signatures(model, build):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import triton.testing
-from random_model import open_sequences, random_cache, random_session, random_weights
+from random_model import open_sequences, random_cache, random_session, random_weights, read_text_model
 from step_pieces import pieces_of
 from tokenizers import Tokenizer
 
@@ -24,7 +24,6 @@ from backend.captured_loop import CapturedLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.sampling_config import SamplingConfig
 from backend.scheduler import Scheduler
-from builder.config import read_model_config
 from contract.manifest import BuildConfig
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -46,8 +45,16 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.checkpoint = options.checkpoint
-        self.model = read_model_config(self.checkpoint)
-        self.build = BuildConfig(target="inductor", dtype="bfloat16", device=DEVICE, max_encode_tokens=8192)
+        experts_dtype = "float8_e4m3fn" if options.fp8_experts else None
+        self.model = read_text_model(self.checkpoint).model_copy(update={"experts_dtype": experts_dtype})
+        self.build = BuildConfig(
+            target="inductor",
+            dtype="bfloat16",
+            device=DEVICE,
+            max_encode_tokens=options.max_encode_tokens,
+            max_sequences=options.max_sequences,
+            expert_activations=options.fp8_experts or "full",
+        )
         self.results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
     def note(self, key: str, value: object) -> None:
@@ -64,7 +71,9 @@ class Bench:
     @cached_property
     def session(self):
         weights, began = self.weights, time.perf_counter()
-        session = random_session(self.checkpoint, self.build, weights, compiled=not self.options.uncompiled, report=print)
+        session = random_session(
+            self.model, self.checkpoint, self.build, weights, compiled=not self.options.uncompiled, report=print
+        )
         self.note("compile_s", round(time.perf_counter() - began, 1))
         return session
 
@@ -131,7 +140,7 @@ class Bench:
         self.results["step_ms"] = times
         for batch in (1, 4, 16, 32):
             for prefix in (512, 8192, 65536):
-                if batch * prefix > CACHED_TOKENS:
+                if batch * prefix > CACHED_TOKENS or batch > self.build.max_sequences:
                     continue
                 with self.sequences([prefix] * batch) as slots:
                     for name, loop in self.loops.items():
@@ -163,7 +172,7 @@ class Bench:
         times = {}
         with self.sequences([512]) as slots:
             tables, prefix = self.cache.tables(slots), torch.tensor([512], dtype=torch.int32)
-        for tokens in (256, 2048, 8192):
+        for tokens in (each for each in (256, 2048, 8192) if each <= self.build.max_encode_tokens):
             ids = torch.randint(self.model.vocab_size, (tokens,), dtype=torch.int32)
             positions = torch.arange(512, 512 + tokens, dtype=torch.int32)
             starts = torch.tensor([0, tokens], dtype=torch.int32)
@@ -233,7 +242,7 @@ class Bench:
     def transformers(self) -> None:
         from transformers_step import time_transformers
 
-        self.note("transformers_ms", time_transformers(self.checkpoint, self.weights))
+        self.note("transformers_ms", time_transformers(self.checkpoint, self.model, self.weights))
 
 
 METHODS = dict.fromkeys(PHASES) | {name: name for name in PHASES} | {"weights": "weights_made", "compile": "compiled"}
@@ -247,12 +256,17 @@ def main() -> None:
     parser.add_argument("--phases", default=",".join(PHASES[:-2]), help=f"of {','.join(PHASES)}")
     parser.add_argument("--profile", action="store_true", help="also the phase profile")
     parser.add_argument("--transformers", action="store_true", help="also the phase transformers")
+    parser.add_argument("--fp8-experts", choices=("full", "float8"), help="FP8 expert weights; the activations that they meet")
+    parser.add_argument("--max-encode-tokens", type=int, default=8192, help="fewer are compiled in less time; %(default)s")
+    parser.add_argument("--max-sequences", type=int, default=64, help="fewer are compiled in less time; %(default)s")
     parser.add_argument("--uncompiled", action="store_true", help="the network's modules instead of compiled programs")
     parser.add_argument("--output", type=Path, help="file for the results, written after each phase")
     options = parser.parse_args()
     wanted = {*options.phases.split(","), *(name for name in ("profile", "transformers") if getattr(options, name))}
     if unknown := wanted - set(PHASES):
         parser.error(f"--phases: got {', '.join(sorted(unknown))}, expected some of {', '.join(PHASES)}")
+    if options.fp8_experts and "transformers" in wanted:
+        parser.error("--fp8-experts: transformers has no such experts, expected no phase transformers")
 
     bench, failed, began = Bench(options), [], time.perf_counter()
     for phase in (phase for phase in PHASES if phase in wanted):

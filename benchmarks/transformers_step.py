@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 
+from builder.weights import bindings, text_weights
+from contract.model_config import ModelConfig
+
 
 def shared_model(checkpoint: Path, weights: dict[str, torch.Tensor]) -> DiffusionGemmaForBlockDiffusion:
     """The text model around the tensors of `weights`, without a copy; its vision tower has no weights."""
@@ -29,10 +32,19 @@ def shared_model(checkpoint: Path, weights: dict[str, torch.Tensor]) -> Diffusio
     return model.eval()
 
 
+def checkpoint_tensors(config: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, by name, as views of the engine's weights."""
+    shapes = text_weights(config)
+    tensors = {}
+    for binding, names in bindings(shapes).items():
+        tensors |= zip(names, weights[binding].split([shapes[name][0] for name in names]), strict=True)
+    return tensors
+
+
 @torch.no_grad()
-def time_transformers(checkpoint: Path, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+def time_transformers(checkpoint: Path, config: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """Milliseconds: the forward pass of a step after a prompt of 128 tokens, and `generate` of one canvas of 48 steps."""
-    model = shared_model(checkpoint, weights)
+    model = shared_model(checkpoint, checkpoint_tensors(config, weights))
     text, length = model.config.text_config, model.config.canvas_length
     prompt = torch.randint(5, 1000, (1, 128), device="cuda")
     cache = DynamicCache(config=model.config.get_text_config())

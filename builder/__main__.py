@@ -1,4 +1,4 @@
-"""`python -m builder`: build an engine directory from a checkpoint, or say what is in one."""
+"""`python -m builder`: build an engine directory from a checkpoint, say what is in one, or quantize a checkpoint."""
 
 import time
 from enum import Enum
@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from builder.build import build_engine
+from builder.build import build_engine, write_manifest
 from builder.errors import BuildError
+from builder.quantize import PROJECTIONS, quantize_checkpoint
 from contract.checkpoint import CheckpointError
 from contract.manifest import BuildConfig, ManifestError, read_manifest
 
@@ -36,6 +37,11 @@ class DeviceOption(str, Enum):
     cuda = "cuda"
 
 
+class ActivationsOption(str, Enum):
+    full = "full"
+    float8 = "float8"
+
+
 @app.command()
 def build(
     checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
@@ -56,6 +62,9 @@ def build(
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences one denoising step may take.")] = _DEFAULTS[
         "max_sequences"
     ],
+    expert_activations: Annotated[
+        ActivationsOption, typer.Option(help="What FP8 experts multiply: full precision, or float8 with a scale for each row.")
+    ] = ActivationsOption.full,
     max_head_rows: Annotated[int, typer.Option(min=1, help="Rows one head pass may take.")] = _DEFAULTS["max_head_rows"],
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
@@ -85,8 +94,55 @@ def build(
                 max_encode_tokens=max_encode_tokens,
                 max_sequences=max_sequences,
                 max_head_rows=max_head_rows,
+                expert_activations=expert_activations.value,
             )
     except (BuildError, CheckpointError) as error:
+        _fail(error)
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write; a run that was cut off is continued.")],
+) -> None:
+    """Write OUTPUT, a checkpoint like CHECKPOINT with the experts' weights in FP8, and print the error of every layer."""
+    console, started = Console(), time.monotonic()
+    try:
+        errors = quantize_checkpoint(
+            checkpoint, output, console=console, report=lambda line: console.print(line, highlight=False, soft_wrap=True)
+        )
+    except (BuildError, CheckpointError) as error:
+        _fail(error)
+    table = Table("layer", *PROJECTIONS, title="error of the weights, relative to their norm", title_justify="left")
+    for layer, of_layer in sorted(errors.items()):
+        table.add_row(str(layer), *(f"{of_layer[projection]:.4f}" for projection in PROJECTIONS))
+    console.print(table)
+    console.print(f"{time.monotonic() - started:.1f} s", highlight=False)
+
+
+@app.command()
+def manifest(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint; config.json is enough.")],
+    engine: Annotated[Path, typer.Argument(help="Directory to write.")],
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
+    max_encode_tokens: Annotated[int, typer.Option(min=1, help="Tokens one encode pass may take.")] = (
+        _DEFAULTS["max_encode_tokens"]
+    ),
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences one denoising step may take.")] = _DEFAULTS[
+        "max_sequences"
+    ],
+) -> None:
+    """Write the manifest of ENGINE and no programs: what `python -m backend plan` needs, in seconds."""
+    try:
+        write_manifest(
+            checkpoint,
+            engine,
+            report=typer.echo,
+            page_size=page_size,
+            max_encode_tokens=max_encode_tokens,
+            max_sequences=max_sequences,
+        )
+    except (BuildError, CheckpointError, ManifestError) as error:
         _fail(error)
 
 
@@ -124,7 +180,7 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
             console.print(f"profile {profile}", highlight=False)
 
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:

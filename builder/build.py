@@ -4,10 +4,8 @@
 and 5. compile it. 6. Copy the tokenizer's files and write the manifest. 7. Put the finished directory in place, in one rename.
 """
 
-import hashlib
 import multiprocessing
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,32 +15,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
-import torch
 from rich.console import Console
 
 from builder.config import read_model_config
+from builder.description import ConfigAlone, checked, describe
 from builder.errors import BuildError
 from builder.export import Signature, TracedProgram, export_program, minimums, signatures
 from builder.onnx_export import to_onnx
-from builder.targets import choose_device, choose_target, compiler, current_gpu, versions
-from builder.weights import VISION_PREFIXES, text_weights
+from builder.targets import choose_device, choose_target, compiler
+from builder.targets.cpu_operators import compile_operators
+from builder.targets.inductor import has_compiled_operators
+from builder.weights import all_weights, vision_weights
 from contract.checkpoint import Checkpoint
-from contract.cpu import this_cpu
 from contract.manifest import (
     COPIED_FILES,
     FILE_NAME,
-    FORMAT_VERSION,
     BuildConfig,
     Manifest,
     ManifestError,
     Program,
     Variant,
-    Weight,
     read_manifest,
 )
-from contract.manifest import Checkpoint as CheckpointRecord
 from contract.model_config import ModelConfig
-from plugins import PLUGIN_ABI
 
 Report = Callable[[str], None]
 
@@ -75,23 +70,34 @@ def build_engine(
     """
     # 1.
     chosen_device, device_reason = choose_device(device)
-    chosen, reason = choose_target(target, chosen_device)
     model = read_model_config(checkpoint)
+    only_inductor = _only_inductor(model, target, keep_onnx)
+    chosen, reason = choose_target("inductor" if only_inductor else target, chosen_device)
     build = BuildConfig(target=chosen, dtype=model.dtype if dtype == "auto" else dtype, device=chosen_device, **choices)
     if build.max_encode_tokens < model.canvas_length:
         raise BuildError(
             f"max_encode_tokens: got {build.max_encode_tokens}, expected at least one canvas, {model.canvas_length}"
         )
+    if build.expert_activations != "full" and model.experts_dtype is None:
+        raise BuildError(
+            f"expert_activations: got {build.expert_activations!r}, expected 'full': {checkpoint} has no FP8 experts; "
+            "write a checkpoint that has with: python -m builder quantize CHECKPOINT OUTPUT"
+        )
+    if only_inductor and target == "auto":
+        reason = "the experts' weights are FP8"
     report(f"target {chosen} ({reason}), device {chosen_device} ({device_reason})")
     report(f"dtype {build.dtype} ({'the checkpoint’s' if dtype == 'auto' else 'asked for'})")
+    if model.experts_dtype:
+        report(f"experts {model.experts_dtype}, expert activations {build.expert_activations}")
     # 2.
     tensors = Checkpoint(checkpoint)
-    shapes = text_weights(model)
-    tensors.check(shapes, ignored_prefixes=VISION_PREFIXES)
+    model, shapes = checked(tensors, model)
     missing = [name for name in ("tokenizer.json",) if not (checkpoint / name).exists()]
     if missing:
         raise BuildError(f"{checkpoint}: missing {', '.join(missing)}; download the checkpoint again")
-    report(f"checkpoint {checkpoint}: {len(shapes)} text tensors, names and shapes as expected")
+    num_vision = len(vision_weights(model))
+    images = f"{num_vision} vision tensors" if num_vision else "no vision tower, reads text alone"
+    report(f"checkpoint {checkpoint}: {len(shapes) - num_vision} text tensors, {images}; names and shapes as expected")
 
     manifest = describe(model, build, tensors, shapes, checkpoint, engine)
     # 3.
@@ -111,9 +117,52 @@ def build_engine(
         for name in COPIED_FILES:
             if (checkpoint / name).exists():
                 shutil.copyfile(checkpoint / name, directory / name)
-        manifest = manifest.model_copy(update={"programs": programs})
+        operators = None
+        if has_compiled_operators(build):
+            report("compiling the CPU operators")
+            operators = compile_operators(directory)
+        manifest = manifest.model_copy(update={"programs": programs, "operators": operators})
         manifest.write(directory)
     report(f"engine {engine} written")
+    return manifest
+
+
+def _only_inductor(model: ModelConfig, target: str, keep_onnx: bool) -> bool:
+    """Whether the checkpoint leaves no choice of target.
+
+    Raises:
+        BuildError: another was asked for.
+    """
+    if model.experts_dtype is None:
+        return False
+    if target == "tensorrt" or keep_onnx:
+        asked = "target 'tensorrt'" if target == "tensorrt" else "--keep-onnx"
+        raise BuildError(f"{asked}: the experts' weights are FP8, which only the inductor target takes; use --target inductor")
+    return True
+
+
+def write_manifest(checkpoint: Path, engine: Path, *, report: Report = lambda line: None, **choices: Any) -> Manifest:
+    """Writes the manifest that an engine for the CPU would have, without its programs: to plan with, in seconds.
+
+    Of `checkpoint` config.json is enough; tensors that are there are checked. `choices` are fields of `BuildConfig`.
+
+    Raises:
+        BuildError, CheckpointError: see their messages; an engine that has programs is not replaced.
+    """
+    if (engine / FILE_NAME).exists() and read_manifest(engine).programs:
+        raise BuildError(f"{engine}: is an engine with programs, and has its manifest; choose another directory")
+    model = read_model_config(checkpoint)
+    shapes = all_weights(model)
+    tensors: Checkpoint | ConfigAlone = ConfigAlone(model)
+    if any(checkpoint.glob("*.safetensors*")):
+        tensors = Checkpoint(checkpoint)
+        model, shapes = checked(tensors, model)
+    build = BuildConfig(target="inductor", dtype=model.dtype, **choices)
+    manifest = describe(model, build, tensors, shapes, checkpoint, engine)
+    with _staged(engine) as directory:
+        manifest.write(directory)
+    source = "their files" if isinstance(tensors, Checkpoint) else "config.json alone"
+    report(f"manifest of {len(shapes)} tensors, from {source}, written to {engine}; it has no programs")
     return manifest
 
 
@@ -180,56 +229,18 @@ def _traced_for_onnx(signature: Signature, model: ModelConfig, build: BuildConfi
     return export_program(signature, model, build.model_copy(update={"device": "cpu"}))
 
 
-def describe(
-    model: ModelConfig,
-    build: BuildConfig,
-    tensors: Checkpoint,
-    shapes: dict[str, tuple[int, ...]],
-    checkpoint: Path,
-    engine: Path,
-) -> Manifest:
-    """Everything about the engine but its programs."""
-    weights = {
-        name: Weight(
-            tensor=name,
-            shape=shape,
-            dtype=build.dtype,
-            transform="none" if tensors.dtype(name) == build.dtype else "cast",
-        )
-        for name, shape in shapes.items()
-    }
-    path = os.path.relpath(checkpoint.resolve(), engine.resolve())
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        plugin_abi=PLUGIN_ABI,
-        build=build,
-        gpu=current_gpu() if build.device == "cuda" else None,
-        model=model,
-        programs={},
-        weights=weights,
-        checkpoint=CheckpointRecord(path=path, files=tensors.fingerprint()),
-        tools={"python": platform.python_version(), "torch": torch.__version__, "cpu": this_cpu()} | versions(build.target),
-        source_digest=_source_digest(),
-    )
-
-
-def _source_digest() -> str:
-    """A digest of the code that shapes an engine, so that a changed builder rebuilds."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent.parent
-    for path in sorted(path for folder in ("builder", "contract", "plugins") for path in (root / folder).rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def _up_to_date(engine: Path, wanted: Manifest, keep_onnx: bool) -> bool:
     try:
         current = read_manifest(engine)
     except ManifestError:
         return False
+    if not current.programs:  # `write_manifest`
+        return False
     files = [file for program in current.programs.values() for file in (program.file, *(v.file for v in program.variants))]
     files += [f"{name}.onnx" for name in current.programs if keep_onnx]
-    return all((engine / file).exists() for file in files) and current.model_copy(update={"programs": {}}) == wanted
+    files += [current.operators] if current.operators else []
+    compiled = {"programs": {}, "operators": None}
+    return all((engine / file).exists() for file in files) and current.model_copy(update=compiled) == wanted
 
 
 @contextmanager

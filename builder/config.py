@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import BuildError
-from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig
+from builder.quantization import read_quantization
+from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig, VisionConfig
 
 # Keys that do not change what the network computes at inference.
 _INERT = frozenset(
     "_name_or_path architectures attention_dropout chunk_size_feed_forward dtype id2label initializer_range "
     "is_encoder_decoder label2id model_type output_attentions output_hidden_states problem_type return_dict torch_dtype "
-    "transformers_version use_cache vision_soft_tokens_per_image".split()
+    "transformers_version use_cache".split()
 )
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 _DEFAULT_ROPE = {
@@ -91,7 +92,8 @@ def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
         problems.append(f"dtype: got {dtype!r}, expected one of {', '.join(_SUPPORTED_DTYPES)}")
     top = _Fields(values, "", problems)
     text = _Fields(top.take("text_config"), "text_config.", problems)
-    top.take("vision_config")
+    vision = _vision(top, problems)
+    experts_dtype = read_quantization(top.take("quantization_config"), problems)
     for each in (top, text):
         each.take_fixed("tie_word_embeddings", True, "the head is the embedding in this family")
     text.take_fixed("attention_bias", False, "projections with a bias are not supported")
@@ -127,10 +129,12 @@ def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         "pad_token_id": 0 if pad is None else pad,
         "image_token_id": top.take("image_token_id", 258_880),
+        "boi_token_id": top.take("boi_token_id", 255_999),
+        "eoi_token_id": top.take("eoi_token_id", 258_882),
+        "vision": vision,
         "dtype": dtype,
+        "experts_dtype": experts_dtype,
     }
-    for key in ("boi_token_id", "eoi_token_id"):
-        top.take(key)
     top.finish()
     text.finish()
     return None if problems else ModelConfig(**fields)
@@ -211,3 +215,44 @@ def _rope(parameters: dict[str, Any] | None, kind: str, head_dim: int, problems:
         fields.take_fixed("factor", 1.0, "scaled positions are not supported")
         fields.finish()
     return RopeConfig(theta=float(theta), num_angles=int(part * head_dim // 2))
+
+
+def _vision(top: _Fields, problems: list[str]) -> VisionConfig | None:
+    """Defaults are those of transformers' `Gemma4VisionConfig`."""
+    values, soft_tokens = top.take("vision_config"), top.take_size("vision_soft_tokens_per_image", 280)
+    if values is None:
+        return None
+    fields = _Fields(values, "vision_config.", problems)
+    fields.take_fixed("model_type", "gemma4_vision", "no other vision tower is supported")
+    fields.take_fixed("attention_bias", False, "projections with a bias are not supported")
+    fields.take_fixed("hidden_activation", "gelu_pytorch_tanh", "no other activation is supported")
+    fields.take("max_position_embeddings")  # of no use: positions are those of position_embedding_size
+    rope = _Fields(fields.take("rope_parameters") or {}, "vision_config.rope_parameters.", problems)
+    rope.take_fixed("rope_type", "axial", "no other rotation is supported")
+    theta = rope.take("rope_theta", 100.0)
+    rope.finish()
+    config = VisionConfig(
+        hidden_size=fields.take_size("hidden_size", 768),
+        intermediate_size=fields.take_size("intermediate_size", 3072),
+        num_layers=fields.take_size("num_hidden_layers", 16),
+        num_attention_heads=fields.take_size("num_attention_heads", 12),
+        num_kv_heads=fields.take_size("num_key_value_heads", 12),
+        head_dim=fields.take_size("head_dim", 64),
+        patch_size=fields.take_size("patch_size", 16),
+        pooling_kernel_size=fields.take_size("pooling_kernel_size", 3),
+        position_embedding_size=fields.take_size("position_embedding_size", 10_240),
+        rope_theta=float(theta),
+        rms_norm_eps=fields.take("rms_norm_eps", 1e-6),
+        standardize=fields.take("standardize", False),
+        clipped=fields.take("use_clipped_linears", False),
+        soft_tokens_per_image=soft_tokens,
+    )
+    fields.finish()
+    if config.num_attention_heads % config.num_kv_heads:
+        problems.append(
+            f"vision_config: num_attention_heads {config.num_attention_heads} is not a multiple of "
+            f"{config.num_kv_heads} key/value heads"
+        )
+    if config.head_dim % 4:
+        problems.append(f"vision_config.head_dim: got {config.head_dim}, expected a multiple of 4, to rotate by x and by y")
+    return config

@@ -11,13 +11,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from builder.network import Denoise, Encode, Head
-from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_scalar, text_weights
+from builder.vision_network import Vision
+from builder.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    SELF_CONDITIONING,
+    all_weights,
+    binding_shapes,
+    layer_scalar,
+    text_weights,
+    vision_weights,
+    weight_dtype,
+)
 from contract.manifest import Binding, BuildConfig, Device
-from contract.model_config import ModelConfig
+from contract.model_config import SOFT_TOKEN_BUDGETS, ModelConfig
+from plugins.moe.op import PLAIN_DECOMPOSITIONS
 
 # Names of sizes that vary → a value to trace with, above their minimum; they differ from each other and from 0 and 1, which are
 # special.
-_TRACED = {"tokens": 6, "sequences": 2, "starts": 3, "pages": 5, "columns": 4, "images": 7, "rows": 9}
+_TRACED = {"tokens": 6, "sequences": 2, "starts": 3, "pages": 5, "columns": 4, "images": 7, "rows": 9, "soft_tokens": 8}
 
 # More than any GPU's memory holds. TensorRT refuses a profile in which one tensor could have 2**40 elements.
 _MAX_CACHED_TOKENS = 2**25
@@ -48,21 +60,32 @@ class Signature:
 
 
 def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]:
-    """The programs encode, denoise and head of one checkpoint.
+    """The programs encode, denoise and head of one checkpoint, and vision, if it has a vision tower.
 
     Bindings of varying size: T tokens (at most max_encode_tokens), B sequences, N pages of each layer type, P page-table
-    columns, M image rows, R head rows.
+    columns, M image rows, R head rows, S soft tokens of one image.
     """
+    fp8_rows = build.expert_activations == "float8"
     head_inputs = (_binding("hidden", build.dtype, "rows", config.hidden_size),)
-    return (
+    text = (
         Signature(
-            name="encode", module=Encode(config), inputs=_encode_bindings(config, build), weights=_encode_weights(config)
+            name="encode",
+            module=Encode(config, fp8_rows=fp8_rows),
+            inputs=_encode_bindings(config, build),
+            weights=_encode_weights(config),
         ),
         Signature(
-            name="denoise", module=Denoise(config), inputs=_denoise_bindings(config, build), weights=_denoise_weights(config)
+            name="denoise",
+            module=Denoise(config, fp8_rows=fp8_rows),
+            inputs=_denoise_bindings(config, build),
+            weights=_denoise_weights(config),
         ),
         Signature(name="head", module=Head(), inputs=head_inputs, weights=(EMBEDDING,)),
     )
+    if config.vision is None:
+        return text
+    inputs, weights = _vision_bindings(config, build), tuple(vision_weights(config))
+    return (*text, Signature(name="vision", module=Vision(config), inputs=inputs, weights=weights))
 
 
 def _binding(name: str, dtype: str, *shape: int | str) -> Binding:
@@ -107,15 +130,25 @@ def _denoise_bindings(config: ModelConfig, build: BuildConfig) -> tuple[Binding,
     )
 
 
+def _vision_bindings(config: ModelConfig, build: BuildConfig) -> tuple[Binding, ...]:
+    patches = ("soft_tokens", config.vision.pooling_kernel_size**2)
+    return (
+        _binding("patches", build.dtype, *patches, 3 * config.vision.patch_size**2),
+        _binding("patch_positions", "int32", *patches, 2),
+        _binding("patch_range", "int32", 2),
+    )
+
+
 def _encode_weights(config: ModelConfig) -> tuple[str, ...]:
     """All but what only denoise reads."""
     unused = {layer_scalar(layer, encoder=False) for layer in range(config.num_layers)} | {FINAL_NORM}
-    return tuple(name for name in text_weights(config) if name not in unused and not name.startswith(SELF_CONDITIONING))
+    names = binding_shapes(text_weights(config))
+    return tuple(name for name in names if name not in unused and not name.startswith(SELF_CONDITIONING))
 
 
 def _denoise_weights(config: ModelConfig) -> tuple[str, ...]:
     unused = {layer_scalar(layer, encoder=True) for layer in range(config.num_layers)}
-    return tuple(name for name in text_weights(config) if name not in unused)
+    return tuple(name for name in binding_shapes(text_weights(config)) if name not in unused)
 
 
 def size_limits(config: ModelConfig, build: BuildConfig) -> dict[str, tuple[int, int]]:
@@ -127,6 +160,7 @@ def size_limits(config: ModelConfig, build: BuildConfig) -> dict[str, tuple[int,
         "columns": (1, config.max_position_embeddings),
         "images": (1, build.max_encode_tokens),
         "rows": (1, build.max_head_rows),
+        "soft_tokens": (1, min(SOFT_TOKEN_BUDGETS[-1], build.max_encode_tokens)),
         **{f"{each}.pages": (1, _MAX_CACHED_TOKENS // build.page_size) for each in config.attention},
     }
 
@@ -137,7 +171,7 @@ def minimums(signature: Signature, config: ModelConfig, build: BuildConfig) -> t
     A kernel's tile depends on the number of rows and is chosen when it is compiled: a program for a GPU, where few rows are
     bound by memory and many by arithmetic, is compiled for few, some and many. float32 has one tile.
     """
-    if build.device == "cpu" or build.dtype == "float32" or signature.name == "head":
+    if build.device == "cpu" or build.dtype == "float32" or signature.name in ("head", "vision"):
         return (1,)
     unit, most = (config.canvas_length, build.max_sequences) if signature.name == "denoise" else (1, build.max_encode_tokens)
     sizes = dict.fromkeys(max(1, rows // unit) for rows in _MORE_ROWS)
@@ -163,12 +197,15 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
         sizes = [traced[size.rpartition(".")[2]] if isinstance(size, str) else size for size in binding.shape]
         return torch.zeros(sizes, dtype=getattr(torch, binding.dtype))
 
-    shapes = text_weights(config)
+    shapes = binding_shapes(all_weights(config))
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes, torch.device(build.device):
         arguments = (
             {binding.name: fake(binding) for binding in signature.inputs},
-            {weight: torch.zeros(shapes[weight], dtype=getattr(torch, build.dtype)) for weight in signature.weights},
+            {
+                weight: torch.zeros(shapes[weight], dtype=getattr(torch, weight_dtype(weight, config, build.dtype)))
+                for weight in signature.weights
+            },
         )
     module = _placed(signature.module.eval(), build.device, fakes)
     dynamic = (
@@ -180,6 +217,8 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
     )
     with torch.no_grad():
         exported = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+        if build.device == "cpu":
+            exported = exported.run_decompositions(PLAIN_DECOMPOSITIONS)
     values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
     names = {
         str(symbol): size

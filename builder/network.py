@@ -27,9 +27,9 @@ Tensors = Mapping[str, Tensor]
 class Encode(nn.Module):
     """The causal pass over a prompt's chunk or a finished canvas. There is no head: only keys and values come out."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False):
         super().__init__()
-        self.stack = _Stack(config, encoder=True)
+        self.stack = _Stack(config, encoder=True, fp8_rows=fp8_rows)
 
     def forward(self, inputs: Tensors, weights: Tensors) -> list[Tensor]:
         hidden = self.stack.embed(inputs["token_ids"], weights)
@@ -46,9 +46,9 @@ class Encode(nn.Module):
 class Denoise(nn.Module):
     """One bidirectional pass over the canvases."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False):
         super().__init__()
-        self.stack = _Stack(config, encoder=False)
+        self.stack = _Stack(config, encoder=False, fp8_rows=fp8_rows)
         self.eps = config.rms_norm_eps
 
     def forward(self, inputs: Tensors, weights: Tensors) -> Tensor:
@@ -79,9 +79,9 @@ class Head(nn.Module):
 class _Stack(nn.Module):
     """The layers, shared by encode (causal) and denoise."""
 
-    def __init__(self, config: ModelConfig, *, encoder: bool):
+    def __init__(self, config: ModelConfig, *, encoder: bool, fp8_rows: bool):
         super().__init__()
-        self.config, self.encoder = config, encoder
+        self.config, self.encoder, self.fp8_rows = config, encoder, fp8_rows
         for layer_type, attention in config.attention.items():
             self.register_buffer(f"{layer_type}_frequencies", rope_frequencies(attention), persistent=False)
 
@@ -126,17 +126,20 @@ class _Stack(nn.Module):
             # Dense MLP and experts side by side; the router reads the residual, not the experts' normed input.
             dense = _gated_mlp(normed(hidden, "pre_feedforward_layernorm"), f"{prefix}.mlp", weights)
             top_k_weights, top_k_index = route(hidden, f"{prefix}.router", self.config.top_k_experts, eps, weights)
-            sparse = moe_op.experts(
-                normed(hidden, "pre_feedforward_layernorm_2"),
-                top_k_index,
-                top_k_weights,
-                weights[f"{prefix}.experts.gate_up_proj"],
-                weights[f"{prefix}.experts.down_proj"],
-            )
+            routed = (normed(hidden, "pre_feedforward_layernorm_2"), top_k_index, top_k_weights)
+            sparse = self._experts(routed, f"{prefix}.experts", weights)
             mixed = normed(dense, "post_feedforward_layernorm_1") + normed(sparse, "post_feedforward_layernorm_2")
             hidden = hidden + normed(mixed, "post_feedforward_layernorm")
             hidden = hidden * weights[layer_scalar(layer, encoder=self.encoder)]
         return hidden, new_kv
+
+    def _experts(self, routed: tuple[Tensor, Tensor, Tensor], prefix: str, weights: Tensors) -> Tensor:
+        if self.config.experts_dtype is None:
+            return moe_op.experts(*routed, weights[f"{prefix}.gate_up_proj"], weights[f"{prefix}.down_proj"])
+        quantized = (
+            weights[f"{prefix}.{name}"] for name in ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
+        )
+        return moe_op.experts_fp8(*routed, *quantized, self.fp8_rows)
 
     def _project(
         self, rows: Tensor, layer: int, layer_type: LayerType, rotated_by: tuple[Tensor, Tensor], weights: Tensors
@@ -144,13 +147,12 @@ class _Stack(nn.Module):
         """Normed, rotated queries [T, H, head_dim] and keys with values [T, 2, K, head_dim]."""
         attention, eps, prefix = self.config.attention[layer_type], self.config.rms_norm_eps, f"{layer_prefix(layer)}.self_attn"
 
-        def heads(name: str) -> Tensor:
-            return linear(rows, weights[f"{prefix}.{name}.weight"]).unflatten(1, (-1, attention.head_dim))
-
-        key = heads("k_proj")
+        counts = [self.config.num_attention_heads] + [attention.num_kv_heads] * (1 + attention.has_v_proj)
+        heads = linear(rows, weights[f"{prefix}.qkv_proj.weight"]).unflatten(1, (-1, attention.head_dim))
+        query, key, *values = heads.split(counts, dim=1)
         # Full-attention layers have no v_proj: the value is the key before its norm and rotation.
-        value = rms_norm(heads("v_proj") if attention.has_v_proj else key, None, eps)
-        query = rotate(rms_norm(heads("q_proj"), weights[f"{prefix}.q_norm.weight"], eps), *rotated_by)
+        value = rms_norm(*(values or [key]), None, eps)
+        query = rotate(rms_norm(query, weights[f"{prefix}.q_norm.weight"], eps), *rotated_by)
         key = rotate(rms_norm(key, weights[f"{prefix}.k_norm.weight"], eps), *rotated_by)
         return query, torch.stack([key, value], dim=1)
 
@@ -187,13 +189,10 @@ def route(hidden: Tensor, prefix: str, top_k: int, eps: float, weights: Tensors)
     scaled = rms_norm(hidden, None, eps) * weights[f"{prefix}.scale"]
     # The factor is not rounded to the engine's dtype; ONNX, where both factors have one dtype, would round it.
     scaled = (scaled.float() * hidden.shape[-1] ** -0.5).to(hidden.dtype)
-    probabilities = linear(scaled, weights[f"{prefix}.proj.weight"]).float().softmax(dim=-1)
-    top_k_weights, top_k_index = probabilities.topk(top_k, dim=-1)
-    top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
-    expert_scales = weights[f"{prefix}.per_expert_scale"].index_select(0, top_k_index.flatten()).view(-1, top_k)
-    return top_k_weights * expert_scales, top_k_index
+    logits = linear(scaled, weights[f"{prefix}.proj.weight"])
+    return moe_op.choose_experts(logits, weights[f"{prefix}.per_expert_scale"], top_k)
 
 
 def _gated_mlp(rows: Tensor, prefix: str, weights: Tensors) -> Tensor:
-    gate = gelu(linear(rows, weights[f"{prefix}.gate_proj.weight"]), approximate="tanh")
-    return linear(gate * linear(rows, weights[f"{prefix}.up_proj.weight"]), weights[f"{prefix}.down_proj.weight"])
+    gate, up = linear(rows, weights[f"{prefix}.gate_up_proj.weight"]).chunk(2, dim=-1)
+    return linear(gelu(gate, approximate="tanh") * up, weights[f"{prefix}.down_proj.weight"])

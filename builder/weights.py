@@ -1,15 +1,23 @@
-"""The tensors that the text programs read: names as in the checkpoint, shapes from the model configuration.
+"""The tensors that the programs read: names as in the checkpoint, shapes from the model configuration; and the weight bindings
+made of them.
 
-Every weight but `layer_scalar` is shared by the encode and the denoise pass and exists once, under `model.decoder`.
+Every text weight but `layer_scalar` is shared by the encode and the denoise pass and exists once, under `model.decoder`.
 """
 
+from collections.abc import Mapping
+
 from contract.model_config import ModelConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 EMBEDDING = "model.decoder.embed_tokens.weight"
 FINAL_NORM = "model.decoder.norm.weight"
 SELF_CONDITIONING = "model.decoder.self_conditioning"
-# Not read by any text program.
-VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+VISION_TOWER = "model.encoder.vision_tower"
+VISION_PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
+VISION_PREFIXES = (f"{VISION_TOWER}.", "model.encoder.embed_vision.")
+CLIPPING = ("input_min", "input_max", "output_min", "output_max")
+"""Scalars of a linear layer that clamps what goes in and what comes out."""
 
 
 def layer_prefix(layer: int) -> str:
@@ -19,6 +27,11 @@ def layer_prefix(layer: int) -> str:
 def layer_scalar(layer: int, *, encoder: bool) -> str:
     """The one weight that differs between the two passes."""
     return f"model.encoder.language_model.layers.{layer}.layer_scalar" if encoder else f"{layer_prefix(layer)}.layer_scalar"
+
+
+def all_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Checkpoint tensor name → shape, for every tensor of the model."""
+    return text_weights(config) | vision_weights(config)
 
 
 def text_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -57,8 +70,91 @@ def text_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "experts.gate_up_proj": (config.num_experts, 2 * config.moe_intermediate_size, hidden),
             "experts.down_proj": (config.num_experts, hidden, config.moe_intermediate_size),
         }
+        if config.experts_dtype:
+            local["experts.gate_up_proj_scale"] = (config.num_experts, 2 * config.moe_intermediate_size)
+            local["experts.down_proj_scale"] = (config.num_experts, hidden)
         if attention.has_v_proj:
             local["self_attn.v_proj.weight"] = (keys, hidden)
         shapes |= {f"{layer_prefix(layer)}.{name}": shape for name, shape in local.items()}
         shapes |= {layer_scalar(layer, encoder=encoder): (1,) for encoder in (False, True)}
     return shapes
+
+
+def vision_layer_prefix(layer: int) -> str:
+    return f"{VISION_TOWER}.encoder.layers.{layer}"
+
+
+def vision_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """As `text_weights`, for the vision tower and its projection; nothing where the model has none."""
+    vision = config.vision
+    if vision is None:
+        return {}
+    hidden, width = vision.hidden_size, vision.intermediate_size
+    queries, keys = vision.num_attention_heads * vision.head_dim, vision.num_kv_heads * vision.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{VISION_TOWER}.patch_embedder.input_proj.weight": (hidden, 3 * vision.patch_size**2),
+        f"{VISION_TOWER}.patch_embedder.position_embedding_table": (2, vision.position_embedding_size, hidden),
+        VISION_PROJECTION: (config.hidden_size, hidden),
+    }
+    if vision.standardize:
+        shapes |= {f"{VISION_TOWER}.{name}": (hidden,) for name in ("std_bias", "std_scale")}
+    linears = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (width, hidden),
+        "mlp.up_proj": (width, hidden),
+        "mlp.down_proj": (hidden, width),
+    }
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    for layer in range(vision.num_layers):
+        prefix = vision_layer_prefix(layer)
+        shapes |= {f"{prefix}.{name}.linear.weight": shape for name, shape in linears.items()}
+        shapes |= {f"{prefix}.self_attn.{name}.weight": (vision.head_dim,) for name in ("q_norm", "k_norm")}
+        shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in norms}
+        if vision.clipped:
+            shapes |= {f"{prefix}.{name}.{bound}": () for name in linears for bound in CLIPPING}
+    return shapes
+
+
+_STACKS = {
+    "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "gate_up_proj.weight": ("gate_proj.weight", "up_proj.weight"),
+}
+
+
+def bindings(shapes: Shapes) -> dict[str, tuple[str, ...]]:
+    """Weight binding → the checkpoint tensors that it is made of, one after the other along the first axis.
+
+    Linear layers that read the same rows are bound as one weight, and are one product: with few rows each product alone is
+    too small for a GPU.
+    """
+    bound = {}
+    for name in shapes:
+        for stack, parts in _STACKS.items():
+            own = next((part for part in parts if name.endswith(f".{part}")), None)
+            if own:
+                prefix = name.removesuffix(own)
+                bound[prefix + stack] = tuple(prefix + part for part in parts if prefix + part in shapes)
+                break
+        else:
+            bound[name] = (name,)
+    return bound
+
+
+def binding_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Weight binding → shape."""
+    bound = {}
+    for binding, (first, *others) in bindings(shapes).items():
+        bound[binding] = shapes[first]
+        for other in others:
+            bound[binding] = (bound[binding][0] + shapes[other][0], *shapes[first][1:])
+    return bound
+
+
+def weight_dtype(name: str, config: ModelConfig, dtype: str) -> str:
+    """The dtype in which a weight is bound; `dtype` is the engine's, in which all but FP8 experts are."""
+    if config.experts_dtype and name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return config.experts_dtype
+    return "float32" if name.endswith((".experts.gate_up_proj_scale", ".experts.down_proj_scale")) else dtype

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,25 @@ class FileFingerprint(Record):
     digest: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Where a tensor of `shape` lies: `num_bytes` bytes from `offset` on in `path`."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileStamp:
+    """What the file system says of a file; two equal stamps of a path: nobody has replaced or written the file between them."""
+
+    inode: int
+    size_bytes: int
+    changed_ns: int
+
+
 class Checkpoint:
     """The tensors of one directory by name. Opening reads headers only; `tensor` maps pages of the file.
 
@@ -40,6 +60,7 @@ class Checkpoint:
         self.directory = directory
         self._file_of: dict[str, str] = {}
         self._files = {}
+        self._extents: dict[str, Extent] = {}
         problems: list[str] = []
         for name in self._file_names():
             path = directory / name
@@ -53,6 +74,7 @@ class Checkpoint:
                 continue
             self._files[name] = opened
             self._file_of.update(dict.fromkeys(opened.keys(), name))
+            self._extents.update(_extents(path))
         if problems:
             raise CheckpointError("\n".join(problems))
 
@@ -76,11 +98,15 @@ class Checkpoint:
     def dtype(self, name: str) -> str:
         """PyTorch's name of the dtype, "bfloat16" say; the safetensors name where PyTorch has none we use."""
         stored = self._files[self._file_of[name]].get_slice(name).get_dtype()
-        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored, stored)
+        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}.get(stored, stored)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a view of the mapped file: no bytes are read until they are used."""
         return self._files[self._file_of[name]].get_tensor(name)
+
+    def extent(self, name: str) -> Extent:
+        """Where the tensor lies, for who reads it without mapping."""
+        return self._extents[name]
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, ignored_prefixes: tuple[str, ...] = ()) -> None:
         """Compares names and shapes with `expected`; tensors under `ignored_prefixes` may be there.
@@ -106,6 +132,35 @@ class Checkpoint:
     def fingerprint(self) -> dict[str, FileFingerprint]:
         """File name → fingerprint, for every file that holds tensors."""
         return {name: _fingerprint(self.directory / name) for name in sorted(self._files)}
+
+    def stamps(self) -> dict[str, FileStamp | None]:
+        """File name → stamp, for every file that holds tensors; None for one that is no longer there."""
+        return {name: _stamp(self.directory / name) for name in sorted(self._files)}
+
+
+def _extents(path: Path) -> dict[str, Extent]:
+    """Of every tensor in a safetensors file: the header's length in 8 bytes, the header, the data, which offsets count from."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    return {
+        name: Extent(
+            path=path,
+            offset=8 + header_bytes + entry["data_offsets"][0],
+            num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            shape=tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _stamp(path: Path) -> FileStamp | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return FileStamp(inode=found.st_ino, size_bytes=found.st_size, changed_ns=found.st_mtime_ns)
 
 
 def _fingerprint(path: Path) -> FileFingerprint:

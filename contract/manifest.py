@@ -3,6 +3,7 @@
 engines/<name>/
   manifest.json          this record
   <program>.<suffix>     the compiled programs of the target
+  operators.so           operators in C++ that programs for the CPU call, in float32
   tokenizer.json …       copied from the checkpoint
 """
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from contract.checkpoint import FileFingerprint
 from contract.model_config import LayerType, ModelConfig, Record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 COPIED_FILES = (
     "tokenizer.json",
@@ -85,9 +86,10 @@ class Program(Record):
 
 
 class Weight(Record):
-    """Where a weight binding comes from: a checkpoint tensor, as it is or cast to the engine's dtype at load."""
+    """Where a weight binding comes from: one checkpoint tensor, or several one after the other along the first axis, as they
+    are or cast to the engine's dtype at load."""
 
-    tensor: str
+    tensors: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
     transform: Literal["none", "cast"]
@@ -101,6 +103,9 @@ class Checkpoint(Record):
 
 
 Device = Literal["cpu", "cuda"]
+
+
+ExpertActivations = Literal["full", "float8"]
 
 
 class Gpu(Record):
@@ -118,6 +123,7 @@ class BuildConfig(Record):
 
     device: where the programs run. page_size: tokens a KV page. max_encode_tokens: tokens one encode pass may take (the chunk
     of a long prompt). max_sequences: sequences one denoising step may take. max_head_rows: rows one head pass may take.
+    expert_activations: what experts with FP8 weights multiply them by: rows in full precision, or rounded to FP8 too.
     """
 
     target: Target
@@ -127,10 +133,14 @@ class BuildConfig(Record):
     max_encode_tokens: int = 2048
     max_sequences: int = 64
     max_head_rows: int = 2048
+    expert_activations: ExpertActivations = "full"
 
 
 class Manifest(Record):
-    """The engine directory's one record; see the module docstring. gpu: None where the programs run on the CPU."""
+    """The engine directory's one record; see the module docstring.
+
+    gpu: None where the programs run on the CPU. operators: the library of C++ operators that they call, if they do.
+    """
 
     format_version: int
     plugin_abi: int
@@ -138,6 +148,7 @@ class Manifest(Record):
     gpu: Gpu | None = None
     model: ModelConfig
     programs: dict[str, Program]
+    operators: str | None = None
     weights: dict[str, Weight]
     checkpoint: Checkpoint
     tools: dict[str, str]

@@ -34,8 +34,36 @@ class AttentionConfig(Record):
     rope: RopeConfig
 
 
+SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
+"""What an image may come to: the budgets that the family was trained with."""
+
+
+class VisionConfig(Record):
+    """The vision tower: patches of patch_size² pixels, their positions from a table of position_embedding_size a side, layers,
+    and pooling_kernel_size² patches averaged into one soft token.
+
+    standardize: the soft tokens are shifted and scaled after pooling. clipped: linear layers clamp what goes in and out.
+    soft_tokens_per_image: at most, where a request does not say. Source: transformers' `Gemma4VisionConfig`.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    patch_size: int
+    pooling_kernel_size: int
+    position_embedding_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    standardize: bool
+    clipped: bool
+    soft_tokens_per_image: int
+
+
 class ModelConfig(Record):
-    """Sizes and constants of one checkpoint of the family (text part).
+    """Sizes and constants of one checkpoint of the family; vision is None where it reads text alone.
 
     Source of the meanings: transformers' `DiffusionGemmaTextConfig` and `DiffusionGemmaConfig`.
     """
@@ -58,7 +86,11 @@ class ModelConfig(Record):
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     image_token_id: int | None
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
+    vision: VisionConfig | None = None
     dtype: str
+    experts_dtype: Literal["float8_e4m3fn"] | None = None
 
     @property
     def num_layers(self) -> int:

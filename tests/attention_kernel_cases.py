@@ -54,6 +54,13 @@ def test_257_new_tokens(window, causal):
     check(inputs, causal, window, torch.bfloat16)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_last_of_262144_positions(causal):
+    """A window there, and one at the beginning beside it: 16,383 pages a sequence, in no order."""
+    inputs = attention_inputs(prefixes=[262_128, 3], counts=[16, 5], window=40, **SMALL, dtype=torch.bfloat16)
+    check(inputs, causal, 40, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [1, 8, 32, 64])
 def test_page_sizes(page_size, dtype):

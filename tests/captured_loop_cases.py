@@ -10,7 +10,7 @@ from backend.canvas_loop import CanvasLoop
 from backend.captured_loop import CapturedLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
-from backend.planner import LOGITS_COPIES
+from backend.pass_memory import LOGITS_COPIES
 from backend.prefix_cache import extend_page_keys
 from backend.sampling_config import SamplingConfig
 from plugins.vocabulary.feedback import soft_embeddings

@@ -15,11 +15,11 @@ from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
 
 from backend.session import RunProgram, Session
 from backend.weights import bind_weights
-from builder.build import describe
 from builder.config import read_model_config
+from builder.description import describe
 from builder.export import TracedProgram, export_program, signatures
 from builder.onnx_export import to_onnx
-from builder.weights import text_weights
+from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Program
 from plugins.attention.reference import paged_attention_reference
@@ -73,7 +73,7 @@ def onnx_session(
     """A session whose programs run as ONNX, in ONNX Runtime or by another `runner`."""
     model = read_model_config(checkpoint)
     build = BuildConfig(target="inductor", dtype=dtype, **choices)
-    manifest = describe(model, build, Checkpoint(checkpoint), text_weights(model), checkpoint, checkpoint)
+    manifest = describe(model, build, Checkpoint(checkpoint), all_weights(model), checkpoint, checkpoint)
     traced = [export_program(signature, model, build) for signature in signatures(model, build)]
     programs = {each.name: Program(file="", inputs=each.inputs, weights=each.weights, outputs=each.outputs) for each in traced}
     manifest = manifest.model_copy(update={"programs": programs})

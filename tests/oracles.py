@@ -7,7 +7,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from PIL import Image
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache, LogitsProcessorList
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from backend.noise import gumbel_noise, initial_canvas, renoise_tokens
 
@@ -55,6 +57,41 @@ class Oracle:
         new = output.sequences[0, len(prompt_ids) :].tolist()
         canvases = [new[start : start + self.canvas_length] for start in range(0, len(new), self.canvas_length)]
         return OracleResult(canvases, trace.num_steps, trace.probabilities)
+
+    def image_inputs(self, prompt_ids: list[int], images: list[Image.Image], max_soft_tokens: int) -> dict[str, torch.Tensor]:
+        """What `generate` takes besides the prompt, whose placeholders are expanded."""
+        patches = Gemma4ImageProcessorPil(
+            max_soft_tokens=max_soft_tokens, patch_size=self.model.config.vision_config.patch_size
+        )(images, return_tensors="pt")
+        return {
+            "pixel_values": patches["pixel_values"],
+            "image_position_ids": patches["image_position_ids"],
+            "mm_token_type_ids": (torch.tensor([prompt_ids]) == self.model.config.image_token_id).int(),
+        }
+
+    @torch.no_grad()
+    def image_features(self, image: Image.Image, max_soft_tokens: int) -> torch.Tensor:
+        """What stands in for the image's tokens, [S, D]."""
+        inputs = self.image_inputs([], [image], max_soft_tokens)
+        return self.model.model.encoder.get_image_features(
+            inputs["pixel_values"], inputs["image_position_ids"], return_dict=True
+        ).pooler_output
+
+    @torch.no_grad()
+    def encode_with_images(self, prompt_ids: list[int], images: list[Image.Image], max_soft_tokens: int) -> DynamicCache:
+        """The cache after the prompt, with the masks that `generate` makes."""
+        encoder, inputs = self.model.model.encoder, self.image_inputs(prompt_ids, images, max_soft_tokens)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        masks = encoder.create_masks_for_generate(
+            config=self.model.config,
+            inputs_embeds=torch.empty(1, len(prompt_ids), 0, dtype=self.model.dtype),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.bool),
+            past_key_values=cache,
+            position_ids=torch.arange(len(prompt_ids)).unsqueeze(0),
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+        )
+        encoder(input_ids=torch.tensor([prompt_ids]), attention_mask=masks, past_key_values=cache, **inputs)
+        return cache
 
     @torch.no_grad()
     def encode(self, *chunks: list[int]) -> DynamicCache:

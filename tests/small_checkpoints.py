@@ -1,19 +1,22 @@
 """Small random checkpoints in Hugging Face format, and sessions that run the network on them uncompiled."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig, Gemma4VisionConfig
 
+from backend.images.preprocess import ImagePatches
 from backend.session import Session
 from backend.weights import bind_weights
-from builder.build import describe
 from builder.config import read_model_config
-from builder.export import signatures
-from builder.weights import text_weights
+from builder.description import describe
+from builder.export import export_program, signatures
+from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Program
+from contract.model_config import VisionConfig
 
 TINY = Path(__file__).parent.parent / "checkpoints" / "tiny"
 
@@ -37,17 +40,49 @@ BASE = {
 }
 
 
+LEAST_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "position_embedding_size": 8,
+}
+VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "position_embedding_size": 256,
+    "standardize": True,
+}
+"""A tower to be looked at; its heads are no power of two, as those of the 26B model."""
+IMAGE_TOKENS = {"image_token_id": 90, "boi_token_id": 91, "eoi_token_id": 92}
+
+
 def random_checkpoint(
-    directory: Path, *, seed: int = 0, canvas_length: int = 16, max_shard_size: str = "5GB", feedback: float = 0.05, **text
+    directory: Path,
+    *,
+    seed: int = 0,
+    canvas_length: int = 16,
+    max_shard_size: str = "5GB",
+    feedback: float = 0.05,
+    vision: dict | None = None,
+    **text,
 ) -> Path:
-    """Writes a checkpoint with random weights, scaled so that attention, routing and logits are far from uniform."""
+    """Writes a checkpoint with random weights, scaled so that attention, routing and logits are far from uniform.
+
+    vision: the vision tower's configuration; None is the least one, and no token of the vocabulary stands for images.
+    """
     torch.manual_seed(seed)
-    vision = Gemma4VisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16
-    )
-    vision.position_embedding_size = 8
     config = DiffusionGemmaConfig(
-        text_config=DiffusionGemmaTextConfig(**{**BASE, **text}), vision_config=vision, canvas_length=canvas_length
+        text_config=DiffusionGemmaTextConfig(**{**BASE, **text}),
+        vision_config=Gemma4VisionConfig(**(vision or LEAST_VISION)),
+        canvas_length=canvas_length,
+        **(IMAGE_TOKENS if vision else {}),
     )
     model = DiffusionGemmaForBlockDiffusion(config)
     with torch.no_grad():
@@ -65,6 +100,10 @@ def random_checkpoint(
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.copy_(0.7 + 0.6 * torch.rand(1))
+            elif name.endswith(("std_bias", "std_scale", "_min", "_max")):
+                # Clipping that clips some, in and out: activations are of order one.
+                sign = -1 if name.endswith("_min") else 1
+                buffer.copy_(sign * (1 + torch.rand_like(buffer)))
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.copy_(tensor.bfloat16())  # the same weights whichever dtype they are loaded in
     model.save_pretrained(directory, max_shard_size=max_shard_size)
@@ -74,22 +113,42 @@ def random_checkpoint(
     return directory
 
 
-def network_session(checkpoint: Path, *, dtype: str = "auto", **choices) -> Session:
-    """A session whose programs are the network's own modules: no tracing, no compilation."""
+def random_image(num_soft_tokens: int, vision: VisionConfig) -> ImagePatches:
+    """Noise, at places of no order."""
+    generator, patches = torch.Generator().manual_seed(num_soft_tokens), vision.pooling_kernel_size**2
+    pixels = torch.randint(256, (num_soft_tokens, patches, 3 * vision.patch_size**2), generator=generator)
+    places = torch.randint(vision.position_embedding_size, (num_soft_tokens, patches, 2), generator=generator)
+    return ImagePatches(patches=pixels.to(torch.uint8).numpy(), positions=places.int().numpy(), digest=b"")
+
+
+def network_session(checkpoint: Path, *, dtype: str = "auto", traced: Collection[str] = (), **choices) -> Session:
+    """A session whose programs are the network's own modules: no tracing, no compilation.
+
+    traced: programs that are traced and run as their graphs, which lack what no output needs: in encode, the last layer but for
+    its keys and values.
+    """
     model = read_model_config(checkpoint)
     build = BuildConfig(target="inductor", dtype=model.dtype if dtype == "auto" else dtype, **choices)
-    manifest = describe(model, build, Checkpoint(checkpoint), text_weights(model), checkpoint, checkpoint)
+    manifest = describe(model, build, Checkpoint(checkpoint), all_weights(model), checkpoint, checkpoint)
     programs, runners = {}, {}
     for signature in signatures(model, build):
         signature.module.to(build.device)
         programs[signature.name] = Program(file="", inputs=signature.inputs, weights=signature.weights, outputs=())
 
-        def run(tensors: list[torch.Tensor], signature=signature):
+        network = signature.module
+        if signature.name in traced:
+            network = export_program(signature, model, build).exported.module()
+            for node in network.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+                network.graph.erase_node(node)  # or what is dead would be asserted
+            network.graph.eliminate_dead_code()
+            network.recompile()
+
+        def run(tensors: list[torch.Tensor], signature=signature, network=network):
             names = [binding.name for binding in signature.inputs]
             inputs = dict(zip(names, tensors[: len(names)], strict=True))
             with torch.no_grad():
-                output = signature.module(inputs, dict(zip(signature.weights, tensors[len(names) :], strict=True)))
-            return output if isinstance(output, list) else [output]
+                output = network(inputs, dict(zip(signature.weights, tensors[len(names) :], strict=True)))
+            return [output] if isinstance(output, torch.Tensor) else output
 
         runners[signature.name] = run
     manifest = manifest.model_copy(update={"programs": programs})

@@ -8,12 +8,12 @@ from pathlib import Path
 from fake_tensorrt import FakeTensorRT
 from small_checkpoints import random_checkpoint
 
-from builder.build import describe
 from builder.config import read_model_config
+from builder.description import describe
 from builder.export import TracedProgram, export_program, signatures
 from builder.targets.compiled import Compiled
 from builder.targets.tensorrt import PlanBuilder
-from builder.weights import text_weights
+from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Manifest, Program
 from contract.model_config import ModelConfig
@@ -52,7 +52,7 @@ def small_plans() -> Plans:
         model,
         build.model_copy(update={"target": "inductor"}),
         Checkpoint(checkpoint),
-        text_weights(model),
+        all_weights(model),
         checkpoint,
         directory,
     )

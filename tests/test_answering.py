@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 from waiting import wait_until
 
+from backend.errors import RequestError
 from backend.job import CanvasOutput
 from backend.metrics import MetricValues, Series
 
 
 class TritonError(str):
-    INTERNAL = 1
+    INTERNAL = INVALID_ARG = UNAVAILABLE = 1
 
     def __new__(cls, line: str, code: int):
         return super().__new__(cls, line)
@@ -23,10 +24,10 @@ class Sender:
     """A response sender; `fails`: how many sends in a row fail, as when the server has no shared memory left."""
 
     def __init__(self, fails: int = 0):
-        self.sent, self.fails = [], fails
+        self.sent, self.fails, self.cancelled = [], fails, False
 
     def is_cancelled(self) -> bool:
-        return False
+        return self.cancelled
 
     def send(self, response=None, flags: int = 0) -> None:
         if self.fails:
@@ -58,10 +59,19 @@ def server_model(monkeypatch):
 
 @pytest.fixture
 def answering(server_model):
-    """A model whose answering thread runs; `cancelled` are the handles that the service was told to end."""
+    """A model whose answering thread runs; `cancelled` are the handles that the service was told to end, `released` the answers
+    whose images are no longer held, `submitted` the images that the service got; it refuses those of "bad"."""
     model = server_model.DiffusionGemmaModel()
-    model.cancelled = []
-    model._service = SimpleNamespace(cancel=model.cancelled.append)
+    model.cancelled, model.released, model.submitted = [], [], []
+
+    def submit(prompt, sampling, on_output, *, images, draft_interval_s):
+        if images == ("bad",):
+            raise RequestError("INVALID_ARGUMENT", "prompt: got no place for an image")
+        model.submitted.append(images)
+        return 9
+
+    model._service = SimpleNamespace(cancel=model.cancelled.append, submit=submit)
+    model._images = SimpleNamespace(release=model.released.append)
     model._events, model._metrics = queue.SimpleQueue(), MetricValues()
     model._exported = SimpleNamespace(apply=lambda delta: None, clear_gauges=lambda: None)
     thread = threading.Thread(target=model._answer_until_closed, daemon=True)
@@ -72,10 +82,12 @@ def answering(server_model):
     assert not thread.is_alive()
 
 
-def accepted(server_model, model, sender: Sender, handle: int):
+def accepted(server_model, model, sender: Sender, handle: int | None, images: tuple[str, ...] = ()):
     request = SimpleNamespace(
         request_id="7",
         prompt="",
+        images=images,
+        drafts=False,
         answer=None,
         stream=True,
         echo_prompt=False,
@@ -110,3 +122,36 @@ def test_an_answer_that_cannot_be_sent_ends_alone(server_model, answering, monke
     assert broken.sent == [(line, 1)][fails - 1 :]
     wait_until(lambda: len(counted) == 2)
     assert {series.label_value for series in counted} == {"failed", "success"}
+
+
+def test_a_request_goes_to_the_service_when_its_images_have_come(server_model, answering):
+    sender = Sender()
+    answer = accepted(server_model, answering, sender, None, images=("a",))
+    answering._events.put((answer, ("patches",)))
+    wait_until(lambda: answer.handle == 9)
+    assert answering.submitted == [("patches",)] and answering.released == []
+    answering._events.put((answer, canvas("stop")))
+    wait_until(lambda: answering.released == [answer])
+    assert [flags for _, flags in sender.sent] == [0, 1]
+
+
+def test_images_that_the_service_refuses_end_their_request(server_model, answering):
+    sender = Sender()
+    answer = accepted(server_model, answering, sender, None, images=("a",))
+    answering._events.put((answer, ("bad",)))
+    wait_until(lambda: answering.released == [answer])
+    assert sender.sent == [("[request id: 7] [INVALID_ARGUMENT] prompt: got no place for an image", 1)]
+    assert answering.cancelled == []
+
+
+def test_a_request_that_goes_while_its_images_load_never_reaches_the_service(server_model, answering):
+    sender = Sender()
+    answer = accepted(server_model, answering, sender, None, images=("a",))
+    sender.cancelled = True
+    wait_until(lambda: answering.released == [answer])
+    answering._events.put((answer, ("patches",)))
+    other = accepted(server_model, answering, Sender(), 6)
+    answering._events.put((other, canvas("stop")))
+    wait_until(lambda: other.finished)
+    assert answering.submitted == answering.cancelled == []
+    assert len(sender.sent) == 1

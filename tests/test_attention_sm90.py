@@ -45,6 +45,14 @@ def test_attention_compiles(layer, causal, dtype, tmp_path):
         assert instructions["wgmma.mma_async"] and instructions["cp.async.cg"]
 
 
+def test_attention_of_the_vision_tower_compiles(tmp_path):
+    """A square image; its heads of 72 are filled up, its own keys and values stand for pages of one token."""
+    query, new_kv, *_, block_ids = attention_inputs(kv_heads=HEADS, head_dim=128, tokens=256 * 9)
+    zero, both = (torch.empty(count, dtype=torch.int32, device="meta") for count in (1, 2))
+    inputs = (query, new_kv, new_kv.unsqueeze(1), zero.unsqueeze(1), zero, both, block_ids)
+    assert check_compiles(attention_launch(inputs, False, 0), tmp_path, "vision")["wgmma.mma_async"]
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_split_attention_compiles(layer, causal, tmp_path):

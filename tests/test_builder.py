@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_checkpoints import TINY, random_checkpoint
+from safetensors.torch import save_file
+from small_checkpoints import LEAST_VISION, TINY, random_checkpoint
 from typer.testing import CliRunner
 
 from builder.__main__ import app
@@ -13,7 +14,7 @@ from builder.build import build_engine
 from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.targets.compiled import Compiled
-from builder.weights import VISION_PREFIXES, text_weights
+from builder.weights import VISION_PREFIXES, VISION_PROJECTION, all_weights, binding_shapes, bindings, text_weights
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import ManifestError, read_manifest
 
@@ -47,13 +48,17 @@ def test_real_config():
     assert (full.head_dim, full.num_kv_heads, full.window, full.has_v_proj, full.rope.num_angles) == (512, 2, 0, False, 64)
     assert (sliding.head_dim, sliding.num_kv_heads, sliding.window, sliding.has_v_proj) == (256, 8, 1024, True)
     assert (model.hidden_size, model.vocab_size, model.canvas_length, model.dtype) == (2816, 262144, 256, "bfloat16")
+    assert (model.boi_token_id, model.image_token_id, model.eoi_token_id) == (255_999, 258_880, 258_882)
+    vision = model.vision
+    assert (vision.hidden_size, vision.intermediate_size, vision.num_layers, vision.head_dim) == (1152, 4304, 27, 72)
+    assert (vision.num_attention_heads, vision.num_kv_heads, vision.position_embedding_size) == (16, 16, 10_240)
+    assert (vision.standardize, vision.clipped, vision.rope_theta, vision.soft_tokens_per_image) == (True, False, 100.0, 280)
 
 
 def test_real_tensor_names_and_shapes():
-    """What the builder expects is what the checkpoint has, the vision tensors apart."""
+    """What the builder expects is what the checkpoint has."""
     tensors = {name: tuple(shape) for name, shape in json.loads((REAL / "tensors.json").read_text()).items()}
-    text = {name: shape for name, shape in tensors.items() if not name.startswith(VISION_PREFIXES)}
-    assert text_weights(read_model_config(REAL)) == text
+    assert all_weights(read_model_config(REAL)) == tensors
 
 
 # -- config.json
@@ -89,6 +94,20 @@ def test_real_tensor_names_and_shapes():
         ),
         (lambda c: c["text_config"]["rope_parameters"].pop("full_attention"), "rope_parameters.full_attention.: missing"),
         (lambda c: c["text_config"]["per_layer_config"].update({"0": {"head_dim": 8}}), "per_layer_config: expected the same"),
+        (lambda c: c["vision_config"].update(surprise=1), "vision_config.surprise: unknown key"),
+        (lambda c: c["vision_config"].update(model_type="siglip"), "vision_config.model_type: got 'siglip', expected 'gemma4"),
+        (lambda c: c["vision_config"].update(attention_bias=True), "vision_config.attention_bias: got True, expected False"),
+        (lambda c: c["vision_config"].update(hidden_activation="silu"), "vision_config.hidden_activation: got 'silu'"),
+        (lambda c: c["vision_config"].update(patch_size=0), "vision_config.patch_size: got 0, expected a positive integer"),
+        (lambda c: c["vision_config"].update(head_dim=18), "vision_config.head_dim: got 18, expected a multiple of 4"),
+        (
+            lambda c: c["vision_config"].update(num_attention_heads=3, num_key_value_heads=2),
+            "vision_config: num_attention_heads 3 is not a multiple of 2 key/value heads",
+        ),
+        (
+            lambda c: c["vision_config"]["rope_parameters"].update(rope_type="default"),
+            "vision_config.rope_parameters.rope_type: got 'default', expected 'axial'",
+        ),
     ],
 )
 def test_config_is_refused_by_name(change, message, checkpoint):
@@ -205,6 +224,7 @@ def test_build_writes_once_and_again_only_when_something_changed(quick, checkpoi
         "encode.pt2",
         "denoise.pt2",
         "head.pt2",
+        "vision.pt2",
         "tokenizer.json",
     }
     before = (engine / "manifest.json").stat().st_mtime_ns
@@ -214,6 +234,26 @@ def test_build_writes_once_and_again_only_when_something_changed(quick, checkpoi
     build_engine(checkpoint, engine, page_size=16, report=lines.append)
     assert read_manifest(engine).build.page_size == 16
     assert [path.name for path in engine.parent.iterdir()] == ["e"]
+
+
+def test_a_checkpoint_without_a_vision_tower_reads_text_alone(quick, checkpoint, tmp_path):
+    """Whether its config.json speaks of one or not; but of a tower every tensor must be there."""
+    opened, lines = Checkpoint(checkpoint), []
+    tensors = {name: opened.tensor(name).clone() for name in opened.names()}
+    for path in checkpoint.glob("model*"):
+        path.unlink()
+    text = {name: tensor for name, tensor in tensors.items() if not name.startswith(VISION_PREFIXES)}
+    save_file(text, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    manifest = build_engine(checkpoint, tmp_path / "a", report=lines.append)
+    assert manifest.model.vision is None and "vision" not in manifest.programs
+    assert any("no vision tower, reads text alone" in line for line in lines)
+    edit_json(checkpoint / "config.json", lambda config: config.pop("vision_config"))
+    assert build_engine(checkpoint, tmp_path / "b").model.vision is None
+    save_file(text | {VISION_PROJECTION: tensors[VISION_PROJECTION]}, checkpoint / "model.safetensors")
+    edit_json(checkpoint / "config.json", lambda config: config.update(vision_config={**LEAST_VISION}))
+    missing = r"vision_tower\.patch_embedder\.input_proj\.weight: missing, expected shape \[16, 768\]"
+    with pytest.raises(CheckpointError, match=missing):
+        build_engine(checkpoint, tmp_path / "c")
 
 
 def test_a_build_that_fails_leaves_the_old_engine(quick, checkpoint, tmp_path, monkeypatch):
@@ -271,11 +311,11 @@ def test_manifests_that_cannot_be_used(tmp_path, engine_dir):
     with pytest.raises(ManifestError, match="no such file; expected an engine directory"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ManifestError, match="not a manifest of format 1"):
+    with pytest.raises(ManifestError, match="not a manifest of format 2"):
         read_manifest(tmp_path)
     text = (engine_dir / "manifest.json").read_text()
-    (tmp_path / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(ManifestError, match="got format 2, expected 1"):
+    (tmp_path / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(ManifestError, match="got format 1, expected 2"):
         read_manifest(tmp_path)
 
 
@@ -283,3 +323,15 @@ def test_the_tiny_engine_is_small(engine_dir):
     """Programs hold no weights: less than the weights although three programs share them."""
     assert read_manifest(engine_dir).checkpoint.files.keys() == {"model.safetensors"}
     assert (TINY / "model.safetensors").stat().st_size > (engine_dir / "head.pt2").stat().st_size
+
+
+def test_layers_that_read_the_same_rows_are_bound_as_one_weight():
+    shapes = text_weights(read_model_config(REAL))
+    bound, shape = bindings(shapes), binding_shapes(shapes)
+    assert sorted(name for names in bound.values() for name in names) == sorted(shapes)
+    sliding, full = (f"model.decoder.layers.{layer}.self_attn" for layer in (0, 5))
+    assert bound[f"{sliding}.qkv_proj.weight"] == tuple(f"{sliding}.{each}_proj.weight" for each in "qkv")
+    assert bound[f"{full}.qkv_proj.weight"] == tuple(f"{full}.{each}_proj.weight" for each in "qk")
+    assert shape[f"{sliding}.qkv_proj.weight"] == (16 * 256 + 2 * 8 * 256, 2816)
+    assert shape["model.decoder.layers.0.mlp.gate_up_proj.weight"] == (2 * 2112, 2816)
+    assert bound["model.decoder.self_conditioning.gate_up_proj.weight"][0].endswith("gate_proj.weight")

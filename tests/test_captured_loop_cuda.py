@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from small_checkpoints import TINY, network_session
+from small_checkpoints import TINY, network_session, random_image
 from tokenizers import Tokenizer
+from tolerances import assert_close
 
 from backend import LLM, SamplingConfig
 from backend.canvas_loop import CanvasLoop
@@ -44,6 +45,13 @@ def test_float32_tokens_are_those_of_the_uncompiled_network(engines, max_sequenc
     actual = LLM(engines / "float32", max_sequences=max_sequences).generate(prompts, configs)
     assert [result.token_ids for result in actual] == [result.token_ids for result in expected]
     assert [result.num_steps for result in actual] == [result.num_steps for result in expected]
+
+
+def test_float32_image_features_are_those_of_the_network_on_the_cpu(engines):
+    session, network = Session.load(engines / "float32"), network_session(TINY, dtype="float32")
+    for num_soft_tokens in (1, 70, 257):
+        image = random_image(num_soft_tokens, session.manifest.model.vision)
+        assert_close(session.vision(image).cpu(), network.vision(image), torch.float32)
 
 
 def test_bfloat16_answers_are_right(engines, render, held_out):

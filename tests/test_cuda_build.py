@@ -6,16 +6,18 @@ from small_checkpoints import TINY, network_session, random_checkpoint
 from typer.testing import CliRunner
 
 from backend.session import Session
+from backend.weights import bind_weights
 from builder import build as building
 from builder.__main__ import app
-from builder.build import compile_programs, describe
+from builder.build import compile_programs
 from builder.config import read_model_config
+from builder.description import describe
 from builder.errors import BuildError
 from builder.export import export_program, minimums, signatures
 from builder.targets import choose_device
 from builder.targets.compiled import Compiled
 from builder.targets.inductor import _keep_rotations, opened
-from builder.weights import text_weights
+from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Gpu, ManifestError, Program, Variant
 
@@ -70,8 +72,9 @@ def engine_of_an_h200(tmp_path):
     """A manifest alone: what is wrong with the machine is said before files are looked for."""
     model = read_model_config(TINY)
     build = BuildConfig(target="inductor", dtype="float32")
-    manifest = describe(model, build, Checkpoint(TINY), text_weights(model), TINY, tmp_path)
-    manifest.model_copy(update={"gpu": H200, "build": build_config(dtype="float32")}).write(tmp_path)
+    manifest = describe(model, build, Checkpoint(TINY), all_weights(model), TINY, tmp_path)
+    head = {"head": Program(file="head.pt2", inputs=(), weights=(), outputs=())}
+    manifest.model_copy(update={"gpu": H200, "build": build_config(dtype="float32"), "programs": head}).write(tmp_path)
     return tmp_path
 
 
@@ -98,7 +101,7 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
         build = build_config(**choices)
         return {each.name: minimums(each, model, build) for each in signatures(model, build)}
 
-    assert least() == {"encode": (1, 512), "denoise": (1, 2, 8), "head": (1,)}
+    assert least() == {"encode": (1, 512), "denoise": (1, 2, 8), "head": (1,), "vision": (1,)}
     assert least(max_encode_tokens=8192)["encode"] == (1, 512, 2048)
     assert least(max_sequences=6)["denoise"] == (1, 2)
     assert set(least(device="cpu").values()) == set(least(dtype="float32").values()) == {(1,)}
@@ -150,11 +153,11 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
         inputs = [node.meta["val"] for node in program.exported.graph.nodes if node.name in user_inputs]
         assert {each.device.type for each in inputs} == {"cuda"}
         names = [str(node.target) for node in opened(program.exported).graph.nodes if node.op == "call_function"]
-        assert not [
-            name for name in names if name in ("diffusiongemma.experts.default", "diffusiongemma.paged_attention.default")
-        ]
-        layers = 0 if signature.name == "head" else model.num_layers
-        assert names.count("diffusiongemma.experts_triton.default") == layers
+        assert not [name for name in names if name.startswith("diffusiongemma.") and not name.endswith("_triton.default")]
+        layers = {"head": 0, "vision": model.vision.num_layers}.get(signature.name, model.num_layers)
+        text_layers = 0 if signature.name == "vision" else layers
+        assert names.count("diffusiongemma.experts_triton.default") == text_layers
+        assert names.count("diffusiongemma.choose_experts_triton.default") == text_layers
         assert names.count("diffusiongemma.paged_attention_triton.default") == layers
 
 
@@ -169,8 +172,8 @@ def test_stored_rotations_change_nothing(tmp_path):
     for binding in signature.inputs:
         shape = [sizes[size.rpartition(".")[2]] if isinstance(size, str) else size for size in binding.shape]
         inputs[binding.name] = torch.randint(9, shape, dtype=torch.int32) if binding.dtype == "int32" else torch.randn(shape)
-    tensors = Checkpoint(tmp_path)
-    weights = {name: tensors.tensor(name) for name in signature.weights}
+    bound = bind_weights(session.manifest, tmp_path, tmp_path)
+    weights = {name: bound[name] for name in signature.weights}
     expected = program.module()(inputs, weights)
     _keep_rotations(program)
     stored = [node for node in program.graph.nodes if node.target == torch.ops.aten.as_strided.default]

@@ -108,7 +108,7 @@ def test_prompts_are_texts_or_token_ids_one_or_many(llm):
         ([[]], {}, "prompt: got no tokens, expected at least one"),
         ([[3, 448]], {}, "prompt: got token id 448, expected 0 to 447"),
         ([[-1]], {}, "prompt: got token id -1"),
-        ([[18]], {}, "prompt: got image token 18, but images are not supported yet"),
+        ([[18]], {}, "prompt: got 1 image placeholders (token 18) and 0 images, expected one placeholder for each image"),
         ([[5] * 4000], {}, "prompt: got 4000 tokens and max_tokens 256 (8 canvases of 32), expected at most 4096 in all"),
         (["a", "b"], [SamplingConfig()], "sampling: got 1 configurations, expected 2"),
     ],

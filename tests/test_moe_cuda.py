@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton", reason="the kernels are written in Triton
 from hopper import HopperDriver  # noqa: E402
 
 from plugins import moe_op  # noqa: E402
+from plugins.moe import fp8_launch  # noqa: E402
 from plugins.moe.cuda import CUDA_DECOMPOSITIONS  # noqa: E402
 from plugins.moe.launch import choose_tile  # noqa: E402
 
@@ -70,4 +71,37 @@ def test_the_compiler_sees_the_kernels_and_that_they_write_their_outputs_only(ho
     kernels = [node for node in traced.graph.nodes if str(node.target) == "triton_kernel_wrapper_functional"]
     written = [node.kwargs["tensors_to_clone"] for node in kernels]
     assert written == [["row_order", "tile_expert"], ["activated"], ["weighted"], ["output"]]
+    assert not [call for call in calls(traced.graph) if "clone" in call or "diffusiongemma" in call]
+
+
+# -- FP8 weights
+
+
+class FP8Layer(torch.nn.Module):
+    def __init__(self, fp8_rows: bool):
+        super().__init__()
+        self.fp8_rows = fp8_rows
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        return (moe_op.experts_fp8(*inputs, self.fp8_rows),)
+
+
+@pytest.mark.parametrize("fp8_rows", [False, True])
+def test_fp8_experts_are_opened_and_write_their_outputs_only(fp8_rows, hopper):
+    least_rows = 256
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.device("cuda"):
+        hidden, index = torch.empty(300, 64, dtype=torch.bfloat16), torch.zeros(300, 8, dtype=torch.int64)
+        gate_up, down = (torch.empty(16, *shape, dtype=torch.float8_e4m3fn) for shape in ((64, 64), (64, 32)))
+        inputs = (hidden, index, torch.empty(300, 8), gate_up, torch.empty(16, 64), down, torch.empty(16, 64))
+    rows = {0: torch.export.Dim("rows", min=least_rows, max=16384)}
+    program = torch.export.export(FP8Layer(fp8_rows), inputs, dynamic_shapes={"inputs": (rows, rows, rows, *[None] * 4)})
+    assert calls(program.graph) == ["diffusiongemma.experts_fp8.default"]
+    traced = lowered(program)
+    kernels = [node for node in traced.graph.nodes if str(node.target) == "triton_kernel_wrapper_functional"]
+    written = [node.kwargs["tensors_to_clone"] for node in kernels]
+    scaled = ["scaled_rows", "row_scale"]
+    assert written == [["row_order", "tile_expert"], scaled, ["activated"], scaled, ["weighted"], ["output"]]
+    arguments = [node.kwargs["kwargs"] for node in kernels]
+    tile = fp8_launch.choose_tile(least_rows, 8, 16, torch.bfloat16, fp8_rows)
+    assert [each["TILE_ROWS"] for each in arguments if "TILE_ROWS" in each] == [tile.rows] * 3
     assert not [call for call in calls(traced.graph) if "clone" in call or "diffusiongemma" in call]

@@ -25,9 +25,9 @@ from builder.build import build_engine
 from contract.manifest import Binding
 from plugins.library import NAMESPACE
 
-PROGRAMS = ("encode", "denoise", "head")
+PROGRAMS = ("encode", "denoise", "head", "vision")
 CHOICES = {"page_size": 8}
-SIZES = {"tokens": 37, "sequences": 3, "starts": 4, "pages": 40, "columns": 13, "images": 5, "rows": 11}
+SIZES = {"tokens": 37, "sequences": 3, "starts": 4, "pages": 40, "columns": 13, "images": 5, "rows": 11, "soft_tokens": 4}
 PREFIXES = (0, 5, 101)  # the last one beyond every window
 STARTS = (0, 20, 21, 37)
 IMAGE_TOKENS = slice(3, 8)
@@ -66,6 +66,10 @@ def values_of(binding: Binding, vocab_size: int, generator: torch.Generator) -> 
         values = torch.full(shape, -1, dtype=torch.int32)
         values[IMAGE_TOKENS] = torch.arange(5, dtype=torch.int32) if name == "image_index" else 0
         return values
+    if name == "patch_positions":
+        return torch.randint(8, shape, generator=generator, dtype=torch.int32)
+    if name == "patch_range":
+        return torch.tensor([0, SIZES["soft_tokens"] * 9], dtype=torch.int32)
     if name == "positions":
         pairs = zip(PREFIXES, STARTS[:-1], STARTS[1:], strict=True)
         return torch.cat([torch.arange(prefix, prefix + end - start) for prefix, start, end in pairs]).int()
@@ -145,11 +149,12 @@ def test_a_build_keeps_the_onnx_files_on_request(tmp_path, monkeypatch):
             assert sizes == (activations.get(value.name) or manifest.weights[value.name].shape)
         assert sum(each.ByteSize() for each in graph.initializer) < 5000
         ours = [node for node in graph.node if node.domain == NAMESPACE]
-        layers = {"encode": 1, "denoise": 2, "head": 0}[name]  # encode ends with the last layer's keys and values
-        assert [node.op_type for node in ours] == ["PagedAttention", "Experts"] * layers
+        layers = {"encode": 1, "denoise": 2, "head": 0, "vision": 1}[name]  # encode ends with the last layer's keys and values
+        of_a_layer = ["PagedAttention"] if name == "vision" else ["PagedAttention", "Experts"]
+        assert [node.op_type for node in ours] == of_a_layer * layers
         finds_plugin = {"plugin_namespace": b"diffusiongemma", "plugin_version": b"1", "aot": 1}
         for index, node in enumerate(ours):
-            arguments = {"causal": int(name == "encode"), "window": 24 if index == 0 else 0}
+            arguments = {"causal": int(name == "encode"), "window": 24 if index == 0 and name != "vision" else 0}
             attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
             assert attributes == finds_plugin | (arguments if node.op_type == "PagedAttention" else {})
             assert len(node.input) == (7 if node.op_type == "PagedAttention" else 5)

@@ -1,6 +1,7 @@
 """The memory plan: hand-computed sizes, what is allocated in fact, budgets that hold and budgets that cannot."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from small_checkpoints import network_session, random_checkpoint
 
 from backend.canvas_loop import CanvasLoop
 from backend.kv_cache import PagedKVCache
-from backend.planner import EngineLimits, plan_memory
+from backend.pass_memory import denoise_bytes, encode_bytes
+from backend.planner import EngineLimits, check_free, plan_memory
+from backend.session import Session
 from contract.manifest import ManifestError
 
 
@@ -43,8 +46,8 @@ def test_the_plan_is_what_is_allocated(session):
         device=session.device,
     )
     assert made.kv_bytes == sum(pages.nbytes for pages in cache.pages)
-    state = [each for each in vars(CanvasLoop(session, cache)).values() if isinstance(each, torch.Tensor) and len(each) == 5]
-    assert sum(each.nbytes for each in state) <= 5 * made.state_bytes
+    state = [each for each in vars(CanvasLoop(session, cache)).values() if isinstance(each, torch.Tensor) and len(each) == 6]
+    assert len(state) == 14 and sum(each.nbytes for each in state) <= made.states_bytes
 
 
 @pytest.mark.parametrize("num_tokens", [16, 100, 2048])
@@ -72,6 +75,43 @@ def test_the_workspace_does_not_grow_with_sequences(session):
     assert plan(session, max_sequences=64).workspace_bytes == plan(session, max_sequences=4).workspace_bytes
 
 
+def allocated_bytes(run) -> int:
+    """The most memory that PyTorch's tensors take at once on the CPU while `run` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def test_the_estimate_of_a_pass_is_what_compiled_programs_allocate(engine_dir):
+    """No less, and a fifth more at most."""
+    compiled = Session.load(engine_dir)
+    model, build, rows = compiled.manifest.model, compiled.manifest.build, 1024
+    sequences = rows // model.canvas_length
+    cache = PagedKVCache(
+        model,
+        page_size=build.page_size,
+        num_pages=dict.fromkeys(model.attention, sequences),
+        max_sequences=sequences,
+        max_tokens=build.page_size,
+        dtype=compiled.dtype,
+        device=compiled.device,
+    )
+    compiled.bind_pages(cache.pages)
+    tables = cache.tables([cache.open(1) for _ in range(sequences)])
+    lengths = torch.zeros(sequences, dtype=torch.int32)
+    token_ids = torch.randint(model.vocab_size, (rows,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    canvases = token_ids.view(sequences, -1)
+    soft_embeds = torch.zeros(*canvases.shape, model.hidden_size, dtype=compiled.dtype)
+    denoise = allocated_bytes(lambda: compiled.denoise(canvases, soft_embeds, lengths, tables))
+    assert denoise <= denoise_bytes(model, build, rows, "cpu") <= 1.2 * denoise
+    starts, positions = torch.tensor([0, rows], dtype=torch.int32), torch.arange(rows, dtype=torch.int32)
+    of_one = {kind: table[:1] for kind, table in tables.items()}
+    encode = allocated_bytes(lambda: compiled.encode(token_ids, positions, starts, lengths[:1], of_one))
+    largest = build.model_copy(update={"max_encode_tokens": rows})
+    assert encode <= encode_bytes(model, largest, "cpu") <= 1.2 * encode
+
+
 def test_the_report(session):
     lines = plan(session, max_sequences=2, max_cached_tokens=2048).report().splitlines()
     assert lines[0].startswith("memory  ") and "KV pages" in lines[0]
@@ -90,6 +130,14 @@ def test_the_report(session):
 def test_refusals(limits, message, session):
     with pytest.raises(ManifestError, match=message):
         plan(session, **limits)
+
+
+def test_what_is_to_come_must_be_free(session):
+    made = plan(session, max_sequences=2)
+    to_come = made.total_bytes - made.weights_bytes - made.runtime_bytes
+    check_free(made, to_come)
+    with pytest.raises(ManifestError, match=r"memory: got \d+\.\d\d GB free beside the weights, expected \d+\.\d\d GB for"):
+        check_free(made, to_come - 1)
 
 
 def test_limits_are_frozen():

@@ -1,5 +1,8 @@
 """The prefix cache: what names a page, which prefixes can be used, what is evicted; keys and values are the same bits."""
 
+import itertools
+from random import Random
+
 import pytest
 import torch
 from small_checkpoints import network_session, random_checkpoint
@@ -78,6 +81,28 @@ def test_usable_prefixes_by_hand(full, sliding, images, usable):
                 pool.name(pool.take(), key)
     kept = {"full_attention": None, "sliding_attention": 23}
     assert usable_pages(keys, pools, kept, PAGE, images) == usable
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_usable_prefixes_by_their_definition(seed):
+    """Of 30 pages, some of them missing, and two windows."""
+    random = Random(seed)
+    keys, kept = keys_of(prompt_of(240, seed=1)), {"full": None, "narrow": random.randrange(1, 40), "wide": 60}
+    there = {kind: [random.random() > 0.1 for _ in keys] for kind in kept}
+    num_first = random.randrange(30)
+    there["full"][:num_first] = [True] * num_first
+    pools = {kind: PagePool(30, gives_up=kind != "full") for kind in kept}
+    for kind, pool in pools.items():
+        for key in itertools.compress(keys, there[kind]):
+            pool.name(pool.take(), key)
+    images = [ImageSpan(start, start + random.randrange(30), b"") for start in random.sample(range(200), 2)]
+
+    def is_usable(pages: int) -> bool:
+        seen = {kind: range(0 if each is None else max(0, pages * PAGE - each) // PAGE, pages) for kind, each in kept.items()}
+        whole = not any(image.start < pages * PAGE < image.end for image in images)
+        return whole and all(there[kind][page] for kind, pages_seen in seen.items() for page in pages_seen)
+
+    assert usable_pages(keys, pools, kept, PAGE, images) == max(filter(is_usable, range(31)))
 
 
 def test_a_pool_gives_what_nobody_misses_first():

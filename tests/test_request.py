@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from google.protobuf import text_format
+from tokenizers import Tokenizer, models
 from tritonclient.grpc import model_config_pb2
 
+from backend.chat.template import ChatTemplate
 from backend.errors import RequestError
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY
 from backend.triton_server.request import READERS, parse_json_object, parse_request
@@ -166,6 +168,51 @@ def test_what_is_wrong_is_said_in_one_line(request_, words):
     message = str(caught.value)
     assert "\n" not in message and len(message) < 400
     assert [word for word in words if word not in message] == []
+
+
+TEMPLATE = ChatTemplate(
+    "{% for message in messages %}{% for part in message.content %}{{ part.text or '<' ~ part.type ~ '>' }}"
+    "{{ part.keys() | list | length }}{% endfor %}{% endfor %}",
+    {},
+    Tokenizer(models.BPE()),
+)
+PLACE, URL = {"type": "image"}, {"type": "image_url", "image_url": {"url": "data:,b", "detail": "low"}}
+WORDS = {"type": "text", "text": "and"}
+
+
+def with_images(content: list, *images: str, **tensors: np.ndarray) -> Request:
+    messages = strings(json.dumps([{"role": "user", "content": content}]))
+    return Request({"messages": messages} | ({"image": strings(*images)} if images else {}) | tensors)
+
+
+def test_images_stand_where_the_messages_have_a_place_for_them():
+    parsed = parse_request(with_images([PLACE, WORDS, URL, PLACE], "a", "c"), TEMPLATE)
+    assert parsed.images == ("a", "data:,b", "c")
+    assert parsed.prompt == "<image>1and2<image>1<image>1"  # a template never sees what an image is
+
+
+def test_images_of_a_prompt_that_is_no_chat_are_counted_later():
+    assert parse_request(asking(image=strings("a", "b"))).images == ("a", "b")
+    assert parse_request(Request({"input_ids": np.array([1], np.int32), "image": strings("a")})).images == ("a",)
+    assert parse_request(asking()).images == ()
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (with_images([WORDS], "a"), ["image: got 1 images, expected 0", "image_url"]),
+        (with_images([PLACE, URL]), ["image: got 0 images, expected 1"]),
+        (with_images([PLACE], "a", "b"), ["image: got 2 images, expected 1"]),
+        (with_images([{"type": "image_url"}]), ["messages[0].content[0]", "image_url"]),
+        (with_images([{"type": "image_url", "image_url": {"url": 5}}]), ["messages[0].content[0].image_url.url", "got 5"]),
+        (with_images([{"type": "audio"}]), ["messages[0].content[0].type", "'audio'", "image_url"]),
+    ],
+)
+def test_images_that_do_not_fit_their_messages(request_, words):
+    with pytest.raises(RequestError) as caught:
+        parse_request(request_, TEMPLATE)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    assert [word for word in words if word not in str(caught.value)] == []
 
 
 def test_long_input_is_not_repeated_whole():

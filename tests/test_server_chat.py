@@ -185,9 +185,9 @@ def test_refusals(server, body, words):
     assert str(over_grpc.value) == message
 
 
-def test_a_chat_with_an_image_is_refused_by_name(server):
+def test_a_chat_with_an_image_that_is_none_is_refused_by_name(server):
     content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, {"type": "text", "text": "What is it?"}]
-    with pytest.raises(Refused, match="images are not supported yet"):
+    with pytest.raises(Refused, match=r"image\[0\]: got 0 bytes that are no image"):
         ask(server.grpc_url, messages=json.dumps([{"role": "user", "content": content}]))
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from backend.__main__ import app
 from backend.engine import EngineLimits
+from backend.images.limits import ImageLimits
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY
 from backend.triton_server.model_config import Instances, ModelConfigError, changed_config, config_pbtxt
 from backend.triton_server.request import READERS
@@ -27,6 +28,14 @@ OTHERS = Settings(
     max_queued=0,
     queue_timeout_s=0.25,
     draft_interval_s=0.5,
+    image_soft_tokens=140,
+    max_images=2,
+    max_image_bytes=1000,
+    max_image_pixels=2000,
+    image_memory_bytes=3000,
+    image_threads=1,
+    fetch_images=True,
+    fetch_timeout_s=1.5,
     load_timeout_s=1e6,
     progress_timeout_s=1.5,
     max_worker_deaths=7,
@@ -57,6 +66,8 @@ def test_settings_come_back_from_the_config(settings):
 
 
 def test_every_setting_reaches_the_worker_or_the_service(tmp_path):
+    images = ImageLimits(max_images=2, max_bytes=1000, max_pixels=2000, remote=True, remote_timeout_s=1.5)
+    assert OTHERS.image_limits() == images
     worker, limits = OTHERS.worker_config(tmp_path, {"A": "b"}), OTHERS.service_limits()
     assert worker.engine_dir == Path(OTHERS.engine_dir)
     expected = EngineLimits(max_sequences=3, max_cached_tokens=1000, prefix_cache=False, commit_last=True, max_pass_rows=64)
@@ -82,6 +93,10 @@ def test_parameters_of_the_python_backend_are_not_ours():
         ({"max_queued": "1.5"}, "parameter max_queued: got '1.5', expected a whole number of at least 0"),
         ({"queue_timeout_s": "inf"}, "parameter queue_timeout_s: got 'inf', expected a number of seconds of at least 0"),
         ({"prefix_cache": "maybe"}, "parameter prefix_cache: got 'maybe', expected true or false"),
+        (
+            {"max_image_pixels": "89478486"},
+            "parameter max_image_pixels: got '89478486', expected a whole number of at least 1 of at most 89478485",
+        ),
         ({"engine_dir": ""}, "parameter engine_dir: got '', expected a path"),
         ({"nonsense": "1"}, "got the unknown parameter nonsense, expected some of engine_dir, max_sequences"),
     ],

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("tensorrt", reason="needs TensorRT")
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from small_checkpoints import TINY, network_session, random_checkpoint
+from small_checkpoints import TINY, VISION, network_session, random_checkpoint, random_image
 from test_network import Passes
 from tolerances import assert_as_exact, assert_close
 
@@ -51,7 +51,7 @@ class Sessions:
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def sessions(request, tmp_path_factory) -> Sessions:
     directory = tmp_path_factory.mktemp(request.param)
-    checkpoint = random_checkpoint(directory / "checkpoint", **REAL_HEADS)
+    checkpoint = random_checkpoint(directory / "checkpoint", vision=VISION, **REAL_HEADS)
     build_engine(checkpoint, directory / "engine", target="tensorrt", dtype=request.param, **LIMITS)
     return Sessions(
         engine=Session.load(directory / "engine"),
@@ -90,6 +90,12 @@ def test_denoise(sessions, num_sequences):
         return [session.denoise(*here, tables)]
 
     sessions.check(denoise)
+
+
+@pytest.mark.parametrize("num_soft_tokens", [1, 70, 99])
+def test_vision(sessions, num_soft_tokens):
+    image = random_image(num_soft_tokens, sessions.network.manifest.model.vision)
+    sessions.check(lambda session: [session.vision(image)])
 
 
 def test_a_captured_call_gives_what_an_uncaptured_one_gives(sessions):

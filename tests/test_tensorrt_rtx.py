@@ -12,17 +12,18 @@ from plugin_cut import cut_plugins
 from builder.config import read_model_config
 from builder.export import export_program, signatures, size_limits
 from builder.onnx_export import to_onnx
-from builder.weights import text_weights
+from builder.weights import all_weights, binding_shapes
 from contract.manifest import Binding, BuildConfig
 from plugins.library import NAMESPACE
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this platform")
 from tensorrt_rtx_build import RtxBuild, build_plan
 
-MODEL = read_model_config(Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B")
+REAL = read_model_config(Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B")
+MODEL = REAL.model_copy(update={"vision": REAL.vision.model_copy(update={"num_layers": 3})})  # of 27, which are all alike
 BUILD = BuildConfig(target="tensorrt", dtype="bfloat16")
 LIMITS = size_limits(MODEL, BUILD)
-PROGRAMS = ("denoise", "encode", "head")
+PROGRAMS = ("denoise", "encode", "vision", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def build(name: str) -> Built:
     signature = next(each for each in signatures(MODEL, BUILD) if each.name == name)
     program = export_program(signature, MODEL, BUILD)
     model = to_onnx(program)
-    shapes = text_weights(MODEL)
+    shapes = binding_shapes(all_weights(MODEL))
     weights = (Binding(name=each, dtype=BUILD.dtype, shape=shapes[each]) for each in program.weights)
     return Built(
         name=name,
@@ -78,6 +79,8 @@ def fixed(bindings: tuple[Binding, ...]) -> list[Binding]:
 def cut_bindings(name: str) -> tuple[list[Binding], list[Binding]]:
     """What the cut adds, nameless: what the plugins make, and what they are given and is not there already."""
     made, given = [], []
+    if name == "vision":
+        return _cut_vision()
 
     def add(bindings: list[Binding], dtype: str, *shape: int) -> None:
         bindings.append(Binding(name="", dtype=dtype, shape=(-1, *shape)))
@@ -98,6 +101,21 @@ def cut_bindings(name: str) -> tuple[list[Binding], list[Binding]]:
         add(given, "int64", MODEL.top_k_experts)
         add(given, "float32", MODEL.top_k_experts)
     return made, given
+
+
+def _cut_vision() -> tuple[list[Binding], list[Binding]]:
+    """Attention alone, over heads filled up to 128; each layer's keys and values are its pages too. What says that nothing is
+    cached, and that no patch is of an image in a text, is the same for every layer."""
+    vision = MODEL.vision
+
+    def binding(dtype: str, *shape: int) -> Binding:
+        return Binding(name="", dtype=dtype, shape=shape)
+
+    heads = binding("bfloat16", -1, vision.num_attention_heads, 128)
+    kv = (2, vision.num_kv_heads, 128)
+    of_every_layer = [heads, binding("bfloat16", -1, *kv), binding("bfloat16", -1, 1, *kv)]
+    of_the_first = [binding("int32", 1, 1), binding("int32", 1), binding("int32", -1)]
+    return [heads] * vision.num_layers, of_every_layer + of_the_first + of_every_layer * (vision.num_layers - 1)
 
 
 def nameless(bindings: tuple[Binding, ...]) -> list[Binding]:
@@ -122,7 +140,7 @@ def test_the_profile_has_the_limits_of_the_build(built):
             assert profiles.pop(binding.name) == tuple(zip(*sizes, strict=True))
         else:
             assert binding.name not in profiles
-    rows = {"encode": (1, 2048), "denoise": (256, 64 * 256)}
+    rows = {"encode": (1, 2048), "denoise": (256, 64 * 256), "vision": (9, 9 * 1120)}
     for least, most in profiles.values():
         assert (least[0], most[0]) == rows[built.name]
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
 from fake_tensorrt import FakeTensorRT
-from small_checkpoints import network_session
+from small_checkpoints import network_session, random_image
 from tensorrt_plans import LIMITS, Plans, small_plans
 from test_network import Passes
 from tokenizers import Tokenizer
@@ -95,6 +95,15 @@ def test_head_takes_any_number_of_rows(plans, network, fake):
     for rows in (1, 7, 40):
         hidden = torch.randn(rows, plans.model.hidden_size)
         assert_close(ours.head(hidden), network.head(hidden), torch.float32)
+
+
+@pytest.mark.parametrize("num_soft_tokens", [1, 5, 48])
+def test_vision_takes_images_of_any_size(plans, network, fake, num_soft_tokens):
+    """Filled up to the largest that an encode pass takes: what is filled up is not looked at."""
+    image = random_image(num_soft_tokens, plans.model.vision)
+    assert_close(session(plans, fake).vision(image), network.vision(image), torch.float32)
+    [context] = fake.contexts
+    assert context.shapes["patches"] == (48, 9, 768)
 
 
 def test_whole_generations_are_the_networks(plans, network, fake):

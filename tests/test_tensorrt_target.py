@@ -26,7 +26,7 @@ from builder.onnx_export import to_onnx
 from builder.targets import choose_target
 from builder.targets.tensorrt import PlanBuilder
 from builder.targets.tensorrt_lowering import compile_kernels, lower_to_plugins
-from builder.targets.tensorrt_profiles import batch_sizes, check_profile, choose_profiles
+from builder.targets.tensorrt_profiles import batch_sizes, check_profile, choose_profiles, image_sizes
 from contract.manifest import Binding, Profile, read_manifest
 from plugins.library import NAMESPACE
 from plugins.moe.launch import FEW_ROWS, MANY_ROWS, choose_down_tile
@@ -80,6 +80,21 @@ def test_profiles_cover_what_the_build_allows(plans):
     assert (commit.sizes["tokens"], prefill.sizes["tokens"]) == ((1, 16, 16), (17, 48, 48))
     assert commit.sizes["starts"] == (2, 2, 7) and commit.sizes["images"] == (1, 1, 48)
     assert [str(profile) for profile in plans.compiled["head"].profiles] == ["rows: rows 1..40"]
+    assert [str(profile) for profile in plans.compiled["vision"].profiles] == ["image 48: soft_tokens 48"]
+
+
+@pytest.mark.parametrize(
+    ("max_encode_tokens", "sizes"),
+    [
+        (48, (48,)),
+        (70, (70,)),
+        (300, (70, 140, 280, 300)),
+        (1120, (70, 140, 280, 560, 1120)),
+        (2048, (70, 140, 280, 560, 1120)),
+    ],
+)
+def test_images_have_a_profile_each_budget_by_hand(max_encode_tokens, sizes):
+    assert image_sizes(max_encode_tokens) == sizes
 
 
 def test_profiles_of_the_real_model_are_within_what_tensorrt_addresses(plans):
@@ -274,7 +289,12 @@ def test_auto_builds_plans_where_it_can_and_says_why(hopper, plans, tmp_path):
     assert lines[0] == "target tensorrt (TensorRT and a GPU that it builds for are here), device cuda (a GPU is here)"
     manifest = read_manifest(tmp_path / "engine")
     assert manifest.tools["tensorrt"] == "11.4.0" and manifest.gpu.name == "NVIDIA H200"
-    assert [program.file for program in manifest.programs.values()] == ["encode.plan", "denoise.plan", "head.plan"]
+    assert [program.file for program in manifest.programs.values()] == [
+        "encode.plan",
+        "denoise.plan",
+        "head.plan",
+        "vision.plan",
+    ]
     assert [profile.name for profile in manifest.programs["denoise"].profiles] == ["batch 1", "batch 2"]
     assert (tmp_path / "tensorrt.timing_cache").exists()
 

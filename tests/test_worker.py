@@ -24,11 +24,11 @@ class FakeScheduler:
         self._steps = iter(steps)
         self._on_output = None
 
-    def check(self, prompt_ids: list[int], sampling: object) -> None:
+    def check(self, prompt_ids: list[int], sampling: object, *, images: tuple) -> None:
         if not prompt_ids:
             raise RequestError("INVALID_ARGUMENT", "prompt: got no tokens")
 
-    def add(self, prompt_ids: list[int], sampling: object, on_output, *, draft_interval_s: float | None):
+    def add(self, prompt_ids: list[int], sampling: object, on_output, *, images: tuple, draft_interval_s: float | None):
         self._on_output = on_output
         return SimpleNamespace(slot=0)
 
@@ -55,7 +55,7 @@ def run(steps: list, prompt_ids: list[int]) -> Reports:
     """A loop over `steps`, ended by an interrupt if not before."""
     scheduler = FakeScheduler([*steps, KeyboardInterrupt()])
     scheduler.metrics.count("requests_total", label_value="success")
-    messages = [Submit(handle=7, prompt_ids=prompt_ids, sampling=None, draft_interval_s=None)]
+    messages = [Submit(handle=7, prompt_ids=prompt_ids, images=(), sampling=None, draft_interval_s=None)]
 
     def take(timeout_s: float) -> list[Submit]:
         return [messages.pop()] if messages else []

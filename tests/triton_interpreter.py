@@ -56,3 +56,25 @@ def let_casts_round_to_bfloat16() -> None:
         return TensorHandle(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), tl.bfloat16)
 
     InterpreterBuilder.create_fp_trunc = create_fp_trunc
+
+
+def let_casts_know_e4m3() -> None:
+    """The interpreter rounds to FP8 without carrying into the exponent: converts as PyTorch does, both ways."""
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self, source, dst_type, rounding_mode):
+        kinds = (source.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.float32, tl.float8e4nv):
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+            return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+        if kinds in ((tl.float8e4nv, tl.float16), (tl.float8e4nv, tl.float32)):
+            numbers = torch.from_numpy(np.ascontiguousarray(source.data)).view(torch.float8_e4m3fn).float().numpy()
+            return TensorHandle(numbers.astype(np.float16 if kinds[1] == tl.float16 else np.float32), kinds[1])
+        return plain(self, source, dst_type, rounding_mode)
+
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

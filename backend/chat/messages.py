@@ -26,10 +26,23 @@ class TextPart(_Record):
 
 
 class ImagePart(_Record):
-    type: Literal["image", "image_url"]
+    """The place of an image that is given apart from the messages."""
+
+    type: Literal["image"]
 
 
-Content = str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+class ImageUrl(_Record):
+    """url: a data URL, or where the image is. `detail`, which OpenAI's API has beside it, changes nothing here."""
+
+    url: str
+
+
+class ImageUrlPart(_Record):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Content = str | list[Annotated[TextPart | ImagePart | ImageUrlPart, Field(discriminator="type")]]
 
 
 class SystemMessage(_Record):
@@ -100,9 +113,11 @@ _TOOL_CHOICE = TypeAdapter(Literal["auto", "none", "required"] | NamedToolChoice
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
     """A chat to go on with. messages, tools: as the template takes them. required_tool: "" if the model is free to call a tool
-    or not, "*" if it must call some tool, else the name of the one it must call."""
+    or not, "*" if it must call some tool, else the name of the one it must call. images: one for each place that the messages
+    have for an image, in order: its URL, or None for one that is given apart."""
 
     messages: Sequence[Mapping[str, Any]]
+    images: Sequence[str | None] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     required_tool: str = ""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -130,18 +145,42 @@ def chat_request(
         required = names[0] if len(names) == 1 else "*"
     return ChatRequest(
         messages=_for_template(listed, messages),
+        images=[
+            part.image_url.url if isinstance(part, ImageUrlPart) else None
+            for message in listed
+            for part in (message.content if isinstance(message.content, list) else ())
+            if isinstance(part, ImagePart | ImageUrlPart)
+        ],
         tools=[] if choice == "none" else list(tools or []),
         required_tool=required,
         template_kwargs=dict(template_kwargs or {}),
     )
 
 
+def placed_images(chat: ChatRequest, given: Sequence[T]) -> list[str | T]:
+    """The images of a chat in the order of their places: URLs from the messages, the others from `given`."""
+    places = sum(url is None for url in chat.images)
+    if places != len(given):
+        _refuse(
+            f"image: got {len(given)} images, expected {places}, one for each part of the messages of type image; "
+            "images can also be sent as parts of type image_url"
+        )
+    remaining = iter(given)
+    return [next(remaining) if url is None else url for url in chat.images]
+
+
 def _for_template(listed: list[Message], given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as given, with what templates rely on: arguments parsed, tool results named, content never None."""
+    """The messages as given, with what templates rely on: arguments parsed, tool results named, content never None, and of
+    images their places alone."""
     names: dict[str, str] = {}  # of called functions, by the id of the call
     result = []
     for index, (message, source) in enumerate(zip(listed, given, strict=True)):
         ready = {name: value for name, value in source.items() if value is not None}
+        if isinstance(message.content, list):
+            ready["content"] = [
+                {"type": "image"} if isinstance(part, ImagePart | ImageUrlPart) else given_part
+                for part, given_part in zip(message.content, source["content"], strict=True)
+            ]
         if isinstance(message, AssistantMessage):
             ready.setdefault("content", "")
             if message.tool_calls:

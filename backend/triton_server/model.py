@@ -1,6 +1,7 @@
 """The server class: what Triton Inference Server calls when the model is loaded, asked and unloaded.
 
     Triton's thread      execute: parse, submit, return        ─┐
+    threads for images   the images of a request, loaded       ─┤
     supervising thread   on_output of every request            ─┼─▶ one queue ─▶ the answering thread: every response
     client               cancel, disconnect, time-out (polled) ─┘
 
@@ -20,6 +21,9 @@ import triton_python_backend_utils as pb_utils
 
 from backend.chat.template import ChatTemplate
 from backend.errors import RequestError
+from backend.images.loading import ImageLoader
+from backend.images.pool import ImagePool
+from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput
 from backend.metrics import MetricValues, Outcome
 from backend.service import Service
@@ -61,6 +65,7 @@ class DiffusionGemmaModel:
     def finalize(self) -> None:
         """Refuses what still comes, ends what is under way, and waits until every answer is out and the worker has ended."""
         self._closing = True
+        self._images.close()
         self._service.close(self._settings.close_timeout_s)
         self._events.put((None, _CLOSED))
         self._answering.join()
@@ -79,6 +84,15 @@ class DiffusionGemmaModel:
             on_death=lambda: self._events.put((None, _WORKER_DIED)),
             on_restart=lambda: self._metrics.count("worker_restarts_total"),
             on_gave_up=self._unload,
+        )
+        self._images = ImagePool(
+            ImageLoader(
+                limits=self._settings.image_limits(),
+                vision=self._service.model.vision,
+                max_soft_tokens=self._settings.image_soft_tokens or None,
+            ),
+            max_bytes=self._settings.image_memory_bytes,
+            num_threads=self._settings.image_threads,
         )
         self._template = ChatTemplate.load(worker.engine_dir, self._service.tokenizer)
         self._exported = ExportedMetrics({"model": self._name, "instance": args["model_instance_name"]})
@@ -101,13 +115,24 @@ class DiffusionGemmaModel:
         answer = Answer(sender, parsed, self._service.tokenizer)
         self._events.put((answer, _ACCEPTED))
         try:
-            on_output = partial(self._on_output, answer)
-            interval_s = self._settings.draft_interval_s if parsed.drafts else None
-            answer.handle = self._service.submit(parsed.prompt, parsed.sampling, on_output, draft_interval_s=interval_s)
+            if parsed.images:
+                self._images.submit(answer, parsed.images, lambda loaded: self._events.put((answer, loaded)))
+            else:
+                self._submit(answer)
         except RequestError as error:
             self._events.put((answer, error))
         except Exception:  # as in execute
             self._events.put((answer, _logged_internal_error()))
+
+    def _submit(self, answer: Answer, images: tuple[ImagePatches, ...] = ()) -> None:
+        request = answer.request
+        answer.handle = self._service.submit(
+            request.prompt,
+            request.sampling,
+            partial(self._on_output, answer),
+            images=images,
+            draft_interval_s=self._settings.draft_interval_s if request.drafts else None,
+        )
 
     def _on_output(self, answer: Answer, output: CanvasOutput | DraftOutput | RequestError) -> None:
         self._events.put((answer, output))
@@ -138,21 +163,28 @@ class DiffusionGemmaModel:
             if now_s >= export_at_s:
                 self._exported.apply(self._metrics.drain())
                 export_at_s = now_s + _EXPORT_INTERVAL_S
-            active = {answer for answer in active if not answer.finished}
+            for answer in [answer for answer in active if answer.finished]:
+                active.remove(answer)
+                self._images.release(answer)
         for answer in active:
             line = "server: it shut down before the answer was complete; send it again"
             self._advance(answer, RequestError("UNAVAILABLE", line))
         self._exported.apply(self._metrics.drain())
         self._exported.clear_gauges()
 
-    def _advance(self, answer: Answer, event: CanvasOutput | DraftOutput | RequestError | None) -> None:
+    def _advance(
+        self, answer: Answer, event: tuple[ImagePatches, ...] | CanvasOutput | DraftOutput | RequestError | None
+    ) -> None:
         """Gives one answer what has come for it, or ends it if its client has gone. A failure here ends this answer alone."""
         if answer.finished:
             return
         try:
+            if isinstance(event, tuple):
+                event = self._submitted(answer, event)
             abandoned = answer.abandoned()
-            if abandoned and answer.handle is not None:
-                self._service.cancel(answer.handle)
+            if abandoned and answer.is_cancellable:
+                if answer.handle is not None:
+                    self._service.cancel(answer.handle)
                 outcome = "cancelled" if abandoned.code == "CANCELLED" else "failed"
                 answer.fail(abandoned)
             elif isinstance(event, RequestError):
@@ -166,6 +198,14 @@ class DiffusionGemmaModel:
             self._abort(answer)
         if answer.finished:
             self._metrics.count("requests_total", label_value=outcome)
+
+    def _submitted(self, answer: Answer, images: tuple[ImagePatches, ...]) -> RequestError | None:
+        """Hands a request over whose images have come; returns the error if it is refused."""
+        try:
+            self._submit(answer, images)
+        except RequestError as error:
+            return error
+        return None
 
     def _abort(self, answer: Answer) -> None:
         """Ends an answer whose responses cannot be made or sent; the error may be refused as they were."""

@@ -5,6 +5,8 @@
 | text_input              | STRING [1]   | the prompt as it is, no chat template                                           |
 | messages                | STRING [1]   | a JSON list of chat messages, OpenAI's form; the chat template makes the prompt |
 | input_ids               | INT32 [-1]   | the prompt as token ids; exactly one of text_input, messages and input_ids      |
+| image                   | STRING [-1]  | images, each in base64, as a data URL or as a URL; in order, for the messages'  |
+|                         |              | parts of type image, or for the image placeholders in text_input or input_ids   |
 | tools                   | STRING [1]   | with messages: a JSON list of tools, OpenAI's form                              |
 | tool_choice             | STRING [1]   | with tools: auto (the default), none, required, or a JSON object that names one |
 | chat_template_kwargs    | STRING [1]   | with messages: a JSON object of variables for the template, enable_thinking ... |
@@ -35,7 +37,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from backend.chat.answer import AnswerFormat
-from backend.chat.messages import chat_request
+from backend.chat.messages import chat_request, placed_images
 from backend.chat.template import ChatTemplate
 from backend.errors import RequestError
 from backend.parameters import shown
@@ -45,11 +47,12 @@ from backend.sampling_config import SamplingConfig, canonical
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """What one client asks for. answer: how to read a chat's answer; None for a prompt that is no chat, whose text comes as it
-    is. drafts: canvases that are not finished are sent too. omitted: outputs that the client does not want. timeout_s runs from
-    the moment the request reaches the model."""
+    is. images: in base64 or URLs, one for each placeholder of the prompt. drafts: canvases that are not finished are sent too.
+    omitted: outputs that the client does not want. timeout_s runs from the moment the request reaches the model."""
 
     request_id: str
     prompt: str | list[int]
+    images: tuple[str, ...] = ()
     sampling: SamplingConfig
     answer: AnswerFormat | None = None
     stream: bool = False
@@ -81,12 +84,13 @@ def parse_request(request: InferenceRequest, template: ChatTemplate | None = Non
     sampling = SamplingConfig.from_mapping(
         {**canonical(parameters), **canonical(values.get("sampling_parameters", {})), **tensors}
     )
-    prompt, answer = _prompt(values, template, sampling)
+    prompt, answer, images = _prompt(values, template, sampling)
     if values.get("return_drafts") and not values.get("stream"):
         raise RequestError("INVALID_ARGUMENT", "return_drafts: got true without stream; set stream to true")
     return GenerationRequest(
         request_id=request.request_id(),
         prompt=prompt,
+        images=images,
         # The tags in a chat's answer are special tokens; what is none of the answer is dropped when the answer is read.
         sampling=replace(sampling, skip_special_tokens=False) if answer else sampling,
         answer=answer,
@@ -123,14 +127,15 @@ def _parsed_json(name: str, text: str, kind: type, wanted: str) -> Any:
 
 def _prompt(
     values: Mapping[str, Any], template: ChatTemplate | None, sampling: SamplingConfig
-) -> tuple[str | list[int], AnswerFormat | None]:
+) -> tuple[str | list[int], AnswerFormat | None, tuple[str, ...]]:
+    """The prompt, how to read its answer, and its images."""
     given = [name for name in _PROMPTS if name in values]
     if len(given) != 1:
         got = " and ".join(given) or "none"
         raise RequestError("INVALID_ARGUMENT", f"prompt: got {got}, expected exactly one of the inputs {', '.join(_PROMPTS)}")
     if given != ["messages"]:
         _refuse_without_messages([name for name in ("tools", "tool_choice", "chat_template_kwargs") if name in values])
-        return values[given[0]], None
+        return values[given[0]], None, tuple(values.get("image", ()))
     if not values.get("exclude_input_in_output", True):
         raise RequestError(
             "INVALID_ARGUMENT", "exclude_input_in_output: got false with messages, expected true; a chat is not echoed"
@@ -138,8 +143,9 @@ def _prompt(
     if template is None:
         raise RequestError("INVALID_ARGUMENT", "messages: this model has no chat template; send text_input or input_ids")
     parts = (values.get(name) for name in ("messages", "tools", "tool_choice", "chat_template_kwargs"))
-    chat = template.prompt(chat_request(*parts), keep_special_tokens=not sampling.skip_special_tokens)
-    return chat.text, chat.form
+    asked = chat_request(*parts)
+    chat = template.prompt(asked, keep_special_tokens=not sampling.skip_special_tokens)
+    return chat.text, chat.form, tuple(placed_images(asked, values.get("image", ())))
 
 
 def _refuse_without_messages(names: list[str]) -> None:
@@ -203,6 +209,7 @@ READERS: dict[str, Callable[[str, np.ndarray], Any]] = {
     "text_input": _string,
     "messages": _json_list,
     "input_ids": _integers,
+    "image": _strings,
     "tools": _json_list,
     "tool_choice": _tool_choice,
     "chat_template_kwargs": _json,

@@ -54,12 +54,12 @@ class Answer:
     """The responses to one accepted request. Owns its response sender and finishes it exactly once.
 
     Used by one thread alone; what comes after the end is dropped, because a cancelled request may still have outputs under
-    way. `handle` is the service's name for the request, None until the service has given one.
+    way. `request` is what was asked for; `handle` is the service's name for it, None until the service has given one.
     """
 
     def __init__(self, sender, request: GenerationRequest, tokenizer: Tokenizer):
         self._sender = sender
-        self._request = request
+        self.request = request
         self._tokenizer = tokenizer
         self._parser = AnswerParser(request.answer) if request.answer else None
         self._thought_tokens = ThoughtTokens(tokenizer, in_thought=request.answer.in_thought) if request.answer else None
@@ -80,7 +80,7 @@ class Answer:
         is_last = bool(output.finish_reason)
         delta = self._parser.push(output.text, last=is_last) if self._parser else AnswerDelta(text=output.text)
         self._held_back.append((output, delta))
-        if self._request.stream or is_last:
+        if self.request.stream or is_last:
             self._sender.send(pb_utils.InferenceResponse(self._tensors()))
             self._num_sent += 1
             self._held_back = []
@@ -91,7 +91,7 @@ class Answer:
         """Ends the request with an error."""
         if not self.finished:
             self.finished = True
-            send_error(self._sender, self._request.request_id, error)
+            send_error(self._sender, self.request.request_id, error)
 
     def finish(self) -> None:
         """Ends the request with the empty final response."""
@@ -99,13 +99,18 @@ class Answer:
             self.finished = True
             self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
+    @property
+    def is_cancellable(self) -> bool:
+        """Whether it can end here: a request with images is not with the service until they have been loaded."""
+        return self.handle is not None or bool(self.request.images)
+
     def abandoned(self) -> RequestError | None:
         """The error to end with if nobody waits for the answer any longer: cancelled, disconnected, or past a deadline.
 
         Asks the server, which takes about 35 us.
         """
         if self._deadline_s is not None and time.monotonic() >= self._deadline_s:
-            allowed = f"{self._request.timeout_s:g} s"
+            allowed = f"{self.request.timeout_s:g} s"
             return RequestError(
                 "DEADLINE_EXCEEDED", f"request: not finished within its time-out of {allowed}; allow more or ask for less"
             )
@@ -119,7 +124,7 @@ class Answer:
         delta = joined(delta for _, delta in self._held_back)
         last = outputs[-1]
         token_ids = list(chain.from_iterable(output.token_ids for output in outputs))
-        echo = self._request.prompt if self._request.echo_prompt and not self._num_sent else ""
+        echo = self.request.prompt if self.request.echo_prompt and not self._num_sent else ""
         echo_text, echo_ids = (echo, []) if isinstance(echo, str) else ("", echo)
         values = {
             "text_output": echo_text + delta.text,
@@ -133,12 +138,12 @@ class Answer:
             "canvas_index": np.array([last.canvas_index], np.int32),
             "num_steps": np.array([sum(output.num_steps for output in outputs)], np.int32),
         }
-        if self._request.sampling.logprobs:
+        if self.request.sampling.logprobs:
             values |= self._logprobs(outputs, token_ids)
         return [
             _string(name, value) if isinstance(value, str) else pb_utils.Tensor(name, value)
             for name, value in values.items()
-            if name not in self._request.omitted
+            if name not in self.request.omitted
         ]
 
     def _draft_tensors(self, draft: DraftOutput) -> list:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from backend.images.limits import ImageLimits
 from backend.service import ServiceLimits
 from backend.worker_process import WorkerConfig
 
@@ -36,6 +37,16 @@ class Settings(BaseModel):
     max_queued: int = Field(256, ge=0, description="requests that may wait for a place among these sequences")
     queue_timeout_s: Seconds = Field(60.0, description="seconds that a request may wait for its place")
     draft_interval_s: Seconds = Field(0.05, description="seconds between drafts, for requests that ask for them")
+    image_soft_tokens: int = Field(
+        0, ge=0, description="tokens of an image: 70, 140, 280, 560, 1120; 0: what the checkpoint says"
+    )
+    max_images: int = Field(7, ge=0, le=7, description="images of a request")
+    max_image_bytes: int = Field(20 * 1024**2, ge=1, description="bytes of an image as it is sent")
+    max_image_pixels: int = Field(50_000_000, ge=1, le=89_478_485, description="pixels of an image, width times height")
+    image_memory_bytes: int = Field(1024**3, ge=1, description="bytes that the images of all requests take together")
+    image_threads: int = Field(4, ge=1, description="threads that decode and fetch images")
+    fetch_images: bool = Field(False, description="true fetches images from URLs of the internet that clients name")
+    fetch_timeout_s: Seconds = Field(5.0, description="seconds that fetching an image may take")
     load_timeout_s: Seconds = Field(1800.0, description="seconds that loading the engine may take")
     progress_timeout_s: Seconds = Field(120.0, description="seconds that one step may take before the worker is taken for hung")
     max_worker_deaths: int = Field(
@@ -80,6 +91,15 @@ class Settings(BaseModel):
             environment=environment,
         )
 
+    def image_limits(self) -> ImageLimits:
+        return ImageLimits(
+            max_images=self.max_images,
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            remote=self.fetch_images,
+            remote_timeout_s=self.fetch_timeout_s,
+        )
+
     def service_limits(self) -> ServiceLimits:
         return ServiceLimits(
             max_queued=self.max_queued,
@@ -100,7 +120,10 @@ def _line(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"got the unknown parameter {name}, expected some of {', '.join(Settings.model_fields)}; remove it"
     return f"parameter {name}: got {error['input']!r}, expected {_EXPECTED[Settings.model_fields[name].annotation]}" + "".join(
-        f" of at least {limit.ge}" for limit in Settings.model_fields[name].metadata if hasattr(limit, "ge")
+        f" of at {word} {getattr(limit, bound)}"
+        for bound, word in (("ge", "least"), ("le", "most"))
+        for limit in Settings.model_fields[name].metadata
+        if hasattr(limit, bound)
     )
 
 

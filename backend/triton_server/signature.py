@@ -22,6 +22,7 @@ INPUTS = (
     TensorSpec("text_input", "STRING"),
     TensorSpec("messages", "STRING"),
     TensorSpec("input_ids", "INT32", (-1,)),
+    TensorSpec("image", "STRING", (-1,)),
     TensorSpec("tools", "STRING"),
     TensorSpec("tool_choice", "STRING"),
     TensorSpec("chat_template_kwargs", "STRING"),

@@ -8,6 +8,8 @@ from torch.export import ExportedProgram
 
 from builder.export import TracedProgram
 from builder.targets.compiled import Compiled
+from contract.manifest import BuildConfig
+from plugins.cpu import COMPILED
 
 _aten = torch.ops.aten
 
@@ -15,15 +17,30 @@ _aten = torch.ops.aten
 def compile_program(program: TracedProgram, directory: Path) -> Compiled:
     """Compiles to `<name>.pt2`.
 
-    For the CPU, plugin operators stay calls through the dispatcher and all else becomes C++. For a GPU, their kernels are
-    compiled into the package like all others.
+    For the CPU, plugin operators stay calls through the dispatcher, of float32 programs to their C++ forms, and all else
+    becomes C++. For a GPU, their kernels are compiled into the package like all others.
     """
     name = f"{program.name}.pt2"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
-        exported = opened(program.exported) if program.device == "cuda" else program.exported
+        exported = opened(program.exported) if program.device == "cuda" else with_compiled_operators(program)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(directory / name))
     return Compiled(file=name)
+
+
+def has_compiled_operators(build: BuildConfig) -> bool:
+    """Whether programs of this build call operators in C++, which must be compiled with them."""
+    return build.target == "inductor" and build.device == "cpu" and build.dtype == "float32"
+
+
+def with_compiled_operators(program: TracedProgram) -> ExportedProgram:
+    """A program for the CPU: calls of float32 plugin operators go to their C++ forms."""
+    graph = program.exported.graph
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in COMPILED and node.meta["val"].dtype == torch.float32:
+            node.target = COMPILED[node.target]
+    program.exported.graph_module.recompile()
+    return program.exported
 
 
 def opened(exported: ExportedProgram) -> ExportedProgram:

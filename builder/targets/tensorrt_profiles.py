@@ -6,6 +6,7 @@
 | | `prefill` | more, up to max_encode_tokens; made fast for that many |
 | denoise | `batch 1`, `batch 2`, `batch 4`, … | exactly so many sequences, the last max_sequences |
 | head | `rows` | up to max_head_rows; made fast for that many |
+| vision | `image 70`, `image 140`, … | exactly so many soft tokens: an image's budgets, as far as an encode pass takes them |
 
 The runtime rounds a batch up to a size that a profile takes.
 """
@@ -15,7 +16,7 @@ import math
 from builder.errors import BuildError
 from builder.export import TracedProgram
 from contract.manifest import Binding, BuildConfig, Profile
-from contract.model_config import ModelConfig
+from contract.model_config import SOFT_TOKEN_BUDGETS, ModelConfig
 
 _MAX_VOLUME = 2**31 - 1
 """Elements of a tensor that TensorRT can address."""
@@ -52,6 +53,8 @@ def choose_profiles(program: TracedProgram, model: ModelConfig, build: BuildConf
         return tuple(profiles)
     if program.name == "denoise":
         return tuple(profile(f"batch {size}", sequences=(size,) * 3) for size in batch_sizes(most_sequences))
+    if program.name == "vision":
+        return tuple(profile(f"image {size}", soft_tokens=(size,) * 3) for size in image_sizes(most_tokens))
     return (profile("rows", rows=(1, build.max_head_rows, build.max_head_rows)),)
 
 
@@ -59,6 +62,12 @@ def batch_sizes(max_sequences: int) -> tuple[int, ...]:
     """1, 2, 4, … and at last max_sequences."""
     powers = [1 << exponent for exponent in range(max_sequences.bit_length()) if 1 << exponent < max_sequences]
     return (*powers, max_sequences)
+
+
+def image_sizes(max_encode_tokens: int) -> tuple[int, ...]:
+    """The budgets that an encode pass can take, and what it takes, if that is less than the largest."""
+    smaller = tuple(size for size in SOFT_TOKEN_BUDGETS if size <= max_encode_tokens)
+    return smaller if max_encode_tokens >= SOFT_TOKEN_BUDGETS[-1] else tuple(dict.fromkeys((*smaller, max_encode_tokens)))
 
 
 def check_profile(profile: Profile, program: TracedProgram) -> None:

@@ -3,8 +3,8 @@
 Encoding goes block by block so that a token's result does not depend on how its text was cut into passes, to the bit: a prompt
 encoded in one pass, in chunks, or behind a cached prefix gives the same keys and values. A fused call rounds differently for
 another number of queries or keys, so each call has a whole block's queries and all keys from the block's first window to its
-end, whether they are there or not: what is missing is zero and masked. Images, whose tokens see later ones, take all of their
-sequence's new tokens in one call.
+end, whether they are there or not: what is missing is zero and masked. The tokens of an image, which are in one pass whole and
+see later ones, are then done again, in a call an image: their number, and that of their keys, depend on the text alone as well.
 """
 
 import torch
@@ -28,22 +28,24 @@ def paged_attention_cpu(
     output = torch.empty_like(query)
     page_size = kv_pages.shape[1]
     starts = sequence_starts.tolist()
-    has_images = causal and int(image_block_ids.max()) >= 0
     for sequence, prefix in enumerate(prefix_lengths.tolist()):
         begin, end = starts[sequence], starts[sequence + 1]
-        kv, num_cached = new_kv[begin:end], 0
+        kv = new_kv[begin:end]
         first = max(0, prefix - window + 1) if window else 0
         if prefix > first:
             first_page = first // page_size
             pages = page_table[sequence, first_page : (prefix + page_size - 1) // page_size]
             cached = kv_pages.index_select(0, pages).flatten(0, 1)
             cached = cached[first - first_page * page_size : prefix - first_page * page_size]
-            kv, num_cached = torch.cat([cached, kv]), prefix - first
-        if causal and not has_images:
-            output[begin:end] = _attend_by_block(query[begin:end], kv, prefix, window)
-        else:
-            mask = _image_mask(end - begin, num_cached, image_block_ids[begin:end], window) if causal else None
-            output[begin:end] = _attend(query[begin:end], kv, mask)
+            kv = torch.cat([cached, kv])
+        if not causal:
+            output[begin:end] = _attend(query[begin:end], kv, None)
+            continue
+        output[begin:end] = _attend_by_block(query[begin:end], kv, prefix, window)
+        blocks = image_block_ids[begin:end]
+        for image in blocks[blocks >= 0].unique().tolist():
+            rows = (blocks == image).nonzero().squeeze(1)
+            output[begin + rows] = _attend_image(query[begin + rows], kv, rows, end - begin, prefix, window)
     return output
 
 
@@ -78,11 +80,16 @@ def _attend(query: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) ->
     return attended.squeeze(0).transpose(0, 1)
 
 
-def _image_mask(num_new: int, num_cached: int, image_block_ids: torch.Tensor, window: int) -> torch.Tensor:
-    """[num_new, num_cached + num_new] bool; keys start at position -num_cached, relative to the first new token."""
-    distance = torch.arange(num_new).unsqueeze(1) - torch.arange(-num_cached, num_new).unsqueeze(0)
-    visible = distance >= 0
+def _attend_image(
+    query: torch.Tensor, kv: torch.Tensor, rows: torch.Tensor, num_new: int, prefix: int, window: int
+) -> torch.Tensor:
+    """query: [T, H, D], of the image's `rows` [T] among the new tokens; kv as in `_attend_by_block`; returns [T, H, D]."""
+    first, stop = prefix + int(rows[0]), prefix + int(rows[-1]) + 1
+    low = max(0, first - window + 1) if window else 0
+    queries, keys = prefix + rows, torch.arange(low, stop)
+    visible = keys <= queries.unsqueeze(1)
     if window:
-        visible &= distance < window
-    visible[:, num_cached:] |= (image_block_ids.unsqueeze(1) == image_block_ids) & (image_block_ids.unsqueeze(1) >= 0)
-    return visible
+        visible &= keys > queries.unsqueeze(1) - window
+    visible |= torch.isin(keys, queries)
+    start = prefix + num_new - kv.shape[0]  # position of the first of `kv`
+    return _attend(query, kv[low - start : stop - start], visible)

@@ -1,4 +1,4 @@
-"""The mixture of experts: dispatch rows to their top_k experts, run the gated MLPs, combine with the routing weights.
+"""The mixture of experts: choose experts, dispatch rows to them, run the gated MLPs, combine with the routing weights.
 
 Shape legend: N rows, E experts, k experts a row, D hidden, F expert width.
 
@@ -11,4 +11,10 @@ Shape legend: N rows, E experts, k experts a row, D hidden, F expert width.
 | down_proj | [E, D, F] | |
 
 Output: [N, D] in the dtype of `hidden`: sum over a row's experts of weight * down(gelu_tanh(gate(x)) * up(x)).
+
+The router's second half is an operator of its own, `choose_experts`: from logits [N, E] and per_expert_scale [E], softmax over
+the experts, the k largest, renormalised, times the experts' scale. Outputs top_k_weights and top_k_index as above.
+With FP8 weights, `experts_fp8`, the weights are float8_e4m3fn and each is followed by its scales, float32, one for an output
+channel: gate_up_proj_scale [E, 2 F] and down_proj_scale [E, D]. `fp8_rows` says what the products read of the rows: FP8 too,
+with a scale for each row, or the rows as they are.
 """

@@ -23,6 +23,8 @@ inputs, and a kernel that faults ends the build. All tensors are contiguous. The
 import triton
 import triton.language as tl
 
+from plugins.moe.product_kernel import down_tile, gate_up_tile
+
 
 @triton.jit(do_not_specialize=("num_rows",))
 def router_kernel(
@@ -137,47 +139,25 @@ def gate_up_kernel(
     TILE_DEPTH: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
 ):
-    """activated[routed row] = gelu_tanh(gate(hidden[its row])) * up(hidden[its row]), by its expert's projections.
-
-    Columns are the grid's fast axis: the programs that run together read one stretch of weights, and share the rows of a tile.
-    WEIGHTS_FIRST: the product is computed transposed, where a tile has fewer rows than the tensor cores' tallest instruction.
-    """
-    tile = tl.program_id(1)
-    expert = tl.load(tile_expert + tile)
-    if (expert < 0) | (expert >= NUM_EXPERTS):
-        return
-    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
-    taken = (routed >= 0) & (routed < num_routed)  # about half of the slots at few rows; the others must not cost reads
-    columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
-    read_columns = columns if WIDTH % TILE_WIDTH == 0 else tl.minimum(columns, WIDTH - 1)
-    depth = tl.arange(0, TILE_DEPTH)
-    rows_at = hidden + (routed // TOP_K)[:, None].to(tl.int64) * HIDDEN + depth[None, :]
-    gate_at = gate_up_proj + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + read_columns[:, None] * HIDDEN + depth[None, :]
-    up_at = gate_at + WIDTH * HIDDEN
-    gate = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
-    up = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
-    for start in range(0, HIDDEN, TILE_DEPTH):
-        if HIDDEN % TILE_DEPTH == 0:
-            x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
-            gate_weight, up_weight = tl.load(gate_at + start), tl.load(up_at + start)
-        else:
-            inside = start + depth < HIDDEN
-            x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
-            gate_weight = tl.load(gate_at + start, mask=inside[None, :], other=0.0)
-            up_weight = tl.load(up_at + start, mask=inside[None, :], other=0.0)
-        if WEIGHTS_FIRST:
-            gate = tl.dot(gate_weight, x.T, gate, input_precision="ieee")
-            up = tl.dot(up_weight, x.T, up, input_precision="ieee")
-        else:
-            gate = tl.dot(x, gate_weight.T, gate, input_precision="ieee")
-            up = tl.dot(x, up_weight.T, up, input_precision="ieee")
-    # gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
-    result = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-    if WEIGHTS_FIRST:
-        result = result.T
-    stored = taken[:, None] & (columns < WIDTH)[None, :]
-    activated_at = activated + routed[:, None].to(tl.int64) * WIDTH + columns[None, :]
-    tl.store(activated_at, result.to(activated.dtype.element_ty), mask=stored)
+    """activated[routed row] = gelu_tanh(gate(hidden[its row])) * up(hidden[its row]), by its expert's projections."""
+    gate_up_tile(
+        hidden,
+        gate_up_proj,
+        row_order,
+        tile_expert,
+        num_routed,
+        activated,
+        None,
+        None,
+        NUM_EXPERTS,
+        HIDDEN,
+        WIDTH,
+        TOP_K,
+        TILE_ROWS,
+        TILE_WIDTH,
+        TILE_DEPTH,
+        WEIGHTS_FIRST,
+    )
 
 
 @triton.jit(do_not_specialize=("num_routed",))
@@ -198,36 +178,24 @@ def down_kernel(
     WEIGHTS_FIRST: tl.constexpr,
 ):
     """weighted[routed row] = its routing weight * down(activated[routed row]), by its expert's projection."""
-    tile = tl.program_id(1)
-    expert = tl.load(tile_expert + tile)
-    if (expert < 0) | (expert >= NUM_EXPERTS):
-        return
-    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
-    taken = (routed >= 0) & (routed < num_routed)
-    columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
-    read_columns = columns if HIDDEN % TILE_WIDTH == 0 else tl.minimum(columns, HIDDEN - 1)
-    depth = tl.arange(0, TILE_DEPTH)
-    rows_at = activated + routed[:, None].to(tl.int64) * WIDTH + depth[None, :]
-    down_at = down_proj + expert.to(tl.int64) * (HIDDEN * WIDTH) + read_columns[:, None] * WIDTH + depth[None, :]
-    result = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
-    for start in range(0, WIDTH, TILE_DEPTH):
-        if WIDTH % TILE_DEPTH == 0:
-            x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
-            weight = tl.load(down_at + start)
-        else:
-            inside = start + depth < WIDTH
-            x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
-            weight = tl.load(down_at + start, mask=inside[None, :], other=0.0)
-        if WEIGHTS_FIRST:
-            result = tl.dot(weight, x.T, result, input_precision="ieee")
-        else:
-            result = tl.dot(x, weight.T, result, input_precision="ieee")
-    if WEIGHTS_FIRST:
-        result = result.T
-    result *= tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)[:, None]
-    stored = taken[:, None] & (columns < HIDDEN)[None, :]
-    weighted_at = weighted + routed[:, None].to(tl.int64) * HIDDEN + columns[None, :]
-    tl.store(weighted_at, result.to(weighted.dtype.element_ty), mask=stored)
+    down_tile(
+        activated,
+        down_proj,
+        top_k_weights,
+        row_order,
+        tile_expert,
+        num_routed,
+        weighted,
+        None,
+        None,
+        NUM_EXPERTS,
+        HIDDEN,
+        WIDTH,
+        TILE_ROWS,
+        TILE_WIDTH,
+        TILE_DEPTH,
+        WEIGHTS_FIRST,
+    )
 
 
 @triton.jit

@@ -79,7 +79,7 @@ def router(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> Launch:
     num_warps = 4
     return Launch(
         kernel=kernel.router_kernel,
-        grid=(_ceil_div(num_rows, num_warps),),
+        grid=(ceil_div(num_rows, num_warps),),
         inputs=(logits, per_expert_scale),
         scalars=(num_rows,),
         outputs=(
@@ -128,12 +128,12 @@ def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert
     width, tile_width = gate_up_proj.shape[1] // 2, tile.width // 2
     return Launch(
         kernel=kernel.gate_up_kernel,
-        grid=(_ceil_div(width, tile_width), tile_expert.shape[0]),
+        grid=(ceil_div(width, tile_width), tile_expert.shape[0]),
         inputs=(hidden, gate_up_proj, row_order, tile_expert),
         scalars=(num_rows * top_k,),
         outputs=(hidden.new_empty(num_rows * top_k, width),),
         constants={"NUM_EXPERTS": gate_up_proj.shape[0], "HIDDEN": hidden_size, "WIDTH": width, "TOP_K": top_k}
-        | _tile_constants(tile, tile_width),
+        | tile_constants(tile, tile_width),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -151,12 +151,11 @@ def down(
     hidden_size = down_proj.shape[1]
     return Launch(
         kernel=kernel.down_kernel,
-        grid=(_ceil_div(hidden_size, tile.width), tile_expert.shape[0]),
+        grid=(ceil_div(hidden_size, tile.width), tile_expert.shape[0]),
         inputs=(activated, down_proj, top_k_weights, row_order, tile_expert),
         scalars=(num_routed,),
         outputs=(activated.new_empty(num_routed, hidden_size),),
-        constants={"NUM_EXPERTS": down_proj.shape[0], "HIDDEN": hidden_size, "WIDTH": width}
-        | _tile_constants(tile, tile.width),
+        constants={"NUM_EXPERTS": down_proj.shape[0], "HIDDEN": hidden_size, "WIDTH": width} | tile_constants(tile, tile.width),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -168,7 +167,7 @@ def combine(weighted: Tensor, top_k: int) -> Launch:
     num_rows, block = num_routed // top_k, min(1024, triton.next_power_of_2(hidden_size))
     return Launch(
         kernel=kernel.combine_kernel,
-        grid=(num_rows, _ceil_div(hidden_size, block)),
+        grid=(num_rows, ceil_div(hidden_size, block)),
         inputs=(weighted,),
         scalars=(),
         outputs=(weighted.new_empty(num_rows, hidden_size),),
@@ -211,10 +210,11 @@ def experts(
     return output
 
 
-def _tile_constants(tile: Tile, tile_width: int) -> dict[str, int]:
+def tile_constants(tile: Tile, tile_width: int) -> dict[str, int]:
+    """The constants of the kernels of both products."""
     return {"TILE_ROWS": tile.rows, "TILE_WIDTH": tile_width, "TILE_DEPTH": tile.depth, "WEIGHTS_FIRST": tile.weights_first}
 
 
-def _ceil_div(dividend: int, divisor: int) -> int:
+def ceil_div(dividend: int, divisor: int) -> int:
     """`triton.cdiv`, also for the symbolic numbers of a trace."""
     return (dividend + divisor - 1) // divisor

@@ -1,6 +1,6 @@
 """A server under load: many clients, streamed and whole answers, cancelled and malformed requests; what is left afterwards.
 
-    python benchmarks/load.py --engine engines/diffusiongemma --requests 2000 --clients 32
+    python benchmarks/server_load.py --engine engines/diffusiongemma --requests 2000 --clients 32
 
 Starts a server of its own. Checked, and the exit code says so: every request ends in exactly one way, of the kind that was
 asked for; the server counts the same; memory does not grow; when all is over no request is active, and the server's processes

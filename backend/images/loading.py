@@ -1,0 +1,83 @@
+"""The images of one request, as they are given → patches for the engine.
+
+| given as                      | read by                                        |
+|-------------------------------|------------------------------------------------|
+| text: base64, or a data URL   | `decode_base64`, then `decode`                 |
+| text: any other URL           | `fetch`, if the operator allows it; `decode`   |
+| bytes: the content of a file  | `decode`                                       |
+| a path                        | `decode`; never from a client                  |
+| a Pillow image                | as it is, with any mode                        |
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from backend.errors import RequestError
+from backend.images.decode import decode, decode_base64, to_rgb
+from backend.images.fetch import fetch
+from backend.images.limits import ImageLimits
+from backend.images.preprocess import SOFT_TOKEN_BUDGETS, ImagePatches, preprocess
+from contract.model_config import VisionConfig
+
+ImageSource = str | bytes | os.PathLike | Image.Image
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLoader:
+    """max_soft_tokens: of one image; None: what the checkpoint says. vision: None for an engine that reads text alone.
+
+    Raises ValueError for a number of soft tokens that the family was not trained with.
+    """
+
+    limits: ImageLimits
+    vision: VisionConfig | None
+    max_soft_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.max_soft_tokens not in (None, *SOFT_TOKEN_BUDGETS):
+            budgets = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
+            raise ValueError(f"soft tokens of an image: got {self.max_soft_tokens}, expected one of {budgets}")
+
+    def check(self, sources: Sequence[ImageSource]) -> None:
+        """Raises RequestError INVALID_ARGUMENT for what can be refused without a look at any image."""
+        if sources and self.vision is None:
+            raise _refused(f"images: got {len(sources)}, but this engine reads text alone; remove them")
+        if len(sources) > self.limits.max_images:
+            raise _refused(f"images: got {len(sources)}, expected at most {self.limits.max_images} in a request")
+
+    def load(self, sources: Sequence[ImageSource]) -> tuple[ImagePatches, ...]:
+        """Raises RequestError INVALID_ARGUMENT, one line that names the image, `image[0]` the first."""
+        self.check(sources)
+        budget = self.max_soft_tokens or (self.vision.soft_tokens_per_image if self.vision else 0)
+        return tuple(
+            preprocess(self._image(f"image[{index}]", source), budget, self.vision) for index, source in enumerate(sources)
+        )
+
+    def num_bytes(self, sources: Sequence[ImageSource]) -> int:
+        """What holding the sources takes at most, URLs with what they may lead to."""
+        return sum(
+            self.limits.max_bytes if _is_url(source) else len(source) for source in sources if isinstance(source, str | bytes)
+        )
+
+    def _image(self, name: str, source: ImageSource) -> Image.Image:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        if isinstance(source, str):
+            data = fetch(name, source, self.limits) if _is_url(source) else decode_base64(name, source, self.limits)
+        else:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return decode(name, data, self.limits)
+
+
+def _is_url(source: ImageSource) -> bool:
+    return isinstance(source, str) and _URL.match(source) is not None
+
+
+def _refused(message: str) -> RequestError:
+    return RequestError("INVALID_ARGUMENT", message)

@@ -1,0 +1,85 @@
+"""What the passes of a model take in memory beside weights and KV pages, estimated from the sizes of their largest tensors.
+
+    denoise, encode   per row: the residual and its norms; then, whichever is more, queries, keys, values and what attention
+                      makes of them, or the gated MLP and the experts' routed rows
+    encode            the new keys and values of every layer as well, until they are in their pages
+    vision            of one image
+    head              a chunk of rows times the vocabulary, several times while tokens are sampled
+
+The experts' routed rows are most of it. On the CPU the operators in C++ store only the second product, the others, for
+bfloat16, gather them, multiply, put back in order and widen for the sum; on a GPU both products are stored. The CPU's figure is
+compared with what the passes allocate in `tests/test_planner.py`; the GPU's with a step of 64 canvases of the 26B shape on an
+H200: 1.5 GB, where 1.4 were taken.
+"""
+
+import torch
+
+from contract.manifest import BuildConfig
+from contract.model_config import SOFT_TOKEN_BUDGETS, LayerType, ModelConfig
+
+LOGITS_COPIES = 6
+"""float32 tensors of the size of a head chunk's logits that are alive at once in a step of `CanvasLoop`: raw, processed, noise,
+temporaries (filters have two and a half)."""
+
+
+def item_bytes(dtype: str) -> int:
+    """Of PyTorch's dtype of this name."""
+    return getattr(torch, dtype).itemsize
+
+
+def token_bytes(model: ModelConfig, kind: LayerType, dtype: str) -> int:
+    """Keys and values of a token in all layers of a type."""
+    attention = model.attention[kind]
+    return model.layer_types.count(kind) * 2 * attention.num_kv_heads * attention.head_dim * item_bytes(dtype)
+
+
+def denoise_bytes(model: ModelConfig, build: BuildConfig, rows: int, device_type: str) -> int:
+    """Of a denoising pass over so many canvas positions."""
+    return rows * _row_bytes(model, build, device_type)
+
+
+def encode_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
+    """Of the largest encode pass. Its last layer ends with keys and values: they come when no other layer's MLP is there."""
+    last = model.layer_types[-1]
+    new_kv = sum(token_bytes(model, kind, build.dtype) for kind in model.attention)
+    new_kv -= token_bytes(model, last, build.dtype) // model.layer_types.count(last)
+    return build.max_encode_tokens * (_row_bytes(model, build, device_type) + new_kv)
+
+
+def vision_bytes(model: ModelConfig, build: BuildConfig) -> int:
+    """Of the largest image: a layer's tensors; its heads are filled up to a power of two for the attention kernels."""
+    if model.vision is None:
+        return 0
+    vision = model.vision
+    patches = min(SOFT_TOKEN_BUDGETS[-1], build.max_encode_tokens) * vision.pooling_kernel_size**2
+    heads = vision.num_attention_heads * (1 << (vision.head_dim - 1).bit_length())
+    return patches * (8 * vision.hidden_size + 3 * vision.intermediate_size + 5 * heads) * item_bytes(build.dtype)
+
+
+def sampler_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int) -> int:
+    """Of the largest head chunk of `CanvasLoop` and what is sampled from it; at most `most_bytes`, unless a row is more."""
+    row_bytes = 4 * model.vocab_size * LOGITS_COPIES
+    return max(row_bytes, min(most_bytes, build.max_head_rows * row_bytes))
+
+
+def captured_head_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int) -> int:
+    """Of the largest head chunk of `CapturedLoop`, which keeps the logits and nothing else of their size."""
+    row_bytes = item_bytes(build.dtype) * model.vocab_size
+    return max(row_bytes, min(most_bytes, build.max_head_rows * row_bytes))
+
+
+def _row_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
+    item, routed = item_bytes(build.dtype), model.top_k_experts
+    hidden, width = model.hidden_size, model.moe_intermediate_size
+    dense = 2 * model.intermediate_size * item
+    if device_type == "cpu" and build.dtype == "float32":
+        # The dense MLP's result is there, its inner tensors are not; an index and a weight for each routed row.
+        mlp = max(dense, hidden * item + routed * (hidden * item + 12))
+    elif device_type == "cpu":
+        mlp = dense + routed * (3 * hidden * item + hidden * 4)
+    else:
+        mlp = dense + routed * (hidden + width) * item
+    attention = max(
+        (3 * model.num_attention_heads + 4 * each.num_kv_heads) * each.head_dim * item for each in model.attention.values()
+    )
+    return 5 * hidden * item + max(mlp, attention)

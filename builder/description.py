@@ -1,0 +1,92 @@
+"""What an engine is, apart from its programs: the weights it binds, made of a checkpoint's configuration and tensors."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from builder.stored_weights import check_fp8_layout
+from builder.targets import current_gpu, versions
+from builder.weights import VISION_PREFIXES, all_weights, binding_shapes, bindings, weight_dtype
+from contract.checkpoint import Checkpoint
+from contract.cpu import this_cpu
+from contract.manifest import FORMAT_VERSION, BuildConfig, Manifest, Weight
+from contract.manifest import Checkpoint as CheckpointRecord
+from contract.model_config import ModelConfig
+from plugins import PLUGIN_ABI
+
+
+def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
+    """What the checkpoint's tensors make of its configuration, without a vision tower where there are none for it, and their
+    shapes.
+
+    Raises:
+        CheckpointError, BuildError: tensors that are missing, unexpected, or not of the shape or layout that they should have.
+    """
+    if model.vision and not any(name.startswith(VISION_PREFIXES) for name in tensors.names()):
+        model = model.model_copy(update={"vision": None})
+    shapes = all_weights(model)
+    if model.experts_dtype:
+        check_fp8_layout(tensors, shapes)
+    tensors.check(shapes, ignored_prefixes=() if model.vision else VISION_PREFIXES)
+    return model, shapes
+
+
+class ConfigAlone:
+    """What `describe` asks of a checkpoint, where there is a config.json and no tensors yet: dtypes as the config has them."""
+
+    def __init__(self, model: ModelConfig):
+        self._model = model
+
+    def dtype(self, name: str) -> str:
+        return weight_dtype(name, self._model, self._model.dtype)
+
+    def fingerprint(self) -> dict:
+        return {}
+
+
+def describe(
+    model: ModelConfig,
+    build: BuildConfig,
+    tensors: Checkpoint | ConfigAlone,
+    shapes: dict[str, tuple[int, ...]],
+    checkpoint: Path,
+    engine: Path,
+) -> Manifest:
+    """Everything about the engine but its programs. `shapes`: of the checkpoint's tensors that the programs read."""
+    bound_shapes = binding_shapes(shapes)
+    dtypes = {binding: weight_dtype(binding, model, build.dtype) for binding in bound_shapes}
+    weights = {
+        binding: Weight(
+            tensors=names,
+            shape=bound_shapes[binding],
+            dtype=dtypes[binding],
+            transform="none" if all(tensors.dtype(name) == dtypes[binding] for name in names) else "cast",
+        )
+        for binding, names in bindings(shapes).items()
+    }
+    path = os.path.relpath(checkpoint.resolve(), engine.resolve())
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        plugin_abi=PLUGIN_ABI,
+        build=build,
+        gpu=current_gpu() if build.device == "cuda" else None,
+        model=model,
+        programs={},
+        weights=weights,
+        checkpoint=CheckpointRecord(path=path, files=tensors.fingerprint()),
+        tools={"python": platform.python_version(), "torch": torch.__version__, "cpu": this_cpu()} | versions(build.target),
+        source_digest=_source_digest(),
+    )
+
+
+def _source_digest() -> str:
+    """A digest of the code that shapes an engine, so that a changed builder rebuilds."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    sources = (path for folder in ("builder", "contract", "plugins") for path in (root / folder).rglob("*"))
+    for path in sorted(path for path in sources if path.suffix in (".py", ".cpp", ".h")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Triton-language kernels of the experts whose weights are FP8 (e4m3): rows made ready, and the two grouped products.
+
+See `plugins.moe.kernel` for the shape legend and the other stages, which are the same. R rows of C columns are hidden [N, D] or
+activated [N * k, F].
+
+| kernel | inputs | scalars | outputs | a program computes |
+|---|---|---|---|---|
+| scale_rows | rows [R, C] | | scaled_rows [R, C], row_scale [R] | one row |
+| gate_up_fp8 | hidden as scaled_rows, row_scale [N], gate_up_proj, weight_scale [E, 2 F], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, TILE_WIDTH columns |
+| down_fp8 | activated as scaled_rows, row_scale [N * k], down_proj, weight_scale [E, D], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, TILE_WIDTH columns |
+
+A weight is its FP8 number times the scale of its output channel, a row's element its number in scaled_rows times the row's scale;
+products of the numbers are summed in float32, and the sum is multiplied by both scales at the end.
+
+Rows that are not to lose precision are multiplied in float16, whose scale is a power of two: Hopper turns e4m3 into float16 with
+one instruction for two numbers, into bfloat16 with four, two of them at a quarter of the rate, which reading the weights would
+wait for. Of bfloat16 rows nothing is lost but what is 2^-32 of the row's largest element or less.
+"""  # noqa: E501
+
+# ruff: noqa: N803 - constants are in capitals
+
+import triton
+import triton.language as tl
+
+from plugins.moe.product_kernel import down_tile, gate_up_tile
+
+
+@triton.jit
+def scale_rows_kernel(rows, scaled_rows, row_scale, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """scaled_rows * row_scale = rows: the largest element of a row becomes 448 in e4m3, and 2^14 to 2^15 in other dtypes.
+
+    To e4m3 elements are rounded to the nearest. For other dtypes the scale is a power of two. A row of zeros, whose largest
+    element counts as 2^-100, gets a scale that is a normal number, too.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < COLUMNS
+    values = tl.load(rows + row * COLUMNS + columns, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(values), axis=0), 2.0**-100)
+    if scaled_rows.dtype.element_ty == tl.float8e4nv:
+        scale = tl.div_rn(largest, 448.0)
+    else:
+        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = power * 2.0**-14
+    tl.store(scaled_rows + row * COLUMNS + columns, tl.div_rn(values, scale).to(scaled_rows.dtype.element_ty), mask=inside)
+    tl.store(row_scale + row, scale)
+
+
+@triton.jit(do_not_specialize=("num_routed",))
+def gate_up_fp8_kernel(
+    hidden,
+    row_scale,
+    gate_up_proj,
+    weight_scale,
+    row_order,
+    tile_expert,
+    num_routed,
+    activated,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+):
+    """As `gate_up_kernel`."""
+    gate_up_tile(
+        hidden,
+        gate_up_proj,
+        row_order,
+        tile_expert,
+        num_routed,
+        activated,
+        weight_scale,
+        row_scale,
+        NUM_EXPERTS,
+        HIDDEN,
+        WIDTH,
+        TOP_K,
+        TILE_ROWS,
+        TILE_WIDTH,
+        TILE_DEPTH,
+        WEIGHTS_FIRST,
+    )
+
+
+@triton.jit(do_not_specialize=("num_routed",))
+def down_fp8_kernel(
+    activated,
+    row_scale,
+    down_proj,
+    weight_scale,
+    top_k_weights,
+    row_order,
+    tile_expert,
+    num_routed,
+    weighted,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+):
+    """As `down_kernel`."""
+    down_tile(
+        activated,
+        down_proj,
+        top_k_weights,
+        row_order,
+        tile_expert,
+        num_routed,
+        weighted,
+        weight_scale,
+        row_scale,
+        NUM_EXPERTS,
+        HIDDEN,
+        WIDTH,
+        TILE_ROWS,
+        TILE_WIDTH,
+        TILE_DEPTH,
+        WEIGHTS_FIRST,
+    )

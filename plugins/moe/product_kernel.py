@@ -1,0 +1,151 @@
+"""The grouped products of the mixture of experts, as the kernels of every kind of weight share them.
+
+`plugins.moe.kernel` has the shape legend and launches them on weights of the rows' dtype, `plugins.moe.fp8_kernel` on FP8 ones.
+"""
+
+# ruff: noqa: N803 - constants are in capitals
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gate_up_tile(
+    hidden,
+    gate_up_proj,
+    row_order,
+    tile_expert,
+    num_routed,
+    activated,
+    weight_scale,
+    row_scale,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+):
+    """One program of `gate_up_kernel`; weight_scale [E, 2 F] and row_scale [N] are None, or what the products are times.
+
+    Columns are the grid's fast axis: the programs that run together read one stretch of weights, and share the rows of a tile.
+    WEIGHTS_FIRST: the product is computed transposed, where a tile has fewer rows than the tensor cores' tallest instruction.
+    """
+    tile = tl.program_id(1)
+    expert = tl.load(tile_expert + tile)
+    if (expert < 0) | (expert >= NUM_EXPERTS):
+        return
+    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
+    taken = (routed >= 0) & (routed < num_routed)  # about half of the slots at few rows; the others must not cost reads
+    columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
+    read_columns = columns if WIDTH % TILE_WIDTH == 0 else tl.minimum(columns, WIDTH - 1)
+    depth = tl.arange(0, TILE_DEPTH)
+    rows_at = hidden + (routed // TOP_K)[:, None].to(tl.int64) * HIDDEN + depth[None, :]
+    gate_at = gate_up_proj + expert.to(tl.int64) * (2 * WIDTH * HIDDEN) + read_columns[:, None] * HIDDEN + depth[None, :]
+    up_at = gate_at + WIDTH * HIDDEN
+    gate = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    up = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    for start in range(0, HIDDEN, TILE_DEPTH):
+        if HIDDEN % TILE_DEPTH == 0:
+            x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
+            gate_weight, up_weight = tl.load(gate_at + start), tl.load(up_at + start)
+        else:
+            inside = start + depth < HIDDEN
+            x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
+            gate_weight = tl.load(gate_at + start, mask=inside[None, :], other=0.0)
+            up_weight = tl.load(up_at + start, mask=inside[None, :], other=0.0)
+        gate = add_product(gate, gate_weight, x, WEIGHTS_FIRST)
+        up = add_product(up, up_weight, x, WEIGHTS_FIRST)
+    if weight_scale is not None:
+        scale_at = weight_scale + expert.to(tl.int64) * (2 * WIDTH) + read_columns
+        of_rows = tl.load(row_scale + routed // TOP_K, mask=taken, other=0.0)
+        gate = scaled(gate, tl.load(scale_at), of_rows, WEIGHTS_FIRST)
+        up = scaled(up, tl.load(scale_at + WIDTH), of_rows, WEIGHTS_FIRST)
+    # gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
+    result = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    if WEIGHTS_FIRST:
+        result = result.T
+    stored = taken[:, None] & (columns < WIDTH)[None, :]
+    activated_at = activated + routed[:, None].to(tl.int64) * WIDTH + columns[None, :]
+    tl.store(activated_at, result.to(activated.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def down_tile(
+    activated,
+    down_proj,
+    top_k_weights,
+    row_order,
+    tile_expert,
+    num_routed,
+    weighted,
+    weight_scale,
+    row_scale,
+    NUM_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+):
+    """One program of `down_kernel`; weight_scale [E, D] and row_scale [N * k] are None, or what the product is times."""
+    tile = tl.program_id(1)
+    expert = tl.load(tile_expert + tile)
+    if (expert < 0) | (expert >= NUM_EXPERTS):
+        return
+    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
+    taken = (routed >= 0) & (routed < num_routed)
+    columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
+    read_columns = columns if HIDDEN % TILE_WIDTH == 0 else tl.minimum(columns, HIDDEN - 1)
+    depth = tl.arange(0, TILE_DEPTH)
+    rows_at = activated + routed[:, None].to(tl.int64) * WIDTH + depth[None, :]
+    down_at = down_proj + expert.to(tl.int64) * (HIDDEN * WIDTH) + read_columns[:, None] * WIDTH + depth[None, :]
+    result = tl.zeros((TILE_WIDTH, TILE_ROWS) if WEIGHTS_FIRST else (TILE_ROWS, TILE_WIDTH), dtype=tl.float32)
+    for start in range(0, WIDTH, TILE_DEPTH):
+        if WIDTH % TILE_DEPTH == 0:
+            x = tl.load(rows_at + start, mask=taken[:, None], other=0.0)
+            weight = tl.load(down_at + start)
+        else:
+            inside = start + depth < WIDTH
+            x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
+            weight = tl.load(down_at + start, mask=inside[None, :], other=0.0)
+        result = add_product(result, weight, x, WEIGHTS_FIRST)
+    if weight_scale is not None:
+        of_columns = tl.load(weight_scale + expert.to(tl.int64) * HIDDEN + read_columns)
+        result = scaled(result, of_columns, tl.load(row_scale + routed, mask=taken, other=0.0), WEIGHTS_FIRST)
+    if WEIGHTS_FIRST:
+        result = result.T
+    result *= tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)[:, None]
+    stored = taken[:, None] & (columns < HIDDEN)[None, :]
+    weighted_at = weighted + routed[:, None].to(tl.int64) * HIDDEN + columns[None, :]
+    tl.store(weighted_at, result.to(weighted.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def add_product(total, weight, x, WEIGHTS_FIRST: tl.constexpr):
+    """total + x weight^T, or its transpose: x [TILE_ROWS, TILE_DEPTH], weight [TILE_WIDTH, TILE_DEPTH].
+
+    A weight of another dtype than x is converted to it in registers. Tensor cores add products of two FP8 factors with fewer
+    bits than float32 has, so that there each depth's sum is added to the total by itself.
+    """
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    imprecise: tl.constexpr = x.shape[1] if x.dtype == tl.float8e4nv else 0
+    if WEIGHTS_FIRST:
+        total = tl.dot(weight, x.T, total, input_precision="ieee", max_num_imprecise_acc=imprecise)
+    else:
+        total = tl.dot(x, weight.T, total, input_precision="ieee", max_num_imprecise_acc=imprecise)
+    return total
+
+
+@triton.jit
+def scaled(product, of_columns, of_rows, WEIGHTS_FIRST: tl.constexpr):
+    """The product of quantised factors times the scales of both."""
+    if WEIGHTS_FIRST:
+        product = product * of_columns[:, None] * of_rows[None, :]
+    else:
+        product = product * of_columns[None, :] * of_rows[:, None]
+    return product

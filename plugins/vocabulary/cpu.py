@@ -1,0 +1,22 @@
+"""The sampler's operators in C++, float32 on the CPU; see `plugins.cpu`. Arguments are those of the package's docstring.
+
+`vocabulary_cpu` writes exp(processed logits - their maximum) over the logits and returns their sum beside argmax, sampled token
+and entropy: divided by it they are the probabilities that the next step's soft embeddings are made of. cap: 0 for none.
+"""
+
+import torch
+
+from plugins.library import LIBRARY
+
+LIBRARY.define(
+    "vocabulary_cpu(Tensor(a!) logits, float cap, Tensor temperature, Tensor greedy, Tensor seeds, Tensor canvas_indices, "
+    "Tensor steps, Tensor positions) -> (Tensor argmax, Tensor sampled, Tensor entropy, Tensor total)"
+)
+LIBRARY.define(
+    "advance_cpu(Tensor entropy, Tensor argmax, Tensor sampled, Tensor bound, Tensor confidence_threshold, "
+    "Tensor previous_argmax, Tensor stable_steps, Tensor stability_threshold, Tensor seeds, Tensor canvas_indices, "
+    "Tensor steps, int vocab_size) -> (Tensor canvas, Tensor new_stable_steps, Tensor converged)"
+)
+
+vocabulary_cpu = torch.ops.diffusiongemma.vocabulary_cpu.default
+advance_cpu = torch.ops.diffusiongemma.advance_cpu.default

@@ -1,0 +1,174 @@
+"""The images of a request, however they are given, and the threads and the memory that loading them takes."""
+
+import base64
+import io
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_checkpoints import TINY
+from waiting import wait_until
+
+from backend.errors import RequestError
+from backend.images.limits import ImageLimits
+from backend.images.loading import ImageLoader
+from backend.images.pool import ImagePool
+from backend.images.preprocess import preprocess
+from builder.config import read_model_config
+
+VISION = read_model_config(TINY).vision
+LOADER = ImageLoader(limits=ImageLimits(), vision=VISION, max_soft_tokens=70)
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+
+
+def png() -> bytes:
+    written = io.BytesIO()
+    PICTURE.save(written, "PNG")
+    return written.getvalue()
+
+
+PNG = png()
+BASE64 = base64.b64encode(PNG).decode()
+
+
+def in_a_file(tmp_path: Path) -> Path:
+    (tmp_path / "picture.png").write_bytes(PNG)
+    return tmp_path / "picture.png"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda _: BASE64,
+        lambda _: f"data:image/png;base64,{BASE64}",
+        lambda _: PNG,
+        in_a_file,
+        lambda _: PICTURE,
+        lambda _: PICTURE.convert("RGBA"),
+    ],
+    ids=["base64", "data URL", "bytes", "path", "picture", "picture of another mode"],
+)
+def test_every_form_gives_the_same_patches(given, tmp_path):
+    expected = preprocess(PICTURE, 70, VISION)
+    [loaded] = LOADER.load([given(tmp_path)])
+    assert loaded.digest == expected.digest
+    np.testing.assert_array_equal(loaded.patches, expected.patches)
+
+
+def test_the_checkpoint_says_how_many_soft_tokens_unless_the_operator_does():
+    vision = VISION.model_copy(update={"soft_tokens_per_image": 140})
+    for own, budget in ((None, 140), (70, 70), (280, 280)):
+        [loaded] = replace(LOADER, vision=vision, max_soft_tokens=own).load([PNG])
+        assert loaded.digest == preprocess(PICTURE, budget, vision).digest
+
+
+@pytest.mark.parametrize(
+    ("loader", "sources", "words"),
+    [
+        (LOADER, [PNG] * 8, "images: got 8, expected at most 7 in a request"),
+        (replace(LOADER, limits=ImageLimits(max_images=1)), [PNG] * 2, "images: got 2, expected at most 1 in a request"),
+        (replace(LOADER, vision=None), [PNG], "images: got 1, but this engine reads text alone; remove them"),
+    ],
+)
+def test_what_is_refused_before_any_image_is_looked_at(loader, sources, words):
+    for call in (loader.check, loader.load):
+        with pytest.raises(RequestError) as caught:
+            call(sources)
+        assert (caught.value.code, str(caught.value)) == ("INVALID_ARGUMENT", words)
+
+
+def test_the_bad_one_of_several_images_is_named():
+    with pytest.raises(RequestError, match=r"^image\[1\]: got 3 bytes that are no image"):
+        LOADER.load([PNG, b"bad", b"worse"])
+
+
+def test_urls_are_the_operators_to_allow():
+    for url in ("http://example.com/a.png", "HTTPS://example.com/a.png", "file:///etc/passwd"):
+        with pytest.raises(RequestError, match=r"^image\[0\]: got a URL, but this server fetches none"):
+            LOADER.load([url])
+
+
+def test_a_number_of_soft_tokens_that_there_is_not():
+    with pytest.raises(ValueError, match="soft tokens of an image: got 71, expected one of 70, 140, 280, 560, 1120"):
+        replace(LOADER, max_soft_tokens=71)
+
+
+class HeldLoader(ImageLoader):
+    """Loads when it may."""
+
+    gate = None
+
+    def load(self, sources):
+        assert self.gate.wait(30)
+        return super().load(sources)
+
+
+@pytest.fixture
+def gate(monkeypatch) -> threading.Event:
+    event = threading.Event()
+    monkeypatch.setattr(HeldLoader, "gate", event)
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def held(gate):
+    """A pool of one thread that begins when `gate` is set, for two images as they are sent."""
+    pool = ImagePool(HeldLoader(limits=ImageLimits(), vision=VISION, max_soft_tokens=70), max_bytes=2 * len(PNG), num_threads=1)
+    yield pool
+    gate.set()
+    pool.close()
+
+
+def test_images_are_loaded_in_the_background(held, gate):
+    arrived = []
+    held.submit("a", [PNG], arrived.append)
+    assert arrived == []
+    gate.set()
+    wait_until(lambda: arrived)
+    assert [image.digest for image in arrived[0]] == [preprocess(PICTURE, 70, VISION).digest]
+
+
+def test_what_is_wrong_with_an_image_comes_the_same_way(held, gate):
+    arrived = []
+    held.submit("a", [b"bad"], arrived.append)
+    gate.set()
+    wait_until(lambda: arrived)
+    assert isinstance(arrived[0], RequestError) and "no image" in str(arrived[0])
+    with pytest.raises(RequestError, match="at most 7"):
+        held.submit("b", [PNG] * 8, arrived.append)
+
+
+def test_memory_is_bounded_until_requests_end(held, gate):
+    arrived = []
+    held.submit("a", [PNG], arrived.append)
+    held.submit("b", [PNG], arrived.append)
+    with pytest.raises(RequestError) as caught:
+        held.submit("c", [PNG], arrived.append)
+    size = len(PNG)
+    assert caught.value.code == "UNAVAILABLE"
+    assert (
+        str(caught.value)
+        == f"images: got {size} bytes beside {2 * size} of other requests, at most {2 * size} in all; try again later"
+    )
+    held.release("b")
+    held.submit("c", [PNG], arrived.append)
+    gate.set()
+    wait_until(lambda: len(arrived) == 2)  # a and c: what was released before its turn is not loaded
+    with pytest.raises(RequestError, match="beside"):  # patches count too, and these are larger than their files
+        held.submit("d", [PNG], arrived.append)
+    for owner in ("a", "c", "never there"):
+        held.release(owner)
+    held.submit("d", [PNG], arrived.append)
+    wait_until(lambda: len(arrived) == 3)
+
+
+def test_an_unexpected_failure_says_nothing_of_itself(held, gate, monkeypatch):
+    monkeypatch.setattr(HeldLoader, "load", lambda *_: {}["/a/path"])
+    arrived = []
+    held.submit("a", [PNG], arrived.append)
+    wait_until(lambda: arrived)
+    assert (arrived[0].code, str(arrived[0])) == ("INTERNAL", "internal error (see the server's log)")

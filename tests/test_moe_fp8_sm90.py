@@ -1,0 +1,60 @@
+"""The kernels of FP8 experts compile for Hopper at the real model's shapes, on a machine without a GPU.
+
+Run with `-s` to see registers, shared memory and instructions of each.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+
+from hopper import HOPPER, check_compiles
+
+from plugins.moe import fp8_launch, launch
+from plugins.triton_launch import Launch
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
+STAGES = ("scale_rows", "gate_up", "scale_activated", "down")
+
+
+def launches(rows: int, fp8_rows: bool) -> dict[str, Launch]:
+    """The stages on meta tensors, each kernel's outputs the next one's inputs."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    dtype, rows_in = torch.bfloat16, fp8_launch.row_dtype(torch.bfloat16, fp8_rows)
+    tile = fp8_launch.choose_tile(rows, TOP_K, EXPERTS, dtype, fp8_rows)
+    align = launch.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows)
+    scale_rows = fp8_launch.scale_rows(tensor(rows, HIDDEN, dtype=dtype), rows_in)
+    scale = tensor(EXPERTS, 2 * WIDTH, dtype=torch.float32)
+    gate_up_proj, down_proj = tensor(EXPERTS, 2 * WIDTH, HIDDEN), tensor(EXPERTS, HIDDEN, WIDTH)
+    gate_up = fp8_launch.gate_up(*scale_rows.outputs, gate_up_proj, scale, *align.outputs, TOP_K, tile, dtype)
+    scale_activated = fp8_launch.scale_rows(*gate_up.outputs, rows_in)
+    scale, top_k_weights = tensor(EXPERTS, HIDDEN, dtype=torch.float32), tensor(rows, TOP_K, dtype=torch.float32)
+    down_tile = fp8_launch.choose_down_tile(tile)
+    rows_read = (*scale_activated.outputs, down_proj, scale, top_k_weights)
+    down = fp8_launch.down(*rows_read, *align.outputs, down_tile, dtype)
+    assert down.outputs[0].shape == (rows * TOP_K, HIDDEN)
+    return dict(zip(STAGES, (scale_rows, gate_up, scale_activated, down), strict=True))
+
+
+@pytest.mark.parametrize("fp8_rows", [False, True], ids=["full rows", "FP8 rows"])
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [*((256, stage) for stage in STAGES), *((rows, stage) for rows in (1024, 16384) for stage in ("gate_up", "down"))],
+)
+def test_compiles(rows, fp8_rows, name, tmp_path):
+    described = launches(rows, fp8_rows)[name]
+    instructions = check_compiles(described, tmp_path, f"{rows} rows, {'FP8' if fp8_rows else 'full'} rows")
+    if name not in ("gate_up", "down"):
+        return
+    ptx = described.compile(HOPPER).asm["ptx"]
+    assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
+    # FP8 matrix instructions, or float16 ones whose FP8 weights are converted two at a time.
+    factors = "f32.e4m3.e4m3" if fp8_rows else "f32.f16.f16"
+    # wgmma takes 64 rows of its first factor; 32 rows that stand there go through the instructions of a warp.
+    tall = described.constants["WEIGHTS_FIRST"] or described.constants["TILE_ROWS"] >= 64
+    assert ptx.count(factors) == instructions["wgmma.mma_async" if tall else "mma.sync"] > 0
+    assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (not fp8_rows)
+    assert "cvt.bf16.f16" not in ptx
