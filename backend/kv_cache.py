@@ -8,6 +8,8 @@ token. Sliding layers keep the last window - 1 tokens, which is all that any lat
 window go back at once.
 """
 
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,6 +18,15 @@ from backend.page_pool import PagePool
 from backend.planner import pages_needed
 from backend.prefix_cache import ImageSpan, usable_pages
 from contract.model_config import LayerType, ModelConfig
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the CPU, zeros that take no memory before they are written: a host may have less than all pages would take."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes).view(dtype).view(shape)
 
 
 class PagedKVCache:
@@ -39,14 +50,10 @@ class PagedKVCache:
         self.page_size = page_size
         self.length = [0] * max_sequences
         self.pages = [
-            torch.zeros(
-                num_pages[kind],
-                page_size,
-                2,
-                model.attention[kind].num_kv_heads,
-                model.attention[kind].head_dim,
-                dtype=dtype,
-                device=device,
+            zeros(
+                (num_pages[kind], page_size, 2, model.attention[kind].num_kv_heads, model.attention[kind].head_dim),
+                dtype,
+                device,
             )
             for kind in model.layer_types
         ]

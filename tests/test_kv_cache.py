@@ -1,15 +1,17 @@
 """Pages: what is kept, what is freed, what is promised."""
 
+import mmap
 import random
 import zlib
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_checkpoints import random_checkpoint
 
-from backend.kv_cache import PagedKVCache
+from backend.kv_cache import PagedKVCache, zeros
 from backend.prefix_cache import extend_page_keys
 from builder.config import read_model_config
 
@@ -217,3 +219,17 @@ def check_contents(cache: PagedKVCache, model, slot: int, told: Told) -> None:
         for position in range(max(0, total - window + 1) if window else 0, total):
             page = tables[kind][0, position // PAGE]
             assert cache.pages[layer][page, position % PAGE, 0, 0, 0] == value_of(told.tokens, position)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_take_memory_when_they_are_written(dtype):
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident_bytes()
+    pages = zeros((1024, 32, 2, 8, 256), dtype, torch.device("cpu"))
+    assert (pages.shape, pages.dtype, pages.is_contiguous()) == ((1024, 32, 2, 8, 256), dtype, True)
+    assert resident_bytes() - before < pages.nbytes / 100
+    pages[:512] = 1
+    assert resident_bytes() - before > pages.nbytes / 3
+    assert pages[512:].count_nonzero() == 0
