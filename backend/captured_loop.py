@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from backend import sampler
 from backend.canvas_loop import CanvasLoop
@@ -120,9 +121,11 @@ class CapturedLoop(CanvasLoop):
         results, row = self._results[slot]
         return int(results.steps[row])
 
-    def prepare_all(self) -> None:
-        """Captures every bucket now, which the first step of its size would do otherwise."""
-        for size in self._buckets:
+    def prepare(self, max_sequences: int) -> None:
+        """See `CanvasLoop.prepare`: captures every bucket that such a step can take. The largest goes first: the others find
+        room in its memory."""
+        last = next(index for index, bucket in enumerate(self._buckets) if bucket >= max_sequences)
+        for size in tqdm(self._buckets[last::-1], desc="capturing steps", disable=None):
             if size not in self._steps:
                 self._prepare(size)
 

@@ -47,15 +47,18 @@ class Engine:
             dtype=session.dtype,
             device=session.device,
         )
+        max_pass_rows = pass_rows(session.manifest, limits, session.device.type)
+        loop = _canvas_loop(session, cache, limits)
         self.scheduler = Scheduler(
             session,
             cache,
-            _canvas_loop(session, cache, limits),
+            loop,
             tokenizer,
             prefix_cache=limits.prefix_cache,
             commit_last=limits.commit_last,
-            max_pass_rows=pass_rows(session.manifest, limits, session.device.type),
+            max_pass_rows=max_pass_rows,
         )
+        loop.prepare(max_pass_rows // model.canvas_length)
 
     @classmethod
     def load(cls, engine_dir: Path, limits: EngineLimits, checkpoint_dir: Path | None = None) -> "Engine":

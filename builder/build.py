@@ -168,7 +168,7 @@ def write_manifest(checkpoint: Path, engine: Path, *, report: Report = lambda li
 
 def compile_programs(model: ModelConfig, build: BuildConfig, directory: Path, report: Report) -> dict[str, Program]:
     """Traces and compiles every program with its variants into `directory`: for a GPU all at once, each in its own process."""
-    wanted = {each.name: minimums(each, model, build) for each in signatures(model, build)}
+    wanted = {each.name: minimums(each, build) for each in signatures(model, build)}
     tasks = [(model, build, name, minimum, directory) for name, least in wanted.items() for minimum in least]
     done: dict[tuple[str, int], Program] = {}
     at_once = min(len(tasks), os.cpu_count() or 1) if build.device == "cuda" else 1

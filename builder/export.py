@@ -25,7 +25,7 @@ from builder.weights import (
 )
 from contract.manifest import Binding, BuildConfig, Device
 from contract.model_config import SOFT_TOKEN_BUDGETS, ModelConfig
-from plugins.moe.op import PLAIN_DECOMPOSITIONS
+from plugins import PLAIN_DECOMPOSITIONS
 
 # Names of sizes that vary → a value to trace with, above their minimum; they differ from each other and from 0 and 1, which are
 # special.
@@ -165,28 +165,27 @@ def size_limits(config: ModelConfig, build: BuildConfig) -> dict[str, tuple[int,
     }
 
 
-def minimums(signature: Signature, config: ModelConfig, build: BuildConfig) -> tuple[int, ...]:
+def minimums(signature: Signature, build: BuildConfig) -> tuple[int, ...]:
     """From which sizes on a program is compiled once more, ascending; the first is 1.
 
-    A kernel's tile depends on the number of rows and is chosen when it is compiled: a program for a GPU, where few rows are
-    bound by memory and many by arithmetic, is compiled for few, some and many. float32 has one tile.
+    A kernel's tile depends on the number of rows and is chosen when it is compiled: encode for a GPU, where few rows are
+    bound by memory and many by arithmetic, is compiled for few, some and many. float32 has one tile. Of denoise, the
+    kernels of the experts are chosen when it is captured.
     """
-    if build.device == "cpu" or build.dtype == "float32" or signature.name in ("head", "vision"):
+    if build.device == "cpu" or build.dtype == "float32" or signature.name != "encode":
         return (1,)
-    unit, most = (config.canvas_length, build.max_sequences) if signature.name == "denoise" else (1, build.max_encode_tokens)
-    sizes = dict.fromkeys(max(1, rows // unit) for rows in _MORE_ROWS)
-    return (1, *(size for size in sizes if 1 < size < most))
+    return (1, *(rows for rows in _MORE_ROWS if rows < build.max_encode_tokens))
 
 
 def export_program(signature: Signature, config: ModelConfig, build: BuildConfig, minimum: int = 1) -> TracedProgram:
     """Traces one program for the device of `build`, with every varying size symbolic, within its limits.
 
-    minimum: the least tokens of encode, the least sequences of denoise.
+    minimum: the least tokens of encode.
 
     The device need not be here; but what was traced for one that is not cannot be compiled.
     """
     limits = size_limits(config, build)
-    least = {"encode": {"tokens": minimum}, "denoise": {"sequences": minimum}}.get(signature.name, {})
+    least = {"tokens": minimum} if signature.name == "encode" else {}
     dims = {
         name: Dim(name.replace(".", "_"), min=least.get(name, smallest), max=most) for name, (smallest, most) in limits.items()
     }

@@ -15,13 +15,26 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import linear
 
 from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix, layer_scalar
 from contract.model_config import LayerType, ModelConfig
-from plugins import attention_op, moe_op
+from plugins import attention_op, feed_forward_op, heads_op
+from plugins.feed_forward.reference import gated_mlp
+from plugins.rms_norm import rms_norm
 
 Tensors = Mapping[str, Tensor]
+
+_FEED_FORWARD_NORMS = (
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "pre_feedforward_layernorm_2",
+    "post_feedforward_layernorm_1",
+    "post_feedforward_layernorm_2",
+    "post_feedforward_layernorm",
+)
+_EXPERTS = ("gate_up_proj", "down_proj")
+_FP8_EXPERTS = ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
 
 
 class Encode(nn.Module):
@@ -59,14 +72,14 @@ class Denoise(nn.Module):
         within = torch.arange(length, dtype=torch.int32, device=canvas_ids.device)
         positions = (inputs["prefix_lengths"].unsqueeze(1) + within).flatten()
         starts = torch.arange(batch + 1, dtype=torch.int32, device=canvas_ids.device) * length
-        hidden, _ = self.stack(hidden, positions, starts, torch.full_like(positions, -1), inputs, weights)
-        hidden = rms_norm(hidden, weights[FINAL_NORM], self.eps)
-        return hidden.view(batch, length, -1)
+        normed, _ = self.stack(hidden, positions, starts, torch.full_like(positions, -1), inputs, weights)
+        return normed.view(batch, length, -1)
 
     def _self_condition(self, hidden: Tensor, soft_embeds: Tensor, weights: Tensors) -> Tensor:
         """Adds the gated MLP of the previous step's soft embeddings; zeros in, zeros added."""
         normed = rms_norm(soft_embeds, weights[f"{SELF_CONDITIONING}.pre_norm.weight"], self.eps)
-        return rms_norm(hidden + _gated_mlp(normed, SELF_CONDITIONING, weights), None, self.eps)
+        made = gated_mlp(normed, *(weights[f"{SELF_CONDITIONING}.{name}.weight"] for name in ("gate_up_proj", "down_proj")))
+        return rms_norm(hidden + made, None, self.eps)
 
 
 class Head(nn.Module):
@@ -94,21 +107,19 @@ class _Stack(nn.Module):
     def forward(
         self, hidden: Tensor, positions: Tensor, starts: Tensor, image_blocks: Tensor, inputs: Tensors, weights: Tensors
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the last layer's hidden states [T, D] and each layer's new keys and values [T, 2, K, head_dim]."""
+        """Returns final-normed hidden states [T, D], which an encode pass does without: there it is anything; and each layer's
+        new keys and values [T, 2, K, head_dim]."""
         rotations = {
             layer_type: rotation(positions, getattr(self, f"{layer_type}_frequencies"), hidden.dtype)
             for layer_type in self.config.attention
         }
-        new_kv = []
+        new_kv, input_norms = [], [f"{layer_prefix(layer)}.input_layernorm.weight" for layer in range(self.config.num_layers)]
+        normed = rms_norm(hidden, weights[input_norms[0]], self.config.rms_norm_eps)
         for layer, layer_type in enumerate(self.config.layer_types):
-            prefix, eps = layer_prefix(layer), self.config.rms_norm_eps
-
-            def normed(rows: Tensor, name: str, prefix: str = prefix) -> Tensor:
-                return rms_norm(rows, weights[f"{prefix}.{name}.weight"], self.config.rms_norm_eps)
-
-            # Attention.
-            query, kv = self._project(normed(hidden, "input_layernorm"), layer, layer_type, rotations[layer_type], weights)
+            query, kv = self._project(normed, layer, layer_type, rotations[layer_type], weights)
             new_kv.append(kv)
+            if len(new_kv) == self.config.num_layers and self.encoder:
+                break  # what follows, nobody reads
             attended = attention_op.paged_attention(
                 query,
                 kv,
@@ -120,26 +131,32 @@ class _Stack(nn.Module):
                 self.encoder,
                 self.config.attention[layer_type].window,
             )
-            attended = linear(attended.flatten(1), weights[f"{prefix}.self_attn.o_proj.weight"])
-            hidden = hidden + normed(attended, "post_attention_layernorm")
+            attended = linear(attended.flatten(1), weights[f"{layer_prefix(layer)}.self_attn.o_proj.weight"])
+            following = [*input_norms, FINAL_NORM][layer + 1]
+            hidden, normed = self._feed_forward(hidden, attended, layer, following, weights)
+        return normed, new_kv
 
-            # Dense MLP and experts side by side; the router reads the residual, not the experts' normed input.
-            dense = _gated_mlp(normed(hidden, "pre_feedforward_layernorm"), f"{prefix}.mlp", weights)
-            top_k_weights, top_k_index = route(hidden, f"{prefix}.router", self.config.top_k_experts, eps, weights)
-            routed = (normed(hidden, "pre_feedforward_layernorm_2"), top_k_index, top_k_weights)
-            sparse = self._experts(routed, f"{prefix}.experts", weights)
-            mixed = normed(dense, "post_feedforward_layernorm_1") + normed(sparse, "post_feedforward_layernorm_2")
-            hidden = hidden + normed(mixed, "post_feedforward_layernorm")
-            hidden = hidden * weights[layer_scalar(layer, encoder=self.encoder)]
-        return hidden, new_kv
+    def _feed_forward(
+        self, hidden: Tensor, attended: Tensor, layer: int, following: str, weights: Tensors
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output, and what the next norm, named `following`, makes of it."""
 
-    def _experts(self, routed: tuple[Tensor, Tensor, Tensor], prefix: str, weights: Tensors) -> Tensor:
-        if self.config.experts_dtype is None:
-            return moe_op.experts(*routed, weights[f"{prefix}.gate_up_proj"], weights[f"{prefix}.down_proj"])
-        quantized = (
-            weights[f"{prefix}.{name}"] for name in ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
+        def own(*names: str) -> list[Tensor]:
+            return [weights[f"{layer_prefix(layer)}.{name}"] for name in names]
+
+        norms = [*own(*(f"{name}.weight" for name in _FEED_FORWARD_NORMS)), weights[following]]
+        return feed_forward_op.feed_forward(
+            hidden,
+            attended,
+            norms,
+            weights[layer_scalar(layer, encoder=self.encoder)],
+            own("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
+            own("router.scale", "router.proj.weight", "router.per_expert_scale"),
+            own(*(f"experts.{name}" for name in (_FP8_EXPERTS if self.config.experts_dtype else _EXPERTS))),
+            self.config.top_k_experts,
+            self.config.rms_norm_eps,
+            self.fp8_rows,
         )
-        return moe_op.experts_fp8(*routed, *quantized, self.fp8_rows)
 
     def _project(
         self, rows: Tensor, layer: int, layer_type: LayerType, rotated_by: tuple[Tensor, Tensor], weights: Tensors
@@ -147,21 +164,10 @@ class _Stack(nn.Module):
         """Normed, rotated queries [T, H, head_dim] and keys with values [T, 2, K, head_dim]."""
         attention, eps, prefix = self.config.attention[layer_type], self.config.rms_norm_eps, f"{layer_prefix(layer)}.self_attn"
 
-        counts = [self.config.num_attention_heads] + [attention.num_kv_heads] * (1 + attention.has_v_proj)
-        heads = linear(rows, weights[f"{prefix}.qkv_proj.weight"]).unflatten(1, (-1, attention.head_dim))
-        query, key, *values = heads.split(counts, dim=1)
+        heads = linear(rows, weights[f"{prefix}.qkv_proj.weight"])
+        norms = (weights[f"{prefix}.{name}.weight"] for name in ("q_norm", "k_norm"))
         # Full-attention layers have no v_proj: the value is the key before its norm and rotation.
-        value = rms_norm(*(values or [key]), None, eps)
-        query = rotate(rms_norm(query, weights[f"{prefix}.q_norm.weight"], eps), *rotated_by)
-        key = rotate(rms_norm(key, weights[f"{prefix}.k_norm.weight"], eps), *rotated_by)
-        return query, torch.stack([key, value], dim=1)
-
-
-def rms_norm(rows: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, rounded to the dtype of `rows`."""
-    wide = rows.float()
-    normed = wide * ((wide * wide).mean(-1, keepdim=True) + eps).rsqrt()
-    return (normed if weight is None else normed * weight.float()).to(rows.dtype)
+        return heads_op.normed_heads(heads, *norms, *rotated_by, attention.num_kv_heads, attention.has_v_proj, eps)
 
 
 def rope_frequencies(attention) -> Tensor:
@@ -176,23 +182,3 @@ def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tupl
     angles = positions.float().unsqueeze(1) * frequencies
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + head_dim / 2): [T, heads, head_dim]."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def route(hidden: Tensor, prefix: str, top_k: int, eps: float, weights: Tensors) -> tuple[Tensor, Tensor]:
-    """top_k_weights [N, k] float32 and top_k_index [N, k] int64 for rows of the residual [N, D]."""
-    scaled = rms_norm(hidden, None, eps) * weights[f"{prefix}.scale"]
-    # The factor is not rounded to the engine's dtype; ONNX, where both factors have one dtype, would round it.
-    scaled = (scaled.float() * hidden.shape[-1] ** -0.5).to(hidden.dtype)
-    logits = linear(scaled, weights[f"{prefix}.proj.weight"])
-    return moe_op.choose_experts(logits, weights[f"{prefix}.per_expert_scale"], top_k)
-
-
-def _gated_mlp(rows: Tensor, prefix: str, weights: Tensors) -> Tensor:
-    gate, up = linear(rows, weights[f"{prefix}.gate_up_proj.weight"]).chunk(2, dim=-1)
-    return linear(gelu(gate, approximate="tanh") * up, weights[f"{prefix}.down_proj.weight"])

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad
 
-from builder.network import Tensors, rms_norm, rotate
+from builder.network import Tensors
 from builder.weights import CLIPPING, VISION_PROJECTION, VISION_TOWER, vision_layer_prefix
 from contract.model_config import ModelConfig, VisionConfig
 from plugins import attention_op
+from plugins.heads.reference import rotate
+from plugins.rms_norm import rms_norm
 
 _LEAST_HEAD_DIM = 16
 

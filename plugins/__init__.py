@@ -7,10 +7,19 @@ language, with `launch.py` (grids, tiles, scratch) and `cuda.py` (the CUDA path,
 """
 
 from plugins.attention import op as attention_op
+from plugins.feed_forward import op as feed_forward_op
+from plugins.heads import op as heads_op
 from plugins.moe import op as moe_op
 from plugins.vocabulary import cpu as vocabulary_op
 
-PLUGIN_ABI = 2
+PLUGIN_ABI = 3
 """Version of the operators' signatures; an engine built for another one is refused at load."""
 
-__all__ = ["PLUGIN_ABI", "attention_op", "moe_op", "vocabulary_op"]
+PLAIN_DECOMPOSITIONS = {
+    **feed_forward_op.PLAIN_DECOMPOSITIONS,
+    **heads_op.PLAIN_DECOMPOSITIONS,
+    **moe_op.PLAIN_DECOMPOSITIONS,
+}
+"""Operators that a compiler for the CPU, or TensorRT, does as well from their definitions → the definitions."""
+
+__all__ = ["PLAIN_DECOMPOSITIONS", "PLUGIN_ABI", "attention_op", "feed_forward_op", "heads_op", "moe_op", "vocabulary_op"]

@@ -11,7 +11,7 @@ import torch
 from tolerances import assert_close
 from triton_interpreter import let_dot_read_bfloat16
 
-from builder.network import route
+from plugins.feed_forward.reference import route
 from plugins.moe import launch
 from plugins.moe.kernel_reference import (
     align_reference,
@@ -86,11 +86,10 @@ def test_router_survives_large_logits():
 def test_router_is_the_networks():
     """With the identity as projection, the router's logits are its normed rows."""
     hidden, eps = torch.randn(63, 128), 1e-6
-    weights = {"router.scale": torch.full((128,), 30.0), "router.proj.weight": torch.eye(128)}
-    weights["router.per_expert_scale"] = torch.rand(128)
+    per_expert_scale = torch.rand(128)
     logits = hidden * (hidden.pow(2).mean(-1, keepdim=True) + eps) ** -0.5 * 30.0 * 128**-0.5
-    top_k_weights, top_k_index = launch.router(logits, weights["router.per_expert_scale"], 8).run()
-    expected_weights, expected_index = route(hidden, "router", 8, eps, weights)
+    top_k_weights, top_k_index = launch.router(logits, per_expert_scale, 8).run()
+    expected_weights, expected_index = route(hidden, torch.full((128,), 30.0), torch.eye(128), per_expert_scale, 8, eps)
     assert torch.equal(top_k_index, expected_index)
     assert_close(top_k_weights, expected_weights, torch.float32)
 

@@ -118,9 +118,9 @@ def test_keys_and_values_by_hand(num_tokens, manifest):
 
 
 def test_passes_by_hand(manifest):
-    """Of 16 canvases on a GPU, 4,096 rows: the residual and four tensors like it, 8 experts' two products, the MLP's halves."""
+    """Of 16 canvases on a GPU, 4,096 rows: ten tensors like the residual, 8 experts' products, the MLP's."""
     plan = plan_memory(manifest, EngineLimits(max_sequences=16, max_cached_tokens=1024), device_type="cuda")
-    step = 4096 * (5 * 2816 + 8 * (2816 + 704) + 2 * 2112) * 2
+    step = 4096 * (10 * 2816 + 8 * (2816 + 704) + 3 * 2112) * 2
     assert plan.graphs_bytes == step + 512 * 2**20  # 1,024 rows of logits
     # A step that is not captured has float32 logits six times, 85 rows at a time.
     assert plan.workspace_bytes == step + 512 * 2**20
@@ -130,7 +130,7 @@ def test_passes_by_hand(manifest):
 
 @pytest.mark.parametrize(
     ("memory", "fitting"),
-    [("80GB", {1024: 64, 8192: 60, 262_144: 4}), ("141GB", {8192: 64, 65_536: 54, 262_144: 15})],
+    [("80GB", {1024: 64, 8192: 58, 262_144: 4}), ("141GB", {8192: 64, 65_536: 53, 262_144: 15})],
 )
 def test_sequences_on_a_card(memory, fitting, manifest):
     """A sequence of 262,144 tokens has 5.58 GB of keys and values: (80 - 52.7) / 5.58 are 4.9, less what the passes take, 4."""
@@ -149,7 +149,7 @@ def test_what_fits_on_a_card_by_hand(memory_bytes, manifest):
         assert each.total_bytes == plan.total_bytes - plan.kv_bytes + each.kv_bytes <= memory_bytes
         assert plan.num_sequences(each.num_tokens) == each.num_sequences
         if each.num_sequences < manifest.build.max_sequences:
-            step = 256 * (5 * 2816 + 8 * (2816 + 704) + 2 * 2112) * 2  # a canvas more, in the graphs and out of them
+            step = 256 * (10 * 2816 + 8 * (2816 + 704) + 3 * 2112) * 2  # a canvas more, in the graphs and out of them
             assert each.total_bytes + of_one + 2 * step + plan.state_bytes > memory_bytes
 
 

@@ -27,23 +27,29 @@ from plugins.moe.product_kernel import down_tile, gate_up_tile
 
 @triton.jit
 def scale_rows_kernel(rows, scaled_rows, row_scale, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """scaled_rows * row_scale = rows: the largest element of a row becomes 448 in e4m3, and 2^14 to 2^15 in other dtypes.
-
-    To e4m3 elements are rounded to the nearest. For other dtypes the scale is a power of two. A row of zeros, whose largest
-    element counts as 2^-100, gets a scale that is a normal number, too.
-    """
+    """scaled_rows * row_scale = rows, with `scale_of` each row's largest element; e4m3 elements are rounded to the nearest."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < COLUMNS
     values = tl.load(rows + row * COLUMNS + columns, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(values), axis=0), 2.0**-100)
-    if scaled_rows.dtype.element_ty == tl.float8e4nv:
+    scale = scale_of(tl.max(tl.abs(values), axis=0), scaled_rows.dtype.element_ty)
+    tl.store(scaled_rows + row * COLUMNS + columns, tl.div_rn(values, scale).to(scaled_rows.dtype.element_ty), mask=inside)
+    tl.store(row_scale + row, scale)
+
+
+@triton.jit
+def scale_of(largest, dtype: tl.constexpr):
+    """The scale of a row: its largest element becomes 448 in e4m3, and 2^14 to 2^15 in other dtypes, a power of two.
+
+    A row of zeros, whose largest element counts as 2^-100, gets a scale that is a normal number, too.
+    """
+    largest = tl.maximum(largest, 2.0**-100)
+    if dtype == tl.float8e4nv:
         scale = tl.div_rn(largest, 448.0)
     else:
         power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         scale = power * 2.0**-14
-    tl.store(scaled_rows + row * COLUMNS + columns, tl.div_rn(values, scale).to(scaled_rows.dtype.element_ty), mask=inside)
-    tl.store(row_scale + row, scale)
+    return scale
 
 
 @triton.jit(do_not_specialize=("num_routed",))

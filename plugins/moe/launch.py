@@ -194,6 +194,25 @@ def experts(
         ValueError: the weights are not of the dtype of `hidden`, or not contiguous (to copy them here would cost as much
             as the products).
     """
+    weighted = weighted_rows(
+        hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, tile=tile, down_tile=down_tile, wrap=wrap
+    )
+    (output,) = combine(weighted, top_k_index.shape[1]).run(wrap)
+    return output
+
+
+def weighted_rows(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    tile: Tile | None = None,
+    down_tile: Tile | None = None,
+    wrap: Wrap = unwrapped,
+) -> Tensor:
+    """The operator without its sum over a row's experts: weighted [N * k, D], as `combine` takes them. Raises as `experts`."""
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if weight.dtype != hidden.dtype:
             raise ValueError(f"experts: {name} is {weight.dtype}, hidden is {hidden.dtype}; convert one when it is loaded")
@@ -206,8 +225,7 @@ def experts(
     (activated,) = gate_up(hidden, gate_up_proj, row_order, tile_expert, top_k, tile).run(wrap)
     down_tile = down_tile or choose_down_tile(tile)
     (weighted,) = down(activated, down_proj, top_k_weights, row_order, tile_expert, down_tile).run(wrap)
-    (output,) = combine(weighted, top_k).run(wrap)
-    return output
+    return weighted
 
 
 def tile_constants(tile: Tile, tile_width: int) -> dict[str, int]:

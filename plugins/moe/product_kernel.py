@@ -29,15 +29,21 @@ def gate_up_tile(
     WEIGHTS_FIRST: tl.constexpr,
 ):
     """One program of `gate_up_kernel`; weight_scale [E, 2 F] and row_scale [N] are None, or what the products are times.
+    Without row_order and tile_expert there is one expert, to which all rows go.
 
     Columns are the grid's fast axis: the programs that run together read one stretch of weights, and share the rows of a tile.
     WEIGHTS_FIRST: the product is computed transposed, where a tile has fewer rows than the tensor cores' tallest instruction.
     """
     tile = tl.program_id(1)
-    expert = tl.load(tile_expert + tile)
+    slots = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    if row_order is None:
+        expert = tile * 0
+        routed = slots
+    else:
+        expert = tl.load(tile_expert + tile)
+        routed = tl.load(row_order + slots)
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
-    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
     taken = (routed >= 0) & (routed < num_routed)  # about half of the slots at few rows; the others must not cost reads
     columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     read_columns = columns if WIDTH % TILE_WIDTH == 0 else tl.minimum(columns, WIDTH - 1)
@@ -91,12 +97,18 @@ def down_tile(
     TILE_DEPTH: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
 ):
-    """One program of `down_kernel`; weight_scale [E, D] and row_scale [N * k] are None, or what the product is times."""
+    """One program of `down_kernel`; weight_scale [E, D], row_scale and top_k_weights [N * k] are None, or what the product is
+    times. Without row_order and tile_expert there is one expert, to which all rows go."""
     tile = tl.program_id(1)
-    expert = tl.load(tile_expert + tile)
+    slots = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    if row_order is None:
+        expert = tile * 0
+        routed = slots
+    else:
+        expert = tl.load(tile_expert + tile)
+        routed = tl.load(row_order + slots)
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
-    routed = tl.load(row_order + tile * TILE_ROWS + tl.arange(0, TILE_ROWS))
     taken = (routed >= 0) & (routed < num_routed)
     columns = tl.program_id(0) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     read_columns = columns if HIDDEN % TILE_WIDTH == 0 else tl.minimum(columns, HIDDEN - 1)
@@ -118,7 +130,8 @@ def down_tile(
         result = scaled(result, of_columns, tl.load(row_scale + routed, mask=taken, other=0.0), WEIGHTS_FIRST)
     if WEIGHTS_FIRST:
         result = result.T
-    result *= tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)[:, None]
+    if top_k_weights is not None:
+        result *= tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)[:, None]
     stored = taken[:, None] & (columns < HIDDEN)[None, :]
     weighted_at = weighted + routed[:, None].to(tl.int64) * HIDDEN + columns[None, :]
     tl.store(weighted_at, result.to(weighted.dtype.element_ty), mask=stored)

@@ -1,0 +1,114 @@
+"""How the feed-forward operator runs on a GPU: two kernels around the products of the MLP and of the experts.
+
+`feed_forward` is the whole operator; see the package's docstring for its arguments.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear
+
+from plugins.feed_forward.kernel import enter_kernel, leave_kernel
+from plugins.feed_forward.reference import gated_mlp
+from plugins.moe import fp8_launch, launch
+from plugins.moe.launch import Tile
+from plugins.triton_launch import Launch, Wrap, unwrapped
+
+StartMlp = Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]
+"""Starts the MLP of rows, gate_up and down; what it returns waits for the result. `in_turn`, or `plugins.feed_forward.cuda.beside`."""  # noqa: E501
+
+_WARPS = 8
+
+
+def in_turn(rows: Tensor, gate_up: Tensor, down: Tensor) -> Callable[[], Tensor]:
+    result = gated_mlp(rows, gate_up, down)
+    return lambda: result
+
+
+def enter_launch(
+    hidden: Tensor, attended: Tensor, norms: Sequence[Tensor], router_scale: Tensor, rows_dtype: torch.dtype | None, eps: float
+) -> Launch:
+    """norms: post_attention, pre_dense, pre_experts. rows_dtype: of scaled expert_rows; None: not scaled.
+
+    Outputs residual, dense_rows, expert_rows, row_scale and router_rows.
+    """
+    num_rows, columns = hidden.shape
+    residual, dense_rows, router_rows = (torch.empty_like(hidden) for _ in range(3))
+    expert_rows = hidden.new_empty(num_rows, columns, dtype=rows_dtype or hidden.dtype)
+    return Launch(
+        kernel=enter_kernel,
+        grid=(num_rows,),
+        inputs=(hidden, attended, *norms, router_scale),
+        scalars=(),
+        outputs=(residual, dense_rows, expert_rows, hidden.new_empty(num_rows, dtype=torch.float32), router_rows),
+        constants={"COLUMNS": columns, "EPS": eps, "SCALED": rows_dtype is not None, "BLOCK": triton.next_power_of_2(columns)},
+        num_warps=_WARPS,
+        num_stages=1,
+    )
+
+
+def leave_launch(
+    residual: Tensor, dense: Tensor, weighted: Tensor, scalar: Tensor, norms: Sequence[Tensor], top_k: int, eps: float
+) -> Launch:
+    """norms: post_dense, post_experts, post_feed_forward, next. Outputs output and normed."""
+    num_rows, columns = residual.shape
+    return Launch(
+        kernel=leave_kernel,
+        grid=(num_rows,),
+        inputs=(residual, dense, weighted, scalar, *norms),
+        scalars=(),
+        outputs=(torch.empty_like(residual), torch.empty_like(residual)),
+        constants={"COLUMNS": columns, "TOP_K": top_k, "EPS": eps, "BLOCK": triton.next_power_of_2(columns)},
+        num_warps=_WARPS,
+        num_stages=1,
+    )
+
+
+def choose_tile(num_rows: int, top_k: int, experts: Sequence[Tensor], dtype: torch.dtype, fp8_rows: bool) -> Tile:
+    """The tile of the experts' products; see `plugins.moe`."""
+    of_experts = (num_rows, top_k, experts[0].shape[0], dtype)
+    return launch.choose_tile(*of_experts) if len(experts) == 2 else fp8_launch.choose_tile(*of_experts, fp8_rows)
+
+
+def feed_forward(
+    hidden: Tensor,
+    attended: Tensor,
+    norms: Sequence[Tensor],
+    scalar: Tensor,
+    dense: Sequence[Tensor],
+    router: Sequence[Tensor],
+    experts: Sequence[Tensor],
+    top_k: int,
+    eps: float,
+    fp8_rows: bool,
+    *,
+    tile: Tile | None = None,
+    start_mlp: StartMlp = in_turn,
+    wrap: Wrap = unwrapped,
+) -> tuple[Tensor, Tensor]:
+    """The operator, on the current stream; waits for nothing.
+
+    1. Sum and norms before. 2. The MLP is started. 3. The router. 4. The experts. 5. Norms and sums after, once all is there.
+    """
+    tile = tile or choose_tile(hidden.shape[0], top_k, experts, hidden.dtype, fp8_rows)
+    router_scale, projection, per_expert_scale = router
+    # 1.
+    rows_dtype = None if len(experts) == 2 else fp8_launch.row_dtype(hidden.dtype, fp8_rows)
+    entering = enter_launch(hidden.contiguous(), attended.contiguous(), norms[:3], router_scale, rows_dtype, eps)
+    residual, dense_rows, expert_rows, row_scale, router_rows = entering.run(wrap)
+    # 2.
+    from_dense = start_mlp(dense_rows, *dense)
+    # 3.
+    logits = linear(router_rows, projection)
+    top_k_weights, top_k_index = launch.router(logits, per_expert_scale, top_k).run(wrap)
+    # 4.
+    if len(experts) == 2:
+        weighted = launch.weighted_rows(expert_rows, top_k_index, top_k_weights, *experts, tile=tile, wrap=wrap)
+    else:
+        scaled, routing = (expert_rows, row_scale), (top_k_index, top_k_weights)
+        weighted = fp8_launch.weighted_rows(scaled, *routing, *experts, dtype=hidden.dtype, tile=tile, wrap=wrap)
+    # 5.
+    output, normed = leave_launch(residual, from_dense(), weighted, scalar, norms[3:], top_k, eps).run(wrap)
+    return output, normed

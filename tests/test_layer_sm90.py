@@ -1,0 +1,49 @@
+"""The kernels around the products of a layer compile for Hopper at the real model's shapes, on a machine without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+
+from hopper import check_compiles
+
+from plugins.feed_forward.launch import enter_launch, leave_launch
+from plugins.feed_forward.mlp_launch import activate_launch, down_launch, gate_up_launch
+from plugins.heads.launch import heads_launch
+
+HIDDEN, WIDTH, TOP_K, EPS = 2816, 2112, 8, 1e-6
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(("num_kv_heads", "has_values", "head_dim"), [(8, True, 256), (2, False, 512)])
+def test_heads_compile(num_kv_heads, has_values, head_dim, tmp_path):
+    cos, norm = meta(256, 1, head_dim), meta(head_dim)
+    heads = meta(256, (16 + num_kv_heads * (1 + has_values)) * head_dim)
+    launch = heads_launch(heads, norm, norm, cos, cos, num_kv_heads, has_values, EPS)
+    assert check_compiles(launch, tmp_path, f"head_dim {head_dim}")["ld.global.v4"]
+
+
+@pytest.mark.parametrize("rows_dtype", [None, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_enter_compiles(rows_dtype, tmp_path):
+    launch = enter_launch(meta(256, HIDDEN), meta(256, HIDDEN), [meta(HIDDEN)] * 3, meta(HIDDEN), rows_dtype, EPS)
+    assert check_compiles(launch, tmp_path, f"rows in {rows_dtype}")["ld.global.v4"]
+
+
+def test_leave_compiles(tmp_path):
+    rows, norms = meta(256, HIDDEN), [meta(HIDDEN)] * 4
+    launch = leave_launch(rows, rows, meta(256 * TOP_K, HIDDEN), meta(1), norms, TOP_K, EPS)
+    assert check_compiles(launch, tmp_path, "leave")["ld.global.v4"]
+
+
+def test_the_mlp_compiles(tmp_path):
+    gate_up = gate_up_launch(meta(256, HIDDEN), meta(2 * WIDTH, HIDDEN))
+    assert gate_up.grid == (33, 2)
+    down = down_launch(*gate_up.outputs, meta(HIDDEN, WIDTH))
+    assert down.grid == (22, 2)
+    for launch in (gate_up, down):
+        instructions = check_compiles(launch, tmp_path, "MLP of 256 rows")
+        assert {"wgmma.mma_async", "cp.async.cg"} <= instructions.keys()
+    assert check_compiles(activate_launch(meta(1024, 2 * WIDTH)), tmp_path, "MLP of 1024 rows")["ld.global.v4"]
