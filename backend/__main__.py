@@ -24,6 +24,7 @@ _Settings = Annotated[
 ]
 _NumInstances = Annotated[int | None, typer.Option(min=1, help="Replicas, or replicas a GPU.")]
 _ApiKeyFile = Annotated[Path | None, typer.Option(help="A file of keys that clients of OpenAI's API may send, one a line.")]
+_Images = Annotated[list[Path] | None, typer.Option("--image", help="A picture to ask about; may be repeated.")]
 _Gpus = Annotated[str, typer.Option(metavar="0,1,…", help="GPUs to have replicas on.")]
 
 
@@ -134,19 +135,24 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
     engine: Annotated[Path, typer.Option(help="Engine directory.")],
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template, each prompt being a user's turn.")] = False,
+    image: _Images = None,
     sampling: Annotated[str, typer.Option(help="Sampling parameters, a JSON object.", metavar="JSON")] = "{}",
 ) -> None:
-    """Answer prompts without a server; all of them are one batch."""
+    """Answer prompts without a server; all of them are one batch, and every image goes with each of them.
+
+    With --chat an image stands before the text; without, where the prompt has its placeholder.
+    """
     # These load PyTorch, which `serve`, `openai` and `--help` can do without.
     from backend import LLM, SamplingConfig
+    from backend.terminal_chat import user_turn
     from contract.checkpoint import CheckpointError
     from contract.manifest import ManifestError
 
     try:
         config = SamplingConfig.from_mapping(parse_json_object("--sampling", sampling))
-        llm = LLM(engine)
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        for result in llm.chat(chats, config) if chat else llm.generate(prompts, config):
+        llm, images = LLM(engine), [image or []] * len(prompts)
+        chats = [[user_turn(prompt, len(image or []))] for prompt in prompts]
+        for result in llm.chat(chats, config, images=images) if chat else llm.generate(prompts, config, images=images):
             print(result.text)
             steps = " ".join(map(str, result.num_steps))
             print(

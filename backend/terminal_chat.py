@@ -5,6 +5,7 @@ is being denoised dimmed. Elsewhere the questions are the lines of standard inpu
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from backend.generation import Generation, Piece
 from backend.llm import LLM
 from backend.sampling_config import SamplingConfig
 
-HELP = "/think: think first, or no longer   /new: forget the chat   /quit: leave"
+HELP = "/image PATH: a picture for the next question   /think: think first, or no longer   /new: forget the chat   /quit: leave"
 _DRAFT_INTERVAL_S = 0.05
 
 
@@ -27,6 +28,8 @@ class TerminalChat:
         self._llm, self._console, self._sampling = llm, console, sampling
         self._template_kwargs = dict(template_kwargs)
         self._messages: list[dict[str, Any]] = []
+        self._images: list[Path] = []  # of the messages
+        self._attached: list[Path] = []  # of the next question
 
     def run(self, lines: Iterable[str]) -> None:
         """Answers every line until /quit or the last one. An answer that is refused or interrupted is not part of the chat."""
@@ -35,7 +38,11 @@ class TerminalChat:
             if said == "/quit":
                 return
             if said == "/new":
-                self._messages.clear()
+                for each in (self._messages, self._images, self._attached):
+                    each.clear()
+            elif said.startswith("/image "):
+                self._attached.append(Path(said.partition(" ")[2].strip()).expanduser())
+                self._note(f"{len(self._attached)} for the next question")
             elif said == "/think":
                 self._template_kwargs["enable_thinking"] = not self._template_kwargs.get("enable_thinking")
                 self._note(f"thinking {'on' if self._template_kwargs['enable_thinking'] else 'off'}")
@@ -45,24 +52,26 @@ class TerminalChat:
                 self._ask(said)
 
     def _ask(self, question: str) -> None:
-        messages = [*self._messages, {"role": "user", "content": question}]
+        messages = [*self._messages, user_turn(question, len(self._attached))]
+        images, self._attached = [*self._images, *self._attached], []
         try:
-            answer = self._answered(messages)
+            answer = self._answered(messages, images)
         except RequestError as error:
             self._note(f"error: {error}")
             return
         except KeyboardInterrupt:
             self._note("interrupted")
             return
-        self._messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self._messages, self._images = [*messages, {"role": "assistant", "content": answer.text}], images
 
-    def _answered(self, messages: list[dict[str, Any]]) -> Generation:
+    def _answered(self, messages: list[dict[str, Any]], images: list[Path]) -> Generation:
         is_terminal = self._console.is_terminal
         result = Generation()
         pieces = self._llm.stream_chat(
             messages,
             self._sampling,
             chat_template_kwargs=self._template_kwargs,
+            images=images,
             draft_interval_s=_DRAFT_INTERVAL_S if is_terminal else None,
         )
         if not is_terminal:
@@ -80,6 +89,13 @@ class TerminalChat:
 
     def _note(self, line: str) -> None:
         self._console.print(Text(line, style="dim"), highlight=False)
+
+
+def user_turn(text: str, num_images: int) -> dict[str, Any]:
+    """A message with the places of so many images before its text."""
+    if not num_images:
+        return {"role": "user", "content": text}
+    return {"role": "user", "content": [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]}
 
 
 def drawn(result: Generation, draft: Piece | None = None) -> Text:

@@ -5,8 +5,11 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
+from backend.openai_server.app import create_app
 from backend.openai_server.completions import Completions
+from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import Part
 
 PROMPT = "one two"
@@ -30,6 +33,9 @@ class Model:
                 logprobs=[entry],
             )
 
+    async def close(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize("echo", [False, True])
 def test_log_probabilities_say_where_their_tokens_are(echo):
@@ -50,3 +56,24 @@ def test_log_probabilities_say_where_their_tokens_are(echo):
             for place in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True)
         ]
         assert places == [(token, text.index(token)) for token in (" three", " four")]
+
+
+@pytest.mark.parametrize("says_its_length", [True, False])
+def test_a_body_that_is_too_large_is_refused_before_it_is_kept(says_its_length):
+    settings = OpenAISettings(max_body_bytes=1000)
+    pieces_read = 0
+
+    def pieces():
+        nonlocal pieces_read
+        for _ in range(1000):
+            pieces_read += 1
+            yield b" " * 100
+
+    with TestClient(create_app(settings, Model())) as client:
+        body = b" " * 1001 if says_its_length else pieces()
+        refused = client.post("/v1/completions", content=body)
+        assert refused.status_code == 413
+        [message] = refused.json()["error"]["message"].splitlines()
+        assert message == "body: got more than 1000 bytes, expected at most these; send fewer or smaller images"
+        served = client.post("/v1/completions", json={"model": "diffusiongemma", "prompt": PROMPT})
+        assert served.json()["choices"][0]["text"] == " three four"

@@ -1,17 +1,22 @@
 """Images in `LLM`, with the network uncompiled: drawn figures that the tiny checkpoint answers about, and what is refused."""
 
+import io
 import itertools
 
 import pytest
+from rich.console import Console
 from small_checkpoints import TINY, network_session
 from tiny_figures import figure_questions
 from tokenizers import Tokenizer
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from typer.testing import CliRunner
 
 from backend import LLM, RequestError, SamplingConfig
+from backend.__main__ import app
 from backend.chat.template import ChatTemplate
 from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
+from backend.terminal_chat import TerminalChat
 
 FIGURES = list(itertools.islice(figure_questions(7, held_out=True), 6))
 GREEDY = SamplingConfig(temperature=0.0, seed=1)
@@ -67,3 +72,38 @@ def test_images_that_are_refused(llm, images, words):
 def test_prompts_and_lists_of_images_must_be_as_many(llm):
     with pytest.raises(RequestError, match="images: got 1 lists of images, expected 2, one a prompt"):
         llm.generate(["a", "b"], images=[[]])
+
+
+def test_images_in_the_terminal_chat(llm, tmp_path):
+    """Before its question; the next question is about the same chat; after /new there is no image."""
+    (first, image), (second, other) = FIGURES[:2]
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, picture in zip(paths, (image, other), strict=True):
+        picture.save(path)
+    out = io.StringIO()
+    asked = [part["text"] for question in (first, second) for part in question.messages[0]["content"] if part["type"] == "text"]
+    lines = [f"/image {paths[0]}", asked[0], "/new", f"/image {paths[1]}", asked[1], "/image nothing.png", asked[0], "/quit"]
+    TerminalChat(llm, Console(file=out, width=200), GREEDY, {}).run(lines)
+    attached = "1 for the next question"
+    *answered, refused = out.getvalue().splitlines()
+    assert answered == [attached, first.answer, attached, second.answer, attached]
+    assert refused == "error: image[1]: nothing.png cannot be read (No such file or directory), expected the file of an image"
+
+
+def test_the_generate_command_asks_about_an_image(llm, tmp_path, monkeypatch, capsys):
+    question, image = FIGURES[2]
+    image.save(tmp_path / "a.png")
+    monkeypatch.setattr("backend.LLM", lambda engine: llm)
+    [text] = [part["text"] for part in question.messages[0]["content"] if part["type"] == "text"]
+    options = [
+        "--engine",
+        "unread",
+        "--chat",
+        "--image",
+        str(tmp_path / "a.png"),
+        "--sampling",
+        '{"temperature": 0, "seed": 1}',
+    ]
+    result = CliRunner().invoke(app, ["generate", text, *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == question.answer

@@ -71,12 +71,19 @@ class ImageLoader:
         if isinstance(source, str):
             data = fetch(name, source, self.limits) if _is_url(source) else decode_base64(name, source, self.limits)
         else:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+            data = source if isinstance(source, bytes) else _content(name, Path(source))
         return decode(name, data, self.limits)
 
 
 def _is_url(source: ImageSource) -> bool:
     return isinstance(source, str) and _URL.match(source) is not None
+
+
+def _content(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _refused(f"{name}: {path} cannot be read ({error.strerror}), expected the file of an image") from None
 
 
 def _refused(message: str) -> RequestError:

@@ -60,12 +60,12 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
 
     @post("/v1/chat/completions", CHAT)
     async def chat_completions(request: Request) -> Response:
-        body = await read_body(request, CHAT, settings.served_name)
+        body = await read_body(request, CHAT, settings)
         return await _answer(request, ChatCompletions(app.state.model, body), body)
 
     @post("/v1/completions", COMPLETION)
     async def completions(request: Request) -> Response:
-        body = await read_body(request, COMPLETION, settings.served_name)
+        body = await read_body(request, COMPLETION, settings)
         return await _answer(request, Completions(app.state.model, body), body)
 
     @app.get("/v1/models", dependencies=guarded)

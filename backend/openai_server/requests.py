@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, with_config
 
 from backend.chat.messages import checked
 from backend.errors import RequestError
-from backend.openai_server.errors import bad_request, unknown_model
+from backend.openai_server.errors import ApiError, bad_request, unknown_model
+from backend.openai_server.settings import OpenAISettings
 from backend.parameters import shown
 
 
@@ -31,10 +32,15 @@ CHAT = TypeAdapter(ChatBody)
 COMPLETION = TypeAdapter(CompletionBody)
 
 
-async def read_body(request: Request, adapter: TypeAdapter, served_name: str) -> dict[str, Any]:
-    """The body as it came, if it is right as far as OpenAI's types say. Raises ApiError 400, or 404 for another model."""
+async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISettings) -> dict[str, Any]:
+    """The body as it came, if it is right as far as OpenAI's types say.
+
+    Raises:
+        ApiError: 413 for one that is too large, 404 for another model, 400 for what else is wrong.
+    """
+    sent = await _limited(request, settings.max_body_bytes)
     try:
-        body = json.loads(await request.body(), parse_constant=_no_constant)
+        body = json.loads(sent, parse_constant=_no_constant)
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise bad_request("body: got half of a surrogate pair, which is no character; send valid Unicode") from None
@@ -46,9 +52,19 @@ async def read_body(request: Request, adapter: TypeAdapter, served_name: str) ->
         checked("body", adapter, body)
     except RequestError as error:
         raise bad_request(str(error).replace("body.", "", 1)) from None
-    if body["model"] != served_name:
-        raise unknown_model(body["model"], served_name)
+    if body["model"] != settings.served_name:
+        raise unknown_model(body["model"], settings.served_name)
     return body
+
+
+async def _limited(request: Request, max_bytes: int) -> bytes:
+    """The body; what is longer is not kept, whatever length the client says."""
+    received = bytearray()
+    async for piece in request.stream():
+        received += piece
+        if len(received) > max_bytes:
+            raise ApiError(413, f"body: got more than {max_bytes} bytes, expected at most these; send fewer or smaller images")
+    return bytes(received)
 
 
 def body_schema(adapter: TypeAdapter, served_name: str) -> tuple[dict, dict]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class OpenAISettings(BaseModel):
     """triton_url: host:port of the Triton server's gRPC service. triton_metrics_url: what `/metrics` passes on; without it
     there is none. model: the Triton model. served_name: what clients call it. api_keys: any of them opens `/v1`; none leaves it
-    open."""
+    open. max_body_bytes: of one request, before it is read as JSON; the default holds seven images of 20 MiB in base64."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,6 +19,7 @@ class OpenAISettings(BaseModel):
     served_name: str = "diffusiongemma"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 9000
+    max_body_bytes: Annotated[int, Field(ge=1)] = 192 * 1024**2
     api_keys: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(repr=False)] = ()
 
 
