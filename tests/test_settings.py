@@ -25,6 +25,7 @@ OTHERS = Settings(
     prefix_cache=False,
     commit_last=True,
     max_pass_rows=64,
+    cpu_threads=3,
     max_queued=0,
     queue_timeout_s=0.25,
     draft_interval_s=0.5,
@@ -74,7 +75,8 @@ def test_every_setting_reaches_the_worker_or_the_service(tmp_path):
     assert EngineLimits(**worker.limits) == expected
     assert EngineLimits(**Settings().worker_config(tmp_path, {}).limits) == EngineLimits()
     assert EngineLimits(**Settings(memory_bytes=7).worker_config(tmp_path, {}).limits) == EngineLimits(memory_bytes=7)
-    assert dict(worker.environment) == {"A": "b"}
+    assert dict(worker.environment) == {"A": "b", "OMP_NUM_THREADS": "3"}
+    assert Settings().worker_config(tmp_path, {"A": "b"}).environment == {"A": "b"}
     assert (limits.max_queued, limits.queue_timeout_s, limits.load_timeout_s) == (0, 0.25, 1e6)
     assert (limits.progress_timeout_s, limits.max_deaths, limits.deaths_window_s) == (1.5, 7, 0)
     assert Settings(engine_dir="../x").worker_config(tmp_path / "m", {}).engine_dir == tmp_path / "x"

@@ -34,6 +34,7 @@ class Settings(BaseModel):
     prefix_cache: bool = Field(True, description="true keeps the KV pages of a prompt for prompts that begin alike")
     commit_last: bool = Field(False, description="true keeps those of answers too, at the cost of a pass each, for next turns")
     max_pass_rows: int = Field(0, ge=0, description="canvas positions that one denoising pass takes; 0: what suits the device")
+    cpu_threads: int = Field(0, ge=0, description="threads that the engine's worker computes with on the CPU; 0: all cores")
     max_queued: int = Field(256, ge=0, description="requests that may wait for a place among these sequences")
     queue_timeout_s: Seconds = Field(60.0, description="seconds that a request may wait for its place")
     draft_interval_s: Seconds = Field(0.05, description="seconds between drafts, for requests that ask for them")
@@ -88,7 +89,7 @@ class Settings(BaseModel):
                 "commit_last": self.commit_last,
                 "max_pass_rows": self.max_pass_rows or None,
             },
-            environment=environment,
+            environment=dict(environment) | ({"OMP_NUM_THREADS": str(self.cpu_threads)} if self.cpu_threads else {}),
         )
 
     def image_limits(self) -> ImageLimits:

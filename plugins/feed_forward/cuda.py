@@ -6,7 +6,7 @@ Python (see `plugins.attention.cuda`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -62,22 +62,6 @@ def feed_forward_triton(
     return feed_forward(hidden, attended, *weights, top_k, eps, fp8_rows, tile=tile, wrap=wrap_triton)
 
 
-def feed_forward_cuda(
-    hidden: Tensor,
-    attended: Tensor,
-    norms: Sequence[Tensor],
-    scalar: Tensor,
-    dense: Sequence[Tensor],
-    router: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    top_k: int,
-    eps: float,
-    fp8_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    weights = (norms, scalar, dense, router, experts)
-    return feed_forward(hidden, attended, *weights, top_k, eps, fp8_rows, start_mlp=beside)
-
-
-LIBRARY.impl("feed_forward", feed_forward_cuda, "CUDA")
+LIBRARY.impl("feed_forward", partial(feed_forward, start_mlp=beside), "CUDA")
 
 CUDA_DECOMPOSITIONS = {torch.ops.diffusiongemma.feed_forward.default: feed_forward_triton}
