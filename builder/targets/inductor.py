@@ -70,7 +70,8 @@ def _store_shared(exported: ExportedProgram) -> None:
     graph = exported.graph
     ours = [node for node in graph.nodes if getattr(node.target, "namespace", None) == NAMESPACE]
     read = Counter(argument for node in ours for argument in node.all_input_nodes)
-    for node in (each for each, times in read.items() if times > 1 and getattr(each.target, "namespace", None) == "aten"):
+    computed = [node for node in read if getattr(node.target, "namespace", None) == "aten" and not node.target.is_view]
+    for node in (each for each in computed if read[each] > 1):
         rows, *inner = node.meta["val"].shape
         with graph.inserting_after(node):
             num_rows = graph.call_function(_aten.sym_size.int, (node, 0))
