@@ -60,8 +60,8 @@ class CanvasLoop:
         self._greedy = state(torch.bool)
         self._extras: dict[int, RowExtras] = {}  # of the slots that have any
 
-    def prepare(self, max_sequences: int) -> None:
-        """Makes ready, before anyone waits for it, what steps of up to so many sequences need. The session has its pages."""
+    def prepare(self) -> None:
+        """Makes ready, before anyone waits for it, what steps need. The session must have its pages."""
 
     def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
         """Fills the slot's canvas with its initial noise; the prefix must be in the cache."""

@@ -58,14 +58,22 @@ def buckets(max_sequences: int) -> tuple[int, ...]:
 class CapturedLoop(CanvasLoop):
     """As `CanvasLoop`. Every tensor that a graph reads or writes lives as long as the loop."""
 
-    def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20, capture: bool = True):
-        """`workspace_bytes` bounds the logits of a chunk, the one thing of the vocabulary's size. Without `capture`, as on the
-        CPU, the same operations run one by one."""
+    def __init__(
+        self,
+        session: Session,
+        cache: PagedKVCache,
+        *,
+        workspace_bytes: int = 512 << 20,
+        max_step_sequences: int | None = None,
+        capture: bool = True,
+    ):
+        """`workspace_bytes` bounds the logits of a chunk, the one thing of the vocabulary's size. `max_step_sequences`: the
+        most that one step is given; None: all. Without `capture`, as on the CPU, the same operations run one by one."""
         super().__init__(session, cache, workspace_bytes=workspace_bytes)
         fitting = workspace_bytes // (self._model.vocab_size * session.dtype.itemsize)
         # Of a captured step; a plain one has more tensors of this size, and smaller chunks.
         self._captured_chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
-        self._buckets = buckets(len(cache.length))
+        self._buckets = buckets(max_step_sequences or len(cache.length))
         self._idle = len(cache.length)
         self._steps: dict[int, _Step] = {}
         self._results: dict[int, tuple[_Results, int]] = {}  # slot → where the host has its last results
@@ -121,11 +129,9 @@ class CapturedLoop(CanvasLoop):
         results, row = self._results[slot]
         return int(results.steps[row])
 
-    def prepare(self, max_sequences: int) -> None:
-        """See `CanvasLoop.prepare`: captures every bucket that such a step can take. The largest goes first: the others find
-        room in its memory."""
-        last = next(index for index, bucket in enumerate(self._buckets) if bucket >= max_sequences)
-        for size in tqdm(self._buckets[last::-1], desc="capturing steps", disable=None):
+    def prepare(self) -> None:
+        """See `CanvasLoop.prepare`: captures every bucket. The largest goes first: the others find room in its memory."""
+        for size in tqdm(self._buckets[::-1], desc="capturing steps", disable=None):
             if size not in self._steps:
                 self._prepare(size)
 

@@ -48,7 +48,7 @@ class Engine:
             device=session.device,
         )
         max_pass_rows = pass_rows(session.manifest, limits, session.device.type)
-        loop = _canvas_loop(session, cache, limits)
+        loop = _canvas_loop(session, cache, limits, max_pass_rows // model.canvas_length)
         self.scheduler = Scheduler(
             session,
             cache,
@@ -58,7 +58,7 @@ class Engine:
             commit_last=limits.commit_last,
             max_pass_rows=max_pass_rows,
         )
-        loop.prepare(max_pass_rows // model.canvas_length)
+        loop.prepare()
 
     @classmethod
     def load(cls, engine_dir: Path, limits: EngineLimits, checkpoint_dir: Path | None = None) -> "Engine":
@@ -97,11 +97,11 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def _canvas_loop(session: Session, cache: PagedKVCache, limits: EngineLimits) -> CanvasLoop:
+def _canvas_loop(session: Session, cache: PagedKVCache, limits: EngineLimits, max_step_sequences: int) -> CanvasLoop:
     if session.manifest.operators:
         return CompiledLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes)
     if session.device.type != "cuda":
         return CanvasLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes)
     from backend.captured_loop import CapturedLoop  # only here: its kernels need triton
 
-    return CapturedLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes)
+    return CapturedLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes, max_step_sequences=max_step_sequences)

@@ -109,18 +109,16 @@ def test_steps_are_those_of_the_plain_loop(session, chunk_rows):
 
 
 def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypatch):
-    """Of buckets 1, 2 and 4 those that so many rows can take, the largest first; nothing of the preparation is left behind."""
+    """The buckets of at most three rows, the largest first; nothing of the preparation is left behind."""
     prefixes = [30, 5, 41]
     plain = run(session, *loop_of(CanvasLoop, session, prefixes))
-    loop, slots = loop_of(CapturedLoop, session, prefixes)
+    loop, slots = loop_of(CapturedLoop, session, prefixes, max_step_sequences=3)
     sizes, prepare = [], loop._prepare
     monkeypatch.setattr(loop, "_prepare", lambda size: sizes.append(size) or prepare(size))
-    loop.prepare(2)
-    assert sizes == [2, 1]
-    loop.prepare(3)
-    assert sizes == [2, 1, 4]
+    loop.prepare()
+    assert sizes == [3, 2, 1]
     assert run(session, loop, slots) == plain
-    assert sizes == [2, 1, 4]
+    assert sizes == [3, 2, 1]
 
 
 def test_rows_that_the_kernels_cannot_do_take_the_plain_path(session, monkeypatch):
