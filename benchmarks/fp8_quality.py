@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from random_model import uncompiled
+from random_model import read_text_model, uncompiled
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -23,7 +23,6 @@ from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
 from backend.session import Session
 from backend.weights import bind_weights
-from builder.config import read_model_config
 from builder.description import describe
 from builder.export import signatures
 from builder.quantize import quantize_checkpoint
@@ -39,7 +38,7 @@ from tiny_tasks import Question, questions  # noqa: E402
 
 def offline(checkpoint: Path, **choices: str) -> LLM:
     """The checkpoint, its programs not compiled."""
-    model, build = read_model_config(checkpoint), BuildConfig(target="inductor", dtype="bfloat16", **choices)
+    model, build = read_text_model(checkpoint), BuildConfig(target="inductor", dtype="bfloat16", **choices)
     manifest = describe(model, build, Checkpoint(checkpoint), text_weights(model), checkpoint, checkpoint)
     traced = signatures(model, build)
     programs = {each.name: Program(file="", inputs=each.inputs, weights=each.weights, outputs=()) for each in traced}
