@@ -24,7 +24,7 @@ _Settings = Annotated[
 ]
 _NumInstances = Annotated[int | None, typer.Option(min=1, help="Replicas, or replicas a GPU.")]
 _ApiKeyFile = Annotated[Path | None, typer.Option(help="A file of keys that clients of OpenAI's API may send, one a line.")]
-_Images = Annotated[list[Path] | None, typer.Option("--image", help="A picture to ask about; may be repeated.")]
+_Images = Annotated[list[Path], typer.Option("--image", help="A picture to ask about; may be repeated.")]
 _Gpus = Annotated[str, typer.Option(metavar="0,1,…", help="GPUs to have replicas on.")]
 
 
@@ -135,7 +135,7 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
     engine: Annotated[Path, typer.Option(help="Engine directory.")],
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template, each prompt being a user's turn.")] = False,
-    image: _Images = None,
+    image: _Images = (),
     sampling: Annotated[str, typer.Option(help="Sampling parameters, a JSON object.", metavar="JSON")] = "{}",
 ) -> None:
     """Answer prompts without a server; all of them are one batch, and every image goes with each of them.
@@ -150,8 +150,8 @@ def generate(
 
     try:
         config = SamplingConfig.from_mapping(parse_json_object("--sampling", sampling))
-        llm, images = LLM(engine), [image or []] * len(prompts)
-        chats = [[user_turn(prompt, len(image or []))] for prompt in prompts]
+        llm, images = LLM(engine), [image] * len(prompts)
+        chats = [[user_turn(prompt, len(image))] for prompt in prompts]
         for result in llm.chat(chats, config, images=images) if chat else llm.generate(prompts, config, images=images):
             print(result.text)
             steps = " ".join(map(str, result.num_steps))

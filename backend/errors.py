@@ -14,3 +14,8 @@ class RequestError(Exception):
     def __init__(self, code: ErrorCode, message: str):
         super().__init__(message)
         self.code: ErrorCode = code
+
+
+def refused(message: str) -> RequestError:
+    """Of a request that can never be served: INVALID_ARGUMENT."""
+    return RequestError("INVALID_ARGUMENT", message)

@@ -71,17 +71,17 @@ def captured_head_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int)
 def _row_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
     item, routed = item_bytes(build.dtype), model.top_k_experts
     hidden, width = model.hidden_size, model.moe_intermediate_size
-    dense = 2 * model.intermediate_size * item
-    if device_type == "cpu" and build.dtype == "float32":
-        # The dense MLP's result is there, its inner tensors are not; an index and a weight for each routed row.
-        mlp = max(dense, hidden * item + routed * (hidden * item + 12))
-    elif device_type == "cpu":
-        mlp = dense + routed * (3 * hidden * item + hidden * 4)
-    else:
+    if device_type != "cpu":
         # Ten tensors like the residual: the sum before and after, four kinds of normed rows, the attention's and the MLP's
         # results, the pass's input and output. Experts with FP8 weights scale their routed rows.
         scaled = routed * (width * item_bytes(model.experts_dtype) + 4) if model.experts_dtype else 0
         return (10 * hidden + 3 * model.intermediate_size + routed * (hidden + width)) * item + scaled
+    dense = 2 * model.intermediate_size * item
+    if build.dtype == "float32":
+        # The dense MLP's result is there, its inner tensors are not; an index and a weight for each routed row.
+        mlp = max(dense, hidden * item + routed * (hidden * item + 12))
+    else:
+        mlp = dense + routed * (3 * hidden * item + hidden * 4)
     attention = max(
         (3 * model.num_attention_heads + 4 * each.num_kv_heads) * each.head_dim * item for each in model.attention.values()
     )

@@ -5,6 +5,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -154,7 +155,7 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
     except ManifestError as error:
         _fail(error)
     console = Console()
-    weight_bytes = sum(_num_elements(weight.shape) * _ITEM_BYTES[weight.dtype] for weight in manifest.weights.values())
+    weight_bytes = sum(_num_elements(each.shape) * getattr(torch, each.dtype).itemsize for each in manifest.weights.values())
     facts = Table("engine", str(engine), title_justify="left")
     facts.add_row("target, dtype", f"{manifest.build.target}, {manifest.build.dtype}")
     facts.add_row("device", str(manifest.gpu or manifest.build.device))
@@ -178,9 +179,6 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
         console.print(table)
         for profile in program.profiles:
             console.print(f"profile {profile}", highlight=False)
-
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:

@@ -33,8 +33,8 @@ _FEED_FORWARD_NORMS = (
     "post_feedforward_layernorm_2",
     "post_feedforward_layernorm",
 )
-_EXPERTS = ("gate_up_proj", "down_proj")
-_FP8_EXPERTS = ("gate_up_proj", "gate_up_proj_scale", "down_proj", "down_proj_scale")
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+_FP8_EXPERTS = ("experts.gate_up_proj", "experts.gate_up_proj_scale", "experts.down_proj", "experts.down_proj_scale")
 
 
 class Encode(nn.Module):
@@ -152,7 +152,7 @@ class _Stack(nn.Module):
             weights[layer_scalar(layer, encoder=self.encoder)],
             own("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
             own("router.scale", "router.proj.weight", "router.per_expert_scale"),
-            own(*(f"experts.{name}" for name in (_FP8_EXPERTS if self.config.experts_dtype else _EXPERTS))),
+            own(*(_FP8_EXPERTS if self.config.experts_dtype else _EXPERTS)),
             self.config.top_k_experts,
             self.config.rms_norm_eps,
             self.fp8_rows,

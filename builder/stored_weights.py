@@ -17,6 +17,7 @@ from torch import Tensor
 
 from builder.errors import BuildError
 from builder.quantization import FP8, SCALE_SUFFIX
+from builder.weights import is_of_experts
 from contract.checkpoint import Checkpoint
 from plugins.moe.fp8 import from_fp8
 
@@ -99,9 +100,8 @@ def check_fp8_layout(tensors: Checkpoint, expected: Iterable[str]) -> None:
         if name not in names and ".experts." in name:
             raise BuildError(f"{name}: missing, expected the experts of a layer in one tensor; {remedy}")
     for name in sorted(names & expected):
-        of_experts = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-        if (tensors.dtype(name) == FP8) != of_experts:
-            wanted = FP8 if of_experts else "no FP8 outside of the experts"
+        if (tensors.dtype(name) == FP8) != is_of_experts(name):
+            wanted = FP8 if is_of_experts(name) else "no FP8 outside of the experts"
             raise BuildError(f"{name}: got {tensors.dtype(name)}, expected {wanted}; {remedy}")
 
 

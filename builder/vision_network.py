@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad
 
-from builder.network import Tensors
+from builder.network import Tensors, rotation
 from builder.weights import CLIPPING, VISION_PROJECTION, VISION_TOWER, vision_layer_prefix
 from contract.model_config import ModelConfig, VisionConfig
 from plugins import attention_op
@@ -48,7 +48,7 @@ class Vision(nn.Module):
         of_x, of_y = weights[f"{VISION_TOWER}.patch_embedder.position_embedding_table"].unbind(0)
         hidden = hidden + (of_x.index_select(0, x.long()) + of_y.index_select(0, y.long()))
         # 2.
-        rotations = [axial_rotation(each, self.frequencies, hidden.dtype) for each in (x, y)]
+        rotations = [rotation(each, self.frequencies, hidden.dtype) for each in (x, y)]
         none_cached = inputs["patch_range"].narrow(0, 0, 1)  # 0
         sequence = (none_cached.unsqueeze(1), none_cached, inputs["patch_range"], torch.full_like(x, -1))
         for layer in range(config.num_layers):
@@ -95,13 +95,6 @@ def axial_frequencies(config: VisionConfig) -> Tensor:
     """[head_dim / 4] float32: theta ** (-2 i / (head_dim / 2)); half of a head turns by x, the other by y."""
     half = config.head_dim // 2
     return 1.0 / (config.rope_theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half))
-
-
-def axial_rotation(places: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, 1, head_dim / 2] for `rotate`."""
-    angles = places.float().unsqueeze(1) * frequencies
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate_both(heads: Tensor, rotations: list[tuple[Tensor, Tensor]]) -> Tensor:

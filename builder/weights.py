@@ -153,8 +153,13 @@ def binding_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return bound
 
 
+def is_of_experts(name: str) -> bool:
+    """Whether a binding is the experts' projection of a layer: what is in FP8 where a checkpoint has it."""
+    return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+
+
 def weight_dtype(name: str, config: ModelConfig, dtype: str) -> str:
     """The dtype in which a weight is bound; `dtype` is the engine's, in which all but FP8 experts are."""
-    if config.experts_dtype and name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+    if config.experts_dtype and is_of_experts(name):
         return config.experts_dtype
     return "float32" if name.endswith((".experts.gate_up_proj_scale", ".experts.down_proj_scale")) else dtype

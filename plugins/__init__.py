@@ -1,9 +1,9 @@
 """The operations that no compiler gives us, one folder an operation.
 
-In each folder: `reference.py`, the definition in plain PyTorch; `cpu.py`, the
-CPU path in PyTorch's operations; `cpu.cpp`, that of compiled engines (package `cpu`); `kernel.py`, kernels in Triton's
-language, with `launch.py` (grids, tiles, scratch) and `cuda.py` (the CUDA path, open to compilers); `op.py`, the
-`torch.library` operator of the namespace `diffusiongemma` that programs call. Importing this package registers every operator.
+In each folder: `reference.py`, the definition in plain PyTorch; `cpu.py`, the CPU path in PyTorch's operations; `cpu.cpp`, that
+of compiled engines (package `cpu`); `kernel.py`, kernels in Triton's language, with `launch.py` (grids, tiles, scratch) and
+`cuda.py` (the CUDA path, open to compilers); `op.py`, the `torch.library` operator of the namespace `diffusiongemma` that
+programs call. Importing this package registers every operator.
 """
 
 from plugins.attention import op as attention_op

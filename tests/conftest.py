@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small_checkpoints import TINY
 from transformers import AutoTokenizer
 
@@ -50,3 +51,13 @@ def render(chat_tokenizer):
 def held_out() -> list[Question]:
     """Two held-out questions of every task."""
     return [question for task in TASKS for question in itertools.islice(questions(11, held_out=True, tasks=(task,)), 2)]
+
+
+@pytest.fixture
+def poisoned_memory():
+    """PyTorch's deterministic mode fills new tensors with NaN, or the largest integer: what kernels write, and scratch."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

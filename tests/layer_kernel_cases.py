@@ -20,21 +20,15 @@ let_dot_read_bfloat16()
 let_casts_round_to_bfloat16()
 let_casts_know_e4m3()
 
-# numpy's, about sigmoid of a large negative number: 1 / (1 + inf) = 0 is meant.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # numpy's, about sigmoid of a large negative number: 1 / (1 + inf) = 0 is meant.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-6
 EXPERTS, TOP_K, WIDTH, DENSE_WIDTH = 8, 3, 12, 20
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    assert torch.ones(1).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # -- Heads

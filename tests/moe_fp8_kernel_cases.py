@@ -20,21 +20,16 @@ from plugins.moe.launch import FLOAT32, Tile
 let_dot_read_bfloat16()
 let_casts_know_e4m3()
 
-# numpy's, about sigmoid of a large negative number: 1 / (1 + inf) = 0 is meant.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # numpy's, about sigmoid of a large negative number: 1 / (1 + inf) = 0 is meant.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16]
 EXPERTS, TOP_K = 6, 2
 SMALL = Tile(rows=16, width=16, depth=16, num_warps=4, num_stages=2)
 TILES = {"small": SMALL, "weights first": replace(SMALL, weights_first=True), "few rows": fp8_launch.FEW_ROWS}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def operands(rows: int, hidden_size: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:

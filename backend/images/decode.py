@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.images.limits import ImageLimits
 
 # What Pillow's decoders raise for damaged data: each plugin passes on what its own parsing meets.
@@ -84,4 +84,4 @@ def _refuse_damaged(name: str, error: Exception, formats: str) -> NoReturn:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise RequestError("INVALID_ARGUMENT", message) from None
+    raise refused(message) from None

@@ -18,7 +18,7 @@ from typing import Any
 import httpcore2
 import httpx2
 
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.images.limits import ImageLimits
 from backend.parameters import shown
 
@@ -41,7 +41,7 @@ def is_public(address: Address) -> bool:
 def fetch(name: str, url: str, limits: ImageLimits, *, allowed: Callable[[Address], bool] = is_public) -> bytes:
     """`name` is what messages call the image; `allowed` says which addresses may be connected to."""
     if not limits.remote:
-        raise _refused(f"{name}: got a URL, but this server fetches none; send the image itself, in base64 or as a data URL")
+        raise refused(f"{name}: got a URL, but this server fetches none; send the image itself, in base64 or as a data URL")
     deadline_s = time.monotonic() + limits.remote_timeout_s
     backend = _CheckedBackend(name, allowed, deadline_s)
     with httpcore2.ConnectionPool(network_backend=backend, max_keepalive_connections=0) as pool:
@@ -53,18 +53,16 @@ def fetch(name: str, url: str, limits: ImageLimits, *, allowed: Callable[[Addres
                     return answer
                 url = str(parsed.join(answer))  # 4.
         except (httpcore2.TimeoutException, TimeoutError):
-            raise _refused(
-                f"{name}: {shown(url)} did not answer within {limits.remote_timeout_s:g} s; send the image"
-            ) from None
+            raise refused(f"{name}: {shown(url)} did not answer within {limits.remote_timeout_s:g} s; send the image") from None
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpx2.InvalidURL) as error:
-            raise _refused(f"{name}: {shown(url)} cannot be fetched ({type(error).__name__}); send the image itself") from None
-    raise _refused(f"{name}: got more than {limits.max_redirects} redirects, the last to {shown(url)}; send the image itself")
+            raise refused(f"{name}: {shown(url)} cannot be fetched ({type(error).__name__}); send the image itself") from None
+    raise refused(f"{name}: got more than {limits.max_redirects} redirects, the last to {shown(url)}; send the image itself")
 
 
 def _checked_url(name: str, url: str) -> httpx2.URL:
     parsed = httpx2.URL(url)
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
-        raise _refused(f"{name}: got the URL {shown(url)}, expected http or https, a host, and no user")
+        raise refused(f"{name}: got the URL {shown(url)}, expected http or https, a host, and no user")
     return parsed
 
 
@@ -77,12 +75,12 @@ def _get(pool: httpcore2.ConnectionPool, name: str, url: httpx2.URL, limits: Ima
             return headers[b"location"]
         if response.status != 200 or b"content-encoding" in headers:  # 5.
             got = f"status {response.status}" if response.status != 200 else "a compressed answer"
-            raise _refused(f"{name}: got {got} from {shown(str(url))}, expected an image; send the image itself")
+            raise refused(f"{name}: got {got} from {shown(str(url))}, expected an image; send the image itself")
         body = bytearray()
         for chunk in response.iter_stream():
             body += chunk
             if len(body) > limits.max_bytes:
-                raise _refused(f"{name}: got more than {limits.max_bytes} bytes from {shown(str(url))}; scale the image down")
+                raise refused(f"{name}: got more than {limits.max_bytes} bytes from {shown(str(url))}; scale the image down")
     return bytes(body)
 
 
@@ -95,10 +93,10 @@ class _CheckedBackend(httpcore2.NetworkBackend):
 
     def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore2.NetworkStream:
         addresses = self._resolved(host)  # 2.
-        refused = [address for address in addresses if not self._allowed(address)]
-        if refused:
-            line = f"{self._name}: got the host {shown(host)}, whose address {refused[0]} is not public; send the image itself"
-            raise _refused(line)
+        barred = [address for address in addresses if not self._allowed(address)]
+        if barred:
+            line = f"{self._name}: got the host {shown(host)}, whose address {barred[0]} is not public; send the image itself"
+            raise refused(line)
         for address in addresses:  # 3.
             try:
                 connected = self._sockets.connect_tcp(str(address), port, _left_s(self._deadline_s))
@@ -111,7 +109,7 @@ class _CheckedBackend(httpcore2.NetworkBackend):
         try:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise _refused(f"{self._name}: got the host {shown(host)}, which has no address; send the image itself") from None
+            raise refused(f"{self._name}: got the host {shown(host)}, which has no address; send the image itself") from None
         return [ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in found]
 
 
@@ -143,7 +141,3 @@ def _left_s(deadline_s: float) -> float:
     if left_s <= 0:
         raise TimeoutError
     return left_s
-
-
-def _refused(message: str) -> RequestError:
-    return RequestError("INVALID_ARGUMENT", message)

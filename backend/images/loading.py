@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.images.decode import decode, decode_base64, to_rgb
 from backend.images.fetch import fetch
 from backend.images.limits import ImageLimits
@@ -47,9 +47,9 @@ class ImageLoader:
     def check(self, sources: Sequence[ImageSource]) -> None:
         """Raises RequestError INVALID_ARGUMENT for what can be refused without a look at any image."""
         if sources and self.vision is None:
-            raise _refused(f"images: got {len(sources)}, but this engine reads text alone; remove them")
+            raise refused(f"images: got {len(sources)}, but this engine reads text alone; remove them")
         if len(sources) > self.limits.max_images:
-            raise _refused(f"images: got {len(sources)}, expected at most {self.limits.max_images} in a request")
+            raise refused(f"images: got {len(sources)}, expected at most {self.limits.max_images} in a request")
 
     def load(self, sources: Sequence[ImageSource]) -> tuple[ImagePatches, ...]:
         """Raises RequestError INVALID_ARGUMENT, one line that names the image, `image[0]` the first."""
@@ -83,8 +83,4 @@ def _content(name: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _refused(f"{name}: {path} cannot be read ({error.strerror}), expected the file of an image") from None
-
-
-def _refused(message: str) -> RequestError:
-    return RequestError("INVALID_ARGUMENT", message)
+        raise refused(f"{name}: {path} cannot be read ({error.strerror}), expected the file of an image") from None

@@ -7,7 +7,7 @@ As transformers' `Gemma4Processor`, on token ids: the placeholder is one token, 
 
 from collections.abc import Sequence
 
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.images.preprocess import ImagePatches
 from backend.prefix_cache import ImageSpan
 from contract.model_config import ModelConfig
@@ -23,13 +23,13 @@ def expand(token_ids: Sequence[int], images: Sequence[ImagePatches], model_confi
         RequestError INVALID_ARGUMENT: images for a model without vision, too many, or not one for each placeholder.
     """
     if images and model_config.vision is None:
-        raise _refused(f"images: got {len(images)}, but this engine reads text alone; remove them")
+        raise refused(f"images: got {len(images)}, but this engine reads text alone; remove them")
     if len(images) > MAX_IMAGES:
-        raise _refused(f"images: got {len(images)}, expected at most {MAX_IMAGES} in a prompt")
+        raise refused(f"images: got {len(images)}, expected at most {MAX_IMAGES} in a prompt")
     placeholder = model_config.image_token_id
     num_placeholders = list(token_ids).count(placeholder)
     if num_placeholders != len(images):
-        raise _refused(
+        raise refused(
             f"prompt: got {num_placeholders} image placeholders (token {placeholder}) and {len(images)} images, "
             "expected one placeholder for each image"
         )
@@ -52,7 +52,7 @@ def image_spans(token_ids: Sequence[int], images: Sequence[ImagePatches], model_
         RequestError INVALID_ARGUMENT: the prompt's image tokens are not those of the images.
     """
     if images and model_config.vision is None:
-        raise _refused(f"images: got {len(images)}, but this engine reads text alone; remove them")
+        raise refused(f"images: got {len(images)}, but this engine reads text alone; remove them")
     if not images and model_config.image_token_id not in token_ids:
         return []
     runs, start = [], None
@@ -64,11 +64,7 @@ def image_spans(token_ids: Sequence[int], images: Sequence[ImagePatches], model_
             start = None
     got, expected = [end - start for start, end in runs], [image.num_soft_tokens for image in images]
     if got != expected:
-        raise _refused(
+        raise refused(
             f"prompt: got image tokens in runs of {got}, expected {expected}, the soft tokens of its {len(images)} images"
         )
     return [ImageSpan(start, end, image.digest) for (start, end), image in zip(runs, images, strict=True)]
-
-
-def _refused(message: str) -> RequestError:
-    return RequestError("INVALID_ARGUMENT", message)

@@ -10,12 +10,12 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
 from plugins.feed_forward.launch import choose_tile, feed_forward
 from plugins.feed_forward.mlp_launch import mlp_beside
 from plugins.library import LIBRARY
-from plugins.moe.cuda import least
 
 
 def beside(rows: Tensor, gate_up: Tensor, down: Tensor) -> Callable[[], Tensor]:
@@ -60,6 +60,14 @@ def feed_forward_triton(
     tile = choose_tile(least(hidden.shape[0]), top_k, experts, hidden.dtype, fp8_rows)
     weights = (norms, scalar, dense, router, experts)
     return feed_forward(hidden, attended, *weights, top_k, eps, fp8_rows, tile=tile, wrap=wrap_triton)
+
+
+def least(number: int | torch.SymInt) -> int:
+    """The largest power of two that a number, symbolic or not, is known to reach; 1 where nothing is known."""
+    bound = 1
+    while bound < 1 << 20 and statically_known_true(number >= 2 * bound):
+        bound *= 2
+    return bound
 
 
 LIBRARY.impl("feed_forward", partial(feed_forward, start_mlp=beside), "CUDA")

@@ -15,7 +15,8 @@ kernel waits for a whole multiprocessor.
 import triton
 import triton.language as tl
 
-from plugins.moe.product_kernel import down_tile, gate_up_tile
+from plugins.feed_forward.kernel import rounded
+from plugins.moe.product_kernel import down_tile, gate_up_tile, gelu_tanh
 
 
 @triton.jit(do_not_specialize=("num_rows",))
@@ -95,6 +96,4 @@ def activate_kernel(gate_up, activated, WIDTH: tl.constexpr, BLOCK: tl.constexpr
     dtype = activated.dtype.element_ty
     gate = tl.load(gate_up + row * (2 * WIDTH) + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    # gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
-    gate = (gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))).to(dtype).to(tl.float32)
-    tl.store(activated + row * WIDTH + columns, (gate * up).to(dtype), mask=inside)
+    tl.store(activated + row * WIDTH + columns, (rounded(gelu_tanh(gate), dtype) * up).to(dtype), mask=inside)

@@ -4,9 +4,7 @@ parts of the feed-forward operator; see `plugins.feed_forward.cuda`.
 Import this module only where triton is installed; it needs neither a GPU nor a CUDA build of PyTorch.
 """
 
-import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from plugins.library import LIBRARY
 from plugins.moe import fp8_launch, launch
@@ -16,14 +14,6 @@ def choose_experts(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tupl
     """Of equal logits the lower index comes first."""
     top_k_weights, top_k_index = launch.router(logits.contiguous(), per_expert_scale, top_k).run()
     return top_k_weights, top_k_index
-
-
-def least(number: int | torch.SymInt) -> int:
-    """The largest power of two that a number, symbolic or not, is known to reach; 1 where nothing is known."""
-    bound = 1
-    while bound < 1 << 20 and statically_known_true(number >= 2 * bound):
-        bound *= 2
-    return bound
 
 
 LIBRARY.impl("experts", launch.experts, "CUDA")

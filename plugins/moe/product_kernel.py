@@ -69,8 +69,7 @@ def gate_up_tile(
         of_rows = tl.load(row_scale + routed // TOP_K, mask=taken, other=0.0)
         gate = scaled(gate, tl.load(scale_at), of_rows, WEIGHTS_FIRST)
         up = scaled(up, tl.load(scale_at + WIDTH), of_rows, WEIGHTS_FIRST)
-    # gelu_tanh(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
-    result = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    result = gelu_tanh(gate) * up
     if WEIGHTS_FIRST:
         result = result.T
     stored = taken[:, None] & (columns < WIDTH)[None, :]
@@ -135,6 +134,12 @@ def down_tile(
     stored = taken[:, None] & (columns < HIDDEN)[None, :]
     weighted_at = weighted + routed[:, None].to(tl.int64) * HIDDEN + columns[None, :]
     tl.store(weighted_at, result.to(weighted.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit
