@@ -11,7 +11,7 @@ from backend.kv_cache import PagedKVCache
 from backend.session import RunProgram, Session, load_program
 from builder.build import compile_programs
 from builder.config import read_model_config
-from builder.description import describe
+from builder.description import ConfigAlone, describe
 from builder.export import signatures
 from builder.weights import EMBEDDING, binding_shapes, text_weights, weight_dtype
 from contract.manifest import BuildConfig, Program
@@ -19,19 +19,6 @@ from contract.model_config import ModelConfig
 from plugins.moe.fp8 import to_fp8
 
 Report = Callable[[str], None]
-
-
-class RandomCheckpoint:
-    """What the builder asks of a checkpoint, without files."""
-
-    def __init__(self, model: ModelConfig, dtype: str):
-        self._model, self._dtype = model, dtype
-
-    def dtype(self, name: str) -> str:
-        return weight_dtype(name, self._model, self._dtype)
-
-    def fingerprint(self) -> dict:
-        return {}
 
 
 def read_text_model(checkpoint: Path) -> ModelConfig:
@@ -69,7 +56,7 @@ def random_session(
     report: Report,
 ) -> Session:
     """A session of these weights, its programs compiled as the builder does or the network's own modules."""
-    manifest = describe(model, build, RandomCheckpoint(model, build.dtype), text_weights(model), checkpoint, checkpoint)
+    manifest = describe(model, build, ConfigAlone(model), text_weights(model), checkpoint, checkpoint)
     if not compiled:
         programs, runners = {}, {}
         for each in signatures(model, build):
