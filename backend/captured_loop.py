@@ -11,7 +11,8 @@ those of `canvas_loop`, the arithmetic is that of `plugins.vocabulary`. On CPU t
 uncaptured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,7 @@ class CapturedLoop(CanvasLoop):
         if self._on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
             self._first_done = torch.cuda.Event()
+            self._other_stream = torch.cuda.Stream(session.device)
         # The idle row computes like any other: its temperature must be a number, and without noise it costs least.
         self._t_min[self._idle] = self._t_max[self._idle] = 1.0
         self._num_steps[self._idle] = 1
@@ -171,28 +173,43 @@ class CapturedLoop(CanvasLoop):
             feed_back()
         return first.replay, second.replay
 
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Of a GPU another stream, a branch where a step is captured. What is made there may be used after `_join`."""
+        if not self._on_gpu:
+            yield
+            return
+        self._other_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._other_stream):
+            yield
+
+    def _join(self) -> None:
+        if self._on_gpu:
+            torch.cuda.current_stream().wait_stream(self._other_stream)
+
     @torch.no_grad()
     def _update_canvases(self, inputs: Tensor, results: _Results) -> Callable[[], None]:
         """The first part of a step; returns its second part. The numbers are those of `canvas_loop`."""
         rows, prefix_lengths = inputs[0], inputs[1].int()
         length = self._model.canvas_length
-        # 1.
+        # 1. Beside it goes what 2. needs to know of the rows: many kernels, all of them tiny.
+        with self._beside():
+            seed, canvas_index, step = self._seed[rows], self._canvas_index[rows], self._step[rows]
+            num_steps = self._num_steps[rows]
+            each = {
+                "temperature": sampler.temperature_schedule(self._t_min[rows], self._t_max[rows], num_steps - step, num_steps),
+                "greedy": self._greedy[rows],
+                "seeds": seed,
+                "canvas_indices": canvas_index,
+                "steps": step,
+            }
+            each = {name: value.repeat_interleave(length) for name, value in each.items()}
+            each["positions"] = self._within.repeat(rows.numel())
         tables = {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}
         hidden = self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
         hidden = hidden.flatten(0, 1)
         # 2.
-        seed, canvas_index, step = self._seed[rows], self._canvas_index[rows], self._step[rows]
-        num_steps = self._num_steps[rows]
-        temperature = sampler.temperature_schedule(self._t_min[rows], self._t_max[rows], num_steps - step, num_steps)
-        each = {
-            "temperature": temperature,
-            "greedy": self._greedy[rows],
-            "seeds": seed,
-            "canvas_indices": canvas_index,
-            "steps": step,
-        }
-        each = {name: value.repeat_interleave(length) for name, value in each.items()}
-        each["positions"] = self._within.repeat(rows.numel())
+        self._join()
         cap, passes, soft_embeds = self._model.final_logit_softcapping, [], torch.empty_like(hidden)
 
         def pass_over(chunk: slice) -> tuple[slice, Tensor, Tensor]:

@@ -80,7 +80,7 @@ class Bench:
     @cached_property
     def cache(self):
         most = self.model.max_position_embeddings
-        return random_cache(self.session, max_sequences=64, num_tokens=CACHED_TOKENS, max_tokens=most)
+        return random_cache(self.session, max_sequences=64, num_tokens=self.options.cached_tokens, max_tokens=most)
 
     @cached_property
     def loops(self) -> dict[str, CapturedLoop]:
@@ -135,19 +135,22 @@ class Bench:
             raise AssertionError("the captured step is wrong; nothing after this means anything")
 
     def step(self) -> None:
-        """Wall time of `step` as the scheduler calls it, with its copies and its waiting."""
+        """Wall time of `step` as the scheduler calls it, with its copies and its waiting: of one step alone, and of one in a
+        row, where the host prepares the next while the device ends the last."""
         times: dict[str, float] = {}
         self.results["step_ms"] = times
         for batch in (1, 4, 16, 32):
             for prefix in (512, 8192, 65536):
-                if batch * prefix > CACHED_TOKENS or batch > self.build.max_sequences:
+                if batch * prefix > self.options.cached_tokens or batch > self.build.max_sequences:
                     continue
                 with self.sequences([prefix] * batch) as slots:
                     for name, loop in self.loops.items():
                         self.start(loop, slots)
-                        ms = self.time_steps(loop, slots, 10 if batch * prefix < 100_000 else 3)
-                        times[f"{name}, batch {batch}, prefix {prefix}"] = round(ms, 3)
-                        print(f"  {name}, batch {batch}, prefix {prefix}: {ms:.3f} ms", flush=True)
+                        count = 10 if batch * prefix < 100_000 else 3
+                        case = f"{name}, batch {batch}, prefix {prefix}"
+                        alone, in_a_row = self.time_steps(loop, slots, count), self.time_row(loop, slots, 2 * count)
+                        times[case], times[f"{case}, in a row"] = round(alone, 3), round(in_a_row, 3)
+                        print(f"  {case}: {alone:.3f} ms, in a row {in_a_row:.3f} ms", flush=True)
 
     def time_steps(self, loop: CapturedLoop, slots: list[int], count: int) -> float:
         """Milliseconds, median, after one step that warms up."""
@@ -159,6 +162,19 @@ class Bench:
             torch.cuda.synchronize()
             each.append(1e3 * (time.perf_counter() - started))
         return statistics.median(each[1:])
+
+    def time_row(self, loop: CapturedLoop, slots: list[int], count: int) -> float:
+        """Milliseconds of a step, `count` of them in a row: the median of three rows."""
+        each = []
+        for _ in range(3):
+            self.start(loop, slots)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(count):
+                loop.step(slots)
+            torch.cuda.synchronize()
+            each.append(1e3 * (time.perf_counter() - started) / count)
+        return statistics.median(each)
 
     def pieces(self) -> None:
         """What a step is made of, each alone."""
@@ -259,6 +275,7 @@ def main() -> None:
     parser.add_argument("--fp8-experts", choices=("full", "float8"), help="FP8 expert weights; the activations that they meet")
     parser.add_argument("--max-encode-tokens", type=int, default=8192, help="fewer are compiled in less time; %(default)s")
     parser.add_argument("--max-sequences", type=int, default=64, help="fewer are compiled in less time; %(default)s")
+    parser.add_argument("--cached-tokens", type=int, default=CACHED_TOKENS, help="longer prefixes are left out; %(default)s")
     parser.add_argument("--uncompiled", action="store_true", help="the network's modules instead of compiled programs")
     parser.add_argument("--output", type=Path, help="file for the results, written after each phase")
     options = parser.parse_args()
