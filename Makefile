@@ -14,7 +14,7 @@ BENCH      ?=
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install engine serve demo test test-gpu lint bench clean
+.PHONY: help install engine built serve demo test test-gpu lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -31,13 +31,16 @@ $(INSTALLED): pyproject.toml
 install: $(INSTALLED) ## Create the virtual environment with everything in it
 
 engine: $(INSTALLED) ## Build ENGINE from CHECKPOINT (TARGET=auto|tensorrt|inductor, DTYPE=auto|float32|bfloat16, DEVICE=auto|cpu|cuda)
-	$(BIN)/python -m builder build $(CHECKPOINT) $(ENGINE) --target $(TARGET) --dtype $(DTYPE) --device $(DEVICE)
+	$(BIN)/python -m builder build "$(CHECKPOINT)" "$(ENGINE)" --target $(TARGET) --dtype $(DTYPE) --device $(DEVICE)
 
-serve: engine ## Build ENGINE if needed and serve it with Triton Inference Server until Ctrl-C
-	$(BIN)/python -m backend serve --engine $(ENGINE)
+built: $(INSTALLED)
+	@test -f "$(ENGINE)/manifest.json" || $(MAKE) --no-print-directory engine
 
-demo: engine ## Build the tiny engine if needed, serve it, ask a few questions, stop
-	$(BIN)/python examples/demo.py $(ENGINE)
+serve: built ## Build ENGINE if it is not there and serve it with Triton Inference Server until Ctrl-C
+	$(BIN)/python -m backend serve --engine "$(ENGINE)"
+
+demo: built ## Build ENGINE if it is not there, serve it, ask a few questions, stop
+	$(BIN)/python examples/demo.py "$(ENGINE)"
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest
@@ -50,8 +53,8 @@ lint: $(INSTALLED) ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: engine ## Measure everything against transformers, ten minutes (BENCH="--quick", BENCH=--log: docs/benchmarks.md)
-	$(BIN)/python benchmarks/run.py --checkpoint $(CHECKPOINT) --engine $(ENGINE) $(BENCH)
+bench: built ## Measure everything against transformers, ten minutes (BENCH="--quick", BENCH=--log: docs/benchmarks.md)
+	$(BIN)/python benchmarks/run.py --checkpoint "$(CHECKPOINT)" --engine "$(ENGINE)" $(BENCH)
 
 clean: ## Remove what was built; the virtual environment stays
 	rm -rf engines build *.egg-info .pytest_cache .ruff_cache

@@ -64,6 +64,7 @@ def serve(
         with ExitStack() as running:
             parts: list[TritonServer | FrontEnd] = [running.enter_context(server)]
             addresses = f"gRPC {server.grpc_url}  HTTP {server.http_url}  metrics {server.metrics_url}"
+            logs = f"log {server.log_path}"
             if openai:
                 settings = OpenAISettings(
                     triton_url=server.grpc_url,
@@ -72,10 +73,11 @@ def serve(
                     port=openai_port,
                     api_keys=api_keys,
                 )
-                front_end = running.enter_context(FrontEnd(settings))
+                front_end = running.enter_context(FrontEnd(settings, server.log_path.with_name("openai.log")))
                 parts.append(front_end)
                 addresses += f"  OpenAI {front_end.url}/v1"
-            print(f"ready  {addresses}  log {server.log_path}", flush=True)
+                logs += f"  OpenAI log {front_end.log_path}"
+            print(f"ready  {addresses}  {logs}", flush=True)
             while True:
                 for part in parts:
                     part.check_alive()
@@ -99,6 +101,8 @@ def openai_front_end(
     from backend.openai_server.serve import FrontEndError, serve
     from backend.openai_server.settings import OpenAISettings, read_api_keys
 
+    if not all(key.strip() for key in api_key or []):
+        _fail("--api-key: got an empty key, expected at least one character; leave the option out to serve without keys")
     try:
         settings = OpenAISettings(
             triton_url=triton,
@@ -126,7 +130,11 @@ def config(
         settings = Settings.from_parameters(dict(each.partition("=")[::2] for each in setting))
     except ValueError as error:
         _fail(str(error))
-    output.write_text(config_pbtxt(settings, _instances(instances, gpus) or Instances()), encoding="utf-8")
+    text = config_pbtxt(settings, _instances(instances, gpus) or Instances())
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        _fail(f"--output: {output} cannot be written ({error.strerror}), expected a file in an existing directory")
     print(f"wrote {output}")
 
 
@@ -168,7 +176,10 @@ def chat(
     thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
     sampling: Annotated[str, typer.Option(help="Sampling parameters, a JSON object.", metavar="JSON")] = "{}",
 ) -> None:
-    """Chat in the terminal and watch the canvas resolve; or answer the lines of standard input."""
+    """Chat in the terminal and watch the canvas resolve; or answer the lines of standard input.
+
+    Without a terminal, notes and errors go to standard error, and the exit status is 1 if a question has no answer.
+    """
     from rich.console import Console
 
     from backend import LLM, SamplingConfig
@@ -176,17 +187,20 @@ def chat(
     from contract.checkpoint import CheckpointError
     from contract.manifest import ManifestError
 
+    is_typed = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a question, and the chat goes on
     console = Console()
+    notes = console if is_typed and console.is_terminal else Console(stderr=True)
     try:
         config = SamplingConfig.from_mapping(parse_json_object("--sampling", sampling))
-        session = TerminalChat(LLM(engine, max_sequences=1), console, config, {"enable_thinking": thinking})
-        if sys.stdin.isatty():
-            console.print(HELP, style="dim")
-            session.run(_typed_lines(console.input))
-        else:
-            session.run(sys.stdin)
+        session = TerminalChat(LLM(engine, max_sequences=1), console, config, {"enable_thinking": thinking}, notes=notes)
+        if is_typed:
+            notes.print(HELP, style="dim")
+        all_answered = session.run(_typed_lines(notes.input) if is_typed else sys.stdin)
     except (RequestError, ManifestError, CheckpointError) as error:
         _fail(str(error))
+    if not all_answered and notes is not console:
+        raise typer.Exit(1)
 
 
 @app.command()

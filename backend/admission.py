@@ -6,6 +6,7 @@ from backend.errors import RequestError
 from backend.images.placeholders import image_spans
 from backend.images.preprocess import ImagePatches
 from backend.kv_cache import PagedKVCache
+from backend.prompt_tokens import check_positions
 from backend.sampling_config import ResolvedSampling
 from contract.manifest import Manifest
 from contract.model_config import ModelConfig
@@ -34,14 +35,7 @@ def check_request(
     bad = next((token for token, _ in sampling.logit_bias if token >= model.vocab_size), None)
     if bad is not None:
         raise RequestError("INVALID_ARGUMENT", f"logit_bias: got token id {bad}, expected 0 to {model.vocab_size - 1}")
-    canvases = -(-sampling.max_tokens // model.canvas_length)
-    if len(prompt_ids) + canvases * model.canvas_length > model.max_position_embeddings:
-        raise RequestError(
-            "INVALID_ARGUMENT",
-            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} ({canvases} canvases of "
-            f"{model.canvas_length}), expected at most {model.max_position_embeddings} in all; "
-            "shorten the prompt or lower max_tokens",
-        )
+    check_positions(model, prompt_ids, sampling)
     num_tokens = most_cached_tokens(len(prompt_ids), sampling.max_tokens, model.canvas_length, commit_last=commit_last)
     if not cache.fits(num_tokens, when_empty=True):
         needed, has = cache.pages_needed(num_tokens), cache.num_pages

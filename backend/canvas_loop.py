@@ -98,9 +98,10 @@ class CanvasLoop:
         extras = self._extras.get(slot)
         return extras.logprobs.tolist() if extras and extras.logprobs else None
 
-    def needs_plain_step(self, slots: Sequence[int]) -> bool:
-        """Whether any of `slots` has extras, which only this class's `step` knows of."""
-        return any(slot in self._extras for slot in slots)
+    def with_extras(self, slots: Sequence[int]) -> list[int]:
+        """Those of `slots` that have extras, which only this class's arithmetic knows of. The others must not get it for their
+        sake: it rounds differently, and a request's tokens are those that it gives alone."""
+        return [slot for slot in slots if slot in self._extras]
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         """One denoising step of each of `slots`; returns which of their canvases are finished."""

@@ -91,7 +91,12 @@ class CapturedLoop(CanvasLoop):
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         """See `CanvasLoop.step`. Waits for the device until the results are there, not until the step is over."""
-        if self.needs_plain_step(slots):
+        apart = self.with_extras(slots)
+        if apart and len(apart) < len(slots):
+            captured = [slot for slot in slots if slot not in apart]
+            finished = dict(zip([*captured, *apart], [*self.step(captured), *self.step(apart)], strict=True))
+            return [finished[slot] for slot in slots]
+        if apart:
             for slot in slots:
                 self._results.pop(slot, None)
             return super().step(slots)

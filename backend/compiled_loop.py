@@ -34,7 +34,10 @@ class CompiledLoop(CanvasLoop):
         )
 
     def _vocabulary(self, slots: Sequence[int], rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.needs_plain_step(slots):
+        apart = self.with_extras(slots)
+        if apart and len(apart) < len(slots):
+            return self._by_parts(slots, apart, rows, hidden)
+        if apart:
             return super()._vocabulary(slots, rows, hidden)
         batch, length = hidden.shape[:2]
         hidden = hidden.flatten(0, 1)
@@ -54,4 +57,14 @@ class CompiledLoop(CanvasLoop):
             soft.mul_((self._embed_scale / total).unsqueeze(1))
         self._soft_embeds[rows] = soft_embeds.view(batch, length, -1)
         argmax, sampled, entropy = (torch.cat(parts).view(batch, length) for parts in zip(*passes, strict=True))
+        return argmax, sampled, entropy
+
+    def _by_parts(
+        self, slots: Sequence[int], apart: Sequence[int], rows: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_vocabulary` of the slots in `apart` and of the others, in the order of `slots`."""
+        places = [[place for place, slot in enumerate(slots) if (slot in apart) == is_apart] for is_apart in (False, True)]
+        parts = [self._vocabulary([slots[place] for place in part], rows[part], hidden[part]) for part in places]
+        back = torch.tensor([*places[0], *places[1]]).argsort()
+        argmax, sampled, entropy = (torch.cat(both)[back] for both in zip(*parts, strict=True))
         return argmax, sampled, entropy

@@ -13,14 +13,16 @@ from backend.chat.answer import AnswerFormat
 from backend.chat.messages import chat_request, placed_images
 from backend.chat.template import ChatTemplate
 from backend.engine import Engine, EngineLimits
-from backend.errors import RequestError
+from backend.errors import RequestError, refused
 from backend.generation import Generation, Piece, PieceReader
 from backend.images.limits import ImageLimits
 from backend.images.loading import ImageLoader, ImageSource
+from backend.images.local import local_images
 from backend.images.placeholders import expand
 from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput
 from backend.sampling_config import ResolvedSampling, SamplingConfig
+from backend.text_stream import EVERYWHERE, StopScope
 from contract.manifest import ManifestError
 
 Prompt = str | Sequence[int]
@@ -37,11 +39,15 @@ class _Request:
     sampling: ResolvedSampling
     form: AnswerFormat | None = None
 
+    @property
+    def stop_scope(self) -> StopScope:
+        return self.form.stop_scope if self.form else EVERYWHERE
+
 
 class LLM:
     """An engine directory, loaded for offline generation. Used by one thread.
 
-    llm = LLM("engines/tiny")
+    llm = LLM("engines/diffusiongemma")
     [result] = llm.generate("What is 2 + 2?", SamplingConfig(seed=1))
     [result] = llm.chat([{"role": "user", "content": "What is 2 + 2?"}])
     """
@@ -93,7 +99,7 @@ class LLM:
     ) -> list[Generation]:
         """One result a prompt, in order. Prompts are texts or lists of token ids; one alone is taken as a list of one.
         `images`: those of the one prompt, or a list for each; one for each of its placeholders. An image is a Pillow image, a
-        path, the bytes of a file, base64 or a data URL.
+        path (a text or a `pathlib.Path`), the bytes of a file, base64 or a data URL.
 
         `sampling` is one configuration for all or one for each. Prompts are denoised together, as many as fit, and each result
         is what the prompt gives alone. `use_tqdm`: on a terminal, a bar says how many are done.
@@ -102,7 +108,7 @@ class LLM:
             RequestError: a prompt or a parameter that cannot be served; nothing is generated then.
         """
         listed = [prompts] if _is_one(prompts) else list(prompts)
-        pictures = _images_each(images, len(listed), alone=_is_one(prompts))
+        pictures = self._images_each(images, len(listed), alone=_is_one(prompts))
         asked = zip(listed, _one_each(sampling, len(listed)), pictures, strict=True)
         return self._results([self._request(prompt, config, each) for prompt, config, each in asked], use_tqdm)
 
@@ -122,7 +128,7 @@ class LLM:
         the messages of type image. Else as `generate`."""
         alone = bool(messages) and isinstance(messages[0], Mapping)
         chats = [messages] if alone else list(messages)
-        pictures = _images_each(images, len(chats), alone=alone)
+        pictures = self._images_each(images, len(chats), alone=alone)
         asked = zip(chats, _one_each(sampling, len(chats)), pictures, strict=True)
         more = (tools, tool_choice, chat_template_kwargs)
         return self._results([self._chat_request(chat, config, each, *more) for chat, config, each in asked], use_tqdm)
@@ -140,7 +146,8 @@ class LLM:
 
         Raises RequestError as `generate`, when called.
         """
-        return self._pieces(self._request(prompt, sampling or SamplingConfig(), images), draft_interval_s)
+        given = local_images(images, self._images.limits)
+        return self._pieces(self._request(prompt, sampling or SamplingConfig(), given), draft_interval_s)
 
     def stream_chat(
         self,
@@ -154,8 +161,8 @@ class LLM:
         draft_interval_s: float | None = None,
     ) -> Iterator[Piece]:
         """As `stream`, for one chat as in `chat`."""
-        more = (tools, tool_choice, chat_template_kwargs)
-        return self._pieces(self._chat_request(messages, sampling or SamplingConfig(), images, *more), draft_interval_s)
+        given, more = local_images(images, self._images.limits), (tools, tool_choice, chat_template_kwargs)
+        return self._pieces(self._chat_request(messages, sampling or SamplingConfig(), given, *more), draft_interval_s)
 
     def _request(self, prompt: Prompt, config: SamplingConfig, images: Images, form: AnswerFormat | None = None) -> _Request:
         patches = self._images.load(images)
@@ -172,6 +179,16 @@ class LLM:
         config = replace(config, skip_special_tokens=False)
         return self._request(prompt.text, config, placed_images(chat, images), prompt.form)
 
+    def _images_each(self, images: Images | Sequence[Images] | None, count: int, *, alone: bool) -> list[Images]:
+        if images is None:
+            return [()] * count
+        if not alone and (isinstance(images, str | bytes) or not isinstance(images, Sequence)):
+            raise refused(f"images: got {type(images).__name__}, expected {count} lists of images, one a prompt")
+        listed = [images] if alone else images
+        if len(listed) != count:
+            raise refused(f"images: got {len(listed)} lists of images, expected {count}, one a prompt")
+        return [local_images(each, self._images.limits) for each in listed]
+
     def _results(self, requests: Sequence[_Request], use_tqdm: bool) -> list[Generation]:
         scheduler = self._engine.scheduler
         jobs, collectors = [], []
@@ -180,8 +197,8 @@ class LLM:
             try:
                 for request in requests:
                     collectors.append(_Collector(request, bar))
-                    take = collectors[-1].take
-                    jobs.append(scheduler.add(request.prompt_ids, request.sampling, take, images=request.images))
+                    more = {"images": request.images, "stop_scope": request.stop_scope}
+                    jobs.append(scheduler.add(request.prompt_ids, request.sampling, collectors[-1].take, **more))
                 while not all(collector.is_done() for collector in collectors):
                     scheduler.tick()
             finally:
@@ -197,6 +214,7 @@ class LLM:
             request.sampling,
             arrived.append,
             images=request.images,
+            stop_scope=request.stop_scope,
             draft_interval_s=draft_interval_s,
         )
         try:
@@ -223,13 +241,6 @@ def _one_each(sampling: SamplingConfig | Sequence[SamplingConfig] | None, count:
     if len(configs) != count:
         raise RequestError("INVALID_ARGUMENT", f"sampling: got {len(configs)} configurations, expected {count}, one a prompt")
     return configs
-
-
-def _images_each(images: Images | Sequence[Images] | None, count: int, *, alone: bool) -> list[Images]:
-    listed = [()] * count if images is None else [images] if alone else list(images)
-    if len(listed) != count:
-        raise RequestError("INVALID_ARGUMENT", f"images: got {len(listed)} lists of images, expected {count}, one a prompt")
-    return listed
 
 
 def _image_loader(engine: Engine, max_soft_tokens: int | None) -> ImageLoader:

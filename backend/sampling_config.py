@@ -15,6 +15,7 @@ from backend.errors import RequestError
 from backend.generation_defaults import GenerationDefaults
 from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
 
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # every text is searched for every one, while the others wait
 _FLAGS = ("ignore_eos", "skip_special_tokens", "logprobs")
 _NEVER_NONE = ("temperature", "top_k", "top_p", "min_p", "top_logprobs")
 _ALIASES = {"max_new_tokens": "max_tokens", "stop_words": "stop"}
@@ -69,7 +70,7 @@ class SamplingConfig:
     """A request's choices. None leaves a choice to the checkpoint's generation_config.json."""
 
     max_tokens: int | None = None
-    temperature: float = 1.0  # scales the temperature schedule: 1 leaves it, 0 is greedy
+    temperature: float = 1.0  # scales the temperature schedule: 1 leaves it, 0 and less than 0.01 is greedy
     t_min: float | None = None  # temperature that the schedule falls to; must not exceed t_max
     t_max: float | None = None
     top_k: int = 0  # the denoiser canvas takes only the k most likely tokens; 0 and -1 are off
@@ -192,6 +193,10 @@ def _checked_stop(stop: object) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"stop: got {shown(stop)}, expected a non-empty string or a list of them")
+    if len(strings) > MAX_STOPS:
+        raise ValueError(f"stop: got {len(strings)} strings, expected at most {MAX_STOPS}")
+    if (longest := max(map(len, strings), default=0)) > MAX_STOP_LENGTH:
+        raise ValueError(f"stop: got a string of {longest} characters, expected at most {MAX_STOP_LENGTH}")
     return tuple(strings)
 
 

@@ -41,7 +41,7 @@ from backend.metrics import MetricValues, Outcome
 from backend.prefix_cache import extend_page_keys
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
-from backend.text_stream import TextStream
+from backend.text_stream import EVERYWHERE, StopScope, TextStream
 
 __all__ = ["CanvasOutput", "DraftOutput", "Job", "OnOutput", "Scheduler"]
 
@@ -70,7 +70,8 @@ class Scheduler:
         self.num_failed_steps = 0
         """Device steps in a row that failed: a server whose device does not recover can tell by it."""
         self._session, self._cache, self._loop, self._tokenizer, self._clock = session, cache, loop, tokenizer, clock
-        self._prefix_cache, self._commit_last = prefix_cache, commit_last
+        # Without the cache nobody would read the last canvas.
+        self._prefix_cache, self._commit_last = prefix_cache, commit_last and prefix_cache
         self._canvas_length = session.manifest.model.canvas_length
         self._max_pass_sequences = max(1, max_pass_rows // self._canvas_length) if max_pass_rows else len(cache.length)
         self._queue: deque[Job] = deque()
@@ -102,11 +103,13 @@ class Scheduler:
         on_output: OnOutput,
         *,
         images: Sequence[ImagePatches] = (),
+        stop_scope: StopScope = EVERYWHERE,
         draft_interval_s: float | None = None,
     ) -> Job:
         """Queues a request that passed `check`; `on_output` is called once a canvas, at last with a finish_reason or error.
 
         images: those of the prompt, whose placeholders are expanded (`backend.images.placeholders`).
+        stop_scope: where in the result stop strings are looked for.
         draft_interval_s: send DraftOutputs of canvases that are not finished yet, at most one in this time (seconds; 0 after
         every denoising step); None sends none. Drafts change no result.
         """
@@ -116,7 +119,9 @@ class Scheduler:
             image_spans=image_spans(prompt_ids, images, self._session.manifest.model),
             sampling=sampling,
             on_output=on_output,
-            text=TextStream(self._tokenizer, stop=sampling.stop, skip_special_tokens=sampling.skip_special_tokens),
+            text=TextStream(
+                self._tokenizer, stop=sampling.stop, skip_special_tokens=sampling.skip_special_tokens, stop_scope=stop_scope
+            ),
             draft_interval_s=draft_interval_s,
             added_at=self._clock(),
             prefix=list(prompt_ids),
@@ -285,7 +290,7 @@ class Scheduler:
         if output.finish_reason is None:
             self._commit(job, canvas)
             job.on_output(output)
-        elif self._commit_last and self._prefix_cache:
+        elif self._commit_last:
             # With the token that ended it, which the next turn's prompt has too.
             self._commit(job, canvas[: len(job.tokens) - num_before + 1])
             self._end(job, "success", output)

@@ -23,8 +23,9 @@ from backend.images.placeholders import expand
 from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput, OnOutput
 from backend.metrics import MetricsDelta
-from backend.prompt_tokens import prompt_tokens
+from backend.prompt_tokens import check_positions, prompt_tokens
 from backend.sampling_config import ResolvedSampling, SamplingConfig
+from backend.text_stream import EVERYWHERE, StopScope
 from backend.worker_messages import Cancel, Failure, LoadFailed, Ready, Report, Submit, is_last
 from backend.worker_process import WorkerConfig, WorkerError, WorkerProcess
 from contract.model_config import ModelConfig
@@ -58,6 +59,7 @@ class _Request:
     images: tuple[ImagePatches, ...]
     sampling: ResolvedSampling
     on_output: OnOutput
+    stop_scope: StopScope
     draft_interval_s: float | None
     queued_at_s: float
     sent: bool = False
@@ -125,19 +127,21 @@ class Service:
         on_output: OnOutput,
         *,
         images: Sequence[ImagePatches] = (),
+        stop_scope: StopScope = EVERYWHERE,
         draft_interval_s: float | None = None,
     ) -> int:
         """Queues a request and returns its handle; `on_output` is called from the supervising thread and must not block.
-        images: one for each placeholder of the prompt. draft_interval_s: see `Scheduler.add`.
+        images: one for each placeholder of the prompt. stop_scope, draft_interval_s: see `Scheduler.add`.
 
         Raises:
-            RequestError: INVALID_ARGUMENT for parameters that contradict each other and for images that do not fit the prompt,
-                UNAVAILABLE over the queue's limit, while closing, or after too many deaths. A prompt that can never be served
-                is found by the worker.
+            RequestError: INVALID_ARGUMENT for parameters that contradict each other, for images that do not fit the prompt, and
+                for a prompt longer than the model's positions, UNAVAILABLE over the queue's limit, while closing, or after too
+                many deaths. What else can never be served is found by the worker.
         """
         token_ids = prompt_tokens(self._tokenizer, self._engine.bos_token, prompt) if isinstance(prompt, str) else list(prompt)
         token_ids = expand(token_ids, images, self._engine.model)
         resolved = sampling.resolve(self._engine.defaults)
+        check_positions(self._engine.model, token_ids, resolved)  # here, so that millions of tokens go nowhere
         with self._lock:
             if self._unusable:
                 raise RequestError("UNAVAILABLE", self._unusable)
@@ -154,6 +158,7 @@ class Service:
                 images=tuple(images),
                 sampling=resolved,
                 on_output=on_output,
+                stop_scope=stop_scope,
                 draft_interval_s=draft_interval_s,
                 queued_at_s=time.monotonic(),
             )
@@ -182,6 +187,7 @@ class Service:
                 prompt_ids=request.prompt_ids,
                 images=request.images,
                 sampling=request.sampling,
+                stop_scope=request.stop_scope,
                 draft_interval_s=request.draft_interval_s,
             )
         )

@@ -1,7 +1,8 @@
 """A chat in the terminal that shows the canvas as it resolves.
 
 On a terminal the answer is redrawn as drafts come: what is decided in the terminal's own colour, the draft of the canvas that
-is being denoised dimmed. Elsewhere the questions are the lines of standard input, and only answers are printed.
+is being denoised dimmed. Elsewhere the questions are the lines of standard input, and only answers are printed; what else there
+is to say goes to a console of its own.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,21 +23,25 @@ _DRAFT_INTERVAL_S = 0.05
 
 
 class TerminalChat:
-    """One chat. `console` is where it is shown."""
+    """One chat. `console` is where answers are shown, `notes` where notes and errors are."""
 
-    def __init__(self, llm: LLM, console: Console, sampling: SamplingConfig, template_kwargs: Mapping[str, Any]):
-        self._llm, self._console, self._sampling = llm, console, sampling
+    def __init__(
+        self, llm: LLM, console: Console, sampling: SamplingConfig, template_kwargs: Mapping[str, Any], *, notes: Console
+    ):
+        self._llm, self._console, self._sampling, self._notes = llm, console, sampling, notes
         self._template_kwargs = dict(template_kwargs)
         self._messages: list[dict[str, Any]] = []
         self._images: list[Path] = []  # of the messages
         self._attached: list[Path] = []  # of the next question
 
-    def run(self, lines: Iterable[str]) -> None:
-        """Answers every line until /quit or the last one. An answer that is refused or interrupted is not part of the chat."""
+    def run(self, lines: Iterable[str]) -> bool:
+        """Answers every line until /quit or the last one; says whether every question has its answer. One that is refused or
+        interrupted is not part of the chat."""
+        all_answered = True
         for line in lines:
             said = line.strip()
             if said == "/quit":
-                return
+                break
             if said == "/new":
                 for each in (self._messages, self._images, self._attached):
                     each.clear()
@@ -49,20 +54,23 @@ class TerminalChat:
             elif said.startswith("/"):
                 self._note(HELP)
             elif said:
-                self._ask(said)
+                all_answered &= self._ask(said)
+        return all_answered
 
-    def _ask(self, question: str) -> None:
+    def _ask(self, question: str) -> bool:
+        """Whether it has an answer."""
         messages = [*self._messages, user_turn(question, len(self._attached))]
         images, self._attached = [*self._images, *self._attached], []
         try:
             answer = self._answered(messages, images)
         except RequestError as error:
             self._note(f"error: {error}")
-            return
+            return False
         except KeyboardInterrupt:
             self._note("interrupted")
-            return
+            return False
         self._messages, self._images = [*messages, {"role": "assistant", "content": answer.text}], images
+        return True
 
     def _answered(self, messages: list[dict[str, Any]], images: list[Path]) -> Generation:
         is_terminal = self._console.is_terminal
@@ -88,7 +96,7 @@ class TerminalChat:
         return result
 
     def _note(self, line: str) -> None:
-        self._console.print(Text(line, style="dim"), highlight=False)
+        self._notes.print(Text(line, style="dim"), highlight=False, soft_wrap=True)  # a line stays one line in a file
 
 
 def user_turn(text: str, num_images: int) -> dict[str, Any]:

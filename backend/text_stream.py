@@ -9,9 +9,11 @@ leading spaces depend on.
 """
 
 import copy
+import itertools
 import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -19,6 +21,22 @@ from tokenizers import Tokenizer
 # A byte-fallback decoder reads a run of these as one: the characters if the whole run is UTF-8, else one U+FFFD a byte.
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopScope:
+    """In which text stop strings are looked for: not in that of `hidden` tokens, nor in what follows one of `opening` up to the
+    next one of `closing`. is_open: the text begins behind an opening token. All are token ids; opening and closing tokens are
+    hidden, too. No stop string is found across what is left out.
+    """
+
+    hidden: frozenset[int] = frozenset()
+    opening: frozenset[int] = frozenset()
+    closing: frozenset[int] = frozenset()
+    is_open: bool = False
+
+
+EVERYWHERE = StopScope()
 
 
 class TextDelta(NamedTuple):
@@ -30,26 +48,37 @@ class TextDelta(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Some decoded text not returned yet, and the tokens it came from: from `first_token` up to `end_token`."""
+    """Some decoded text not returned yet, and the tokens it came from: from `first_token` up to `end_token`. in_scope: stop
+    strings are looked for in it."""
 
     text: str
     first_token: int
     end_token: int
+    in_scope: bool
 
 
 class TextStream:
     """One request's decoder.
 
     tokenizer: the engine directory's tokenizer.json. stop: the text ends before the first of these to be complete (of several
-    that end at one character, the longest). skip_special_tokens: special tokens give no text.
+    that end at one character, the longest). skip_special_tokens: special tokens give no text. stop_scope: where to look for
+    stop strings.
 
     A result that a stop string ends keeps every token before the one that the stop string begins in, and keeps that one too
     if some of its text comes before the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip_special_tokens: bool = True):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        stop_scope: StopScope = EVERYWHERE,
+    ):
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop, self._scope = tuple(stop), stop_scope
+        self._is_open = stop_scope.is_open
         added = tokenizer.get_added_tokens_decoder()
         self._skipped = {index for index, token in added.items() if token.special} if skip_special_tokens else set()
         self._num_tokens = 0
@@ -70,18 +99,19 @@ class TextStream:
         assert not self._ended, "push after the last tokens or after a stop string"
         for token_id in token_ids:  # 1.
             self._take(token_id)
-        if last and self._undecided:
-            self._decide(self._decode_undecided())
+        if last:
+            self._decide_all()
 
         text = "".join(piece.text for piece in self._pieces)
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:  # 2.
-            _, length = min(found)
-        else:  # 3.
-            length = len(text) if last else len(text) - self._held_length(text)
-        self._ended = last or bool(found)
+        found = self._found()
+        length = len(text)
+        if found is not None:  # 2.
+            length = found
+        elif not last:  # 3.
+            length -= self._held_length()
+        self._ended = last or found is not None
         self._drop(length)
-        return TextDelta(text[:length], self._num_kept(), bool(found))
+        return TextDelta(text[:length], self._num_kept(), found is not None)
 
     def fork(self) -> "TextStream":
         """A stream that goes on from here on its own: what is pushed to one of the two does not reach the other."""
@@ -96,15 +126,24 @@ class TextStream:
         if token is None or token_id in self._skipped:  # neither ends a run of byte tokens
             return
         is_byte = _BYTE_TOKEN.fullmatch(token) is not None
-        if self._in_byte_run and not is_byte:
-            self._decide(self._decode_undecided())
+        is_hidden = token_id in self._scope.hidden
+        if is_hidden or (self._in_byte_run and not is_byte):
+            self._decide_all()
         self._undecided.append((position, token_id))
         self._in_byte_run = is_byte
+        if is_hidden:  # its text is its own
+            self._decide(self._decode_undecided(), in_scope=False)
+            self._is_open = token_id in self._scope.opening or (self._is_open and token_id not in self._scope.closing)
+            return
         if is_byte or not _worth_decoding(len(self._undecided)):
             return
         text = self._decode_undecided()
         if not text.endswith(_REPLACEMENT):  # what a byte-level decoder makes of an unfinished character
-            self._decide(text)
+            self._decide(text, in_scope=not self._is_open)
+
+    def _decide_all(self) -> None:
+        if self._undecided:
+            self._decide(self._decode_undecided(), in_scope=not self._is_open)
 
     def _decode_undecided(self) -> str:
         return self._decode(self._context + [token_id for _, token_id in self._undecided])[self._context_length :]
@@ -112,17 +151,30 @@ class TextStream:
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
-    def _decide(self, text: str) -> None:
+    def _decide(self, text: str, *, in_scope: bool) -> None:
         """The undecided tokens decode to `text`, whatever follows."""
         positions = [position for position, _ in self._undecided]
-        self._pieces.extend(piece for piece in _split(text, positions) if piece.text)
+        self._pieces.extend(piece for piece in _split(text, positions, in_scope) if piece.text)
         self._context = [self._undecided[-1][1]]
         self._context_length = len(self._decode(self._context))
         self._undecided = []
         self._in_byte_run = False
 
-    def _held_length(self, text: str) -> int:
-        """Length of the longest ending of `text` that is the beginning of a stop string, but not all of it."""
+    def _found(self) -> int | None:
+        """Length of the text before the stop string that is complete first."""
+        start = 0
+        for in_scope, pieces in itertools.groupby(self._pieces, key=lambda piece: piece.in_scope):
+            text = "".join(piece.text for piece in pieces)
+            found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0] if in_scope else []
+            if found:
+                return start + min(found)[1]
+            start += len(text)
+        return None
+
+    def _held_length(self) -> int:
+        """Length of the longest ending of the pieces' text that is the beginning of a stop string, but not all of it."""
+        last = itertools.takewhile(lambda piece: piece.in_scope, reversed(self._pieces))
+        text = "".join(reversed([piece.text for piece in last]))
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
@@ -134,7 +186,7 @@ class TextStream:
         while length:
             piece = self._pieces.popleft()
             if length < len(piece.text):
-                self._pieces.appendleft(_Piece(piece.text[length:], piece.end_token, piece.end_token))
+                self._pieces.appendleft(_Piece(piece.text[length:], piece.end_token, piece.end_token, piece.in_scope))
                 return
             length -= len(piece.text)
 
@@ -145,7 +197,7 @@ class TextStream:
         return self._undecided[0][0] if self._undecided else self._num_tokens
 
 
-def _split(text: str, positions: list[int]) -> list[_Piece]:
+def _split(text: str, positions: list[int], in_scope: bool) -> list[_Piece]:
     """The text of tokens that were decided together, as finely as it can be told which token gave which character.
 
     A run of byte tokens gives a byte a token if it is UTF-8, else a U+FFFD a token. All else stays whole: the characters
@@ -155,10 +207,10 @@ def _split(text: str, positions: list[int]) -> list[_Piece]:
     if sum(widths) != len(positions):
         widths = [1] * len(text)
     if sum(widths) != len(positions):
-        return [_Piece(text, positions[0], positions[-1] + 1)]
+        return [_Piece(text, positions[0], positions[-1] + 1, in_scope)]
     pieces, start = [], 0
     for character, width in zip(text, widths, strict=True):
-        pieces.append(_Piece(character, positions[start], positions[start + width - 1] + 1))
+        pieces.append(_Piece(character, positions[start], positions[start + width - 1] + 1, in_scope))
         start += width
     return pieces
 

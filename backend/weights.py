@@ -37,13 +37,13 @@ def bind_weights(
         CheckpointError: the checkpoint is not there, its files are not those that the engine was built from, or they change
             while they are being read.
     """
-    directory = checkpoint_dir or engine_dir / manifest.checkpoint.path
+    directory = (checkpoint_dir or engine_dir / manifest.checkpoint.path).resolve()
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory}: no such directory; expected the checkpoint that engine {engine_dir} was built from; "
-            "put it back, give its new place, or build the engine again"
+            f"move it back, or build again from where it is now: python -m builder build CHECKPOINT {engine_dir}"
         )
-    checkpoint, device = Checkpoint(directory.resolve()), torch.device(manifest.build.device)
+    checkpoint, device = Checkpoint(directory), torch.device(manifest.build.device)
     with _unchanged(checkpoint):  # 4.
         _check_files(manifest, engine_dir, directory, checkpoint)  # 1.
         weights, wanted = {}, []

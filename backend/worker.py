@@ -146,17 +146,21 @@ class Loop:
         handle = message.handle
         try:
             self._scheduler.check(message.prompt_ids, message.sampling, images=message.images)
+            self._jobs[handle] = self._scheduler.add(
+                message.prompt_ids,
+                message.sampling,
+                lambda output: self._on_output(handle, output),
+                images=message.images,
+                stop_scope=message.stop_scope,
+                draft_interval_s=message.draft_interval_s,
+            )
         except RequestError as error:
             self._outputs.append((handle, Failure(code=error.code, message=str(error))))
-            return
-        self._waiting.add(handle)
-        self._jobs[handle] = self._scheduler.add(
-            message.prompt_ids,
-            message.sampling,
-            lambda output: self._on_output(handle, output),
-            images=message.images,
-            draft_interval_s=message.draft_interval_s,
-        )
+        except Exception:  # of this request alone: the others know nothing of it
+            _logger.exception("a request could not be taken")
+            self._outputs.append((handle, Failure(code="INTERNAL", message="internal error; see the server's log")))
+        else:
+            self._waiting.add(handle)
 
     def _on_output(self, handle: int, output: CanvasOutput | DraftOutput | RequestError) -> None:
         if is_last(output):

@@ -17,6 +17,7 @@ from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput
 from backend.metrics import MetricsDelta
 from backend.sampling_config import ResolvedSampling
+from backend.text_stream import StopScope
 from contract.model_config import ModelConfig
 
 BEAT_INTERVAL_S = 0.2
@@ -24,13 +25,14 @@ BEAT_INTERVAL_S = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """A request. `handle` names it from now on. images, draft_interval_s: see `Scheduler.add`; an image is its patches in
-    bytes, 2 MB for 280 soft tokens of the 26B model."""
+    """A request. `handle` names it from now on. images, stop_scope, draft_interval_s: see `Scheduler.add`; an image is its
+    patches in bytes, 2 MB for 280 soft tokens of the 26B model."""
 
     handle: int
     prompt_ids: list[int]
     images: tuple[ImagePatches, ...]
     sampling: ResolvedSampling
+    stop_scope: StopScope
     draft_interval_s: float | None
 
 

@@ -1,5 +1,7 @@
 """`python -m builder`: build an engine directory from a checkpoint, say what is in one, or quantize a checkpoint."""
 
+import signal
+import sys
 import time
 from enum import Enum
 from pathlib import Path
@@ -46,7 +48,7 @@ class ActivationsOption(str, Enum):
 @app.command()
 def build(
     checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
-    engine: Annotated[Path, typer.Argument(help="Engine directory to write; an older engine there is replaced.")],
+    engine: Annotated[Path, typer.Argument(help="Engine directory to write; an older engine of CHECKPOINT is replaced.")],
     target: Annotated[
         TargetOption, typer.Option(help="auto picks what this machine can build and says why.")
     ] = TargetOption.auto,
@@ -69,7 +71,9 @@ def build(
     max_head_rows: Annotated[int, typer.Option(min=1, help="Rows one head pass may take.")] = _DEFAULTS["max_head_rows"],
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Build even if the engine is up to date.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build even if ENGINE is up to date or of another checkpoint.")
+    ] = False,
 ) -> None:
     """Build ENGINE from CHECKPOINT. Safe to run again: it does nothing when the engine is up to date."""
     console, started = Console(), time.monotonic()
@@ -195,5 +199,11 @@ def _fail(error: Exception) -> None:
     raise typer.Exit(1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line. SIGTERM ends it like an error does, so that what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()
+
+
+if __name__ == "__main__":
+    main()

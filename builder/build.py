@@ -1,16 +1,15 @@
 """Builds an engine directory from a checkpoint directory.
 
-1. Read the configuration. 2. Check every tensor's name and shape. 3. Stop if the engine is up to date. 4. Trace each program
-and 5. compile it. 6. Copy the tokenizer's files and write the manifest. 7. Put the finished directory in place, in one rename.
+1. Read the configuration. 2. Check every tensor's name, shape and dtype. 3. See what of an engine that is there can stay, and
+stop if all can. 4. Trace each program and 5. compile it. 6. Copy the tokenizer's files and write the manifest. 7. Put the
+finished directory in place, in one rename.
 """
 
 import multiprocessing
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +19,12 @@ from rich.console import Console
 from builder.config import read_model_config
 from builder.description import ConfigAlone, checked, describe
 from builder.errors import BuildError
+from builder.existing import check_same_checkpoint, copies_are_current, copy_programs, existing_engine, programs_can_stay
 from builder.export import Signature, TracedProgram, export_program, minimums, signatures
 from builder.onnx_export import to_onnx
+from builder.staging import real_place, staged
 from builder.targets import choose_device, choose_target, compiler
-from builder.targets.cpu_operators import compile_operators
+from builder.targets.cpu_operators import compile_operators, cpp_compiler
 from builder.targets.inductor import has_compiled_operators
 from builder.weights import all_weights, vision_weights
 from contract.checkpoint import Checkpoint
@@ -32,7 +33,6 @@ from contract.manifest import (
     FILE_NAME,
     BuildConfig,
     Manifest,
-    ManifestError,
     Program,
     Variant,
     read_manifest,
@@ -61,6 +61,7 @@ def build_engine(
 ) -> Manifest:
     """Builds `engine` from `checkpoint` and returns its manifest; does nothing if the engine is up to date.
 
+    An engine that was built from another checkpoint is replaced only with `force`; if `engine` is a link, what it points to is.
     `dtype` "auto" is the checkpoint's; `device` "auto" is the GPU where there is one. `keep_onnx` also writes each program as
     `<program>.onnx`, for other tools. `timing_cache` is TensorRT's, a file; None is one beside the engine. `choices` are fields
     of `BuildConfig`. `report` is called with one line a stage; a stage that takes long may show its progress on `console`.
@@ -68,6 +69,7 @@ def build_engine(
     Raises:
         BuildError, CheckpointError: see their messages; `engine` is then as it was before.
     """
+    place = real_place(engine)
     # 1.
     chosen_device, device_reason = choose_device(device)
     model = read_model_config(checkpoint)
@@ -99,28 +101,40 @@ def build_engine(
     images = f"{num_vision} vision tensors" if num_vision else "no vision tower, reads text alone"
     report(f"checkpoint {checkpoint}: {len(shapes) - num_vision} text tensors, {images}; names and shapes as expected")
 
-    manifest = describe(model, build, tensors, shapes, checkpoint, engine)
+    manifest = describe(model, build, tensors, shapes, checkpoint, place)
     # 3.
-    if not force and _up_to_date(engine, manifest, keep_onnx):
-        report(f"engine {engine} is up to date; --force builds it again")
-        return read_manifest(engine)
-    with _staged(engine) as directory:
+    existing = None if force else existing_engine(place)
+    if existing:
+        check_same_checkpoint(place, existing, manifest)
+        if not programs_can_stay(place, existing, manifest, keep_onnx=keep_onnx):
+            existing = None
+        elif existing.checkpoint == manifest.checkpoint and copies_are_current(place, checkpoint):
+            report(f"engine {engine} is up to date; --force builds it again")
+            return existing
+    if chosen == "inductor" and not existing:
+        cpp_compiler()  # or tracing would be for nothing
+    with staged(place) as directory:
         # 4. and 5.
-        if chosen == "tensorrt":
-            cache = timing_cache or engine.parent / TIMING_CACHE
-            programs = compile_plans(model, build, directory, report, timing_cache=cache, console=console)
+        if existing:
+            report("the programs are up to date, files of the checkpoint are not: copying them")
+            copy_programs(place, existing, directory, keep_onnx=keep_onnx)
+            programs, operators = existing.programs, existing.operators
         else:
-            programs = compile_programs(model, build, directory, report)
-        if keep_onnx:
-            write_onnx(model, build, directory, report)
+            if chosen == "tensorrt":
+                cache = timing_cache or place.parent / TIMING_CACHE
+                programs = compile_plans(model, build, directory, report, timing_cache=cache, console=console)
+            else:
+                programs = compile_programs(model, build, directory, report)
+            if keep_onnx:
+                write_onnx(model, build, directory, report)
+            operators = None
+            if has_compiled_operators(build):
+                report("compiling the CPU operators")
+                operators = compile_operators(directory)
         # 6.
         for name in COPIED_FILES:
             if (checkpoint / name).exists():
                 shutil.copyfile(checkpoint / name, directory / name)
-        operators = None
-        if has_compiled_operators(build):
-            report("compiling the CPU operators")
-            operators = compile_operators(directory)
         manifest = manifest.model_copy(update={"programs": programs, "operators": operators})
         manifest.write(directory)
     report(f"engine {engine} written")
@@ -149,7 +163,8 @@ def write_manifest(checkpoint: Path, engine: Path, *, report: Report = lambda li
     Raises:
         BuildError, CheckpointError: see their messages; an engine that has programs is not replaced.
     """
-    if (engine / FILE_NAME).exists() and read_manifest(engine).programs:
+    place = real_place(engine)
+    if (place / FILE_NAME).exists() and read_manifest(place).programs:
         raise BuildError(f"{engine}: is an engine with programs, and has its manifest; choose another directory")
     model = read_model_config(checkpoint)
     shapes = all_weights(model)
@@ -158,8 +173,8 @@ def write_manifest(checkpoint: Path, engine: Path, *, report: Report = lambda li
         tensors = Checkpoint(checkpoint)
         model, shapes = checked(tensors, model)
     build = BuildConfig(target="inductor", dtype=model.dtype, **choices)
-    manifest = describe(model, build, tensors, shapes, checkpoint, engine)
-    with _staged(engine) as directory:
+    manifest = describe(model, build, tensors, shapes, checkpoint, place)
+    with staged(place) as directory:
         manifest.write(directory)
     source = "their files" if isinstance(tensors, Checkpoint) else "config.json alone"
     report(f"manifest of {len(shapes)} tensors, from {source}, written to {engine}; it has no programs")
@@ -227,38 +242,3 @@ def write_onnx(model: ModelConfig, build: BuildConfig, directory: Path, report: 
 def _traced_for_onnx(signature: Signature, model: ModelConfig, build: BuildConfig) -> TracedProgram:
     """ONNX knows no device: the program is traced where tests trace it."""
     return export_program(signature, model, build.model_copy(update={"device": "cpu"}))
-
-
-def _up_to_date(engine: Path, wanted: Manifest, keep_onnx: bool) -> bool:
-    try:
-        current = read_manifest(engine)
-    except ManifestError:
-        return False
-    if not current.programs:  # `write_manifest`
-        return False
-    files = [file for program in current.programs.values() for file in (program.file, *(v.file for v in program.variants))]
-    files += [f"{name}.onnx" for name in current.programs if keep_onnx]
-    files += [current.operators] if current.operators else []
-    compiled = {"programs": {}, "operators": None}
-    return all((engine / file).exists() for file in files) and current.model_copy(update=compiled) == wanted
-
-
-@contextmanager
-def _staged(engine: Path) -> Iterator[Path]:
-    """A temporary directory beside `engine` that takes its place when the block succeeds, and vanishes when it fails."""
-    engine.parent.mkdir(parents=True, exist_ok=True)
-    if engine.exists() and any(engine.iterdir()) and not (engine / FILE_NAME).exists():
-        raise BuildError(f"{engine}: holds files but no {FILE_NAME}; expected an engine directory or a new one; choose another")
-    staging = Path(tempfile.mkdtemp(prefix=f".{engine.name}.", dir=engine.parent))
-    try:
-        staging.chmod(0o755)
-        yield staging
-        if engine.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{engine.name}.old.", dir=engine.parent))
-            os.replace(engine, old / "engine")
-            os.replace(staging, engine)
-            shutil.rmtree(old)
-        else:
-            os.replace(staging, engine)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import BuildError
+from builder.fields import FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, TOKEN_ID, TOKEN_IDS, Fields
 from builder.quantization import read_quantization
 from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig, VisionConfig
 
@@ -30,34 +31,6 @@ _REQUIRED = (
 ).split()
 
 
-class _Fields:
-    """The keys of one JSON object; each is taken once, and what is left over at the end is unknown."""
-
-    def __init__(self, values: dict[str, Any], where: str, problems: list[str]):
-        self._values, self._where, self._problems = dict(values), where, problems
-
-    def take(self, key: str, default: Any = None) -> Any:
-        return self._values.pop(key, default)
-
-    def take_size(self, key: str, default: int | None = None) -> int:
-        """A positive integer; a problem, and 1 to go on with, where it is not."""
-        value = self.take(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-        got = "nothing" if value is None else repr(value)
-        self._problems.append(f"{self._where}{key}: got {got}, expected a positive integer")
-        return 1
-
-    def take_fixed(self, key: str, expected: Any, why: str) -> None:
-        value = self.take(key, expected)
-        if value != expected:
-            self._problems.append(f"{self._where}{key}: got {value!r}, expected {expected!r}; {why}")
-
-    def finish(self) -> None:
-        for key in sorted(set(self._values) - _INERT):
-            self._problems.append(f"{self._where}{key}: unknown key; this builder does not know what it changes")
-
-
 def read_model_config(checkpoint: Path) -> ModelConfig:
     """Reads and checks `checkpoint/config.json`.
 
@@ -69,6 +42,9 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise BuildError(f"{path}: no such file; expected the directory of a Hugging Face checkpoint") from None
+    except OSError as error:
+        got = "is a file" if checkpoint.is_file() else f"config.json cannot be read ({error.strerror})"
+        raise BuildError(f"{checkpoint}: {got}; expected the directory of a Hugging Face checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BuildError(f"{path}: not valid JSON ({error}); download the checkpoint's config.json again") from None
     if not isinstance(values, dict):
@@ -90,8 +66,8 @@ def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
     dtype = values.get("dtype", values.get("torch_dtype")) or values["text_config"].get("dtype")
     if dtype not in _SUPPORTED_DTYPES:
         problems.append(f"dtype: got {dtype!r}, expected one of {', '.join(_SUPPORTED_DTYPES)}")
-    top = _Fields(values, "", problems)
-    text = _Fields(top.take("text_config"), "text_config.", problems)
+    top = Fields(values, "", problems)
+    text = Fields(top.take("text_config"), "text_config.", problems)
     vision = _vision(top, problems)
     experts_dtype = read_quantization(top.take("quantization_config"), problems)
     for each in (top, text):
@@ -113,35 +89,35 @@ def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
         problems.append(
             f"text_config.top_k_experts: got {size['top_k_experts']}, expected at most num_experts {size['num_experts']}"
         )
-    eos = top.take("eos_token_id", text.take("eos_token_id"))
-    text.take("eos_token_id")
-    pad = text.take("pad_token_id", 0)
+    ends_of_text = text.take_a(TOKEN_IDS.or_null(), "eos_token_id")
+    eos = top.take_a(TOKEN_IDS.or_null(), "eos_token_id") if "eos_token_id" in top else ends_of_text
+    pad = text.take_a(TOKEN_ID.or_null(), "pad_token_id", 0)
     fields = {
         **{key: size[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size")},
         **{key: size[key] for key in ("num_experts", "top_k_experts", "num_attention_heads", "max_position_embeddings")},
         "layer_types": layer_types,
         "attention": attention,
-        "rms_norm_eps": text.take("rms_norm_eps", 1e-6),
-        "final_logit_softcapping": text.take("final_logit_softcapping", 30.0),
+        "rms_norm_eps": text.take_a(POSITIVE, "rms_norm_eps", 1e-6),
+        "final_logit_softcapping": text.take_a(POSITIVE.or_null(), "final_logit_softcapping", 30.0),
         "canvas_length": top.take_size("canvas_length", 256),
         "bidirectional_images": bidirectional == "vision",
-        "bos_token_id": text.take("bos_token_id", 2),
+        "bos_token_id": text.take_a(TOKEN_ID.or_null(), "bos_token_id", 2),
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         "pad_token_id": 0 if pad is None else pad,
-        "image_token_id": top.take("image_token_id", 258_880),
-        "boi_token_id": top.take("boi_token_id", 255_999),
-        "eoi_token_id": top.take("eoi_token_id", 258_882),
+        "image_token_id": top.take_a(TOKEN_ID.or_null(), "image_token_id", 258_880),
+        "boi_token_id": top.take_a(TOKEN_ID.or_null(), "boi_token_id", 255_999),
+        "eoi_token_id": top.take_a(TOKEN_ID.or_null(), "eoi_token_id", 258_882),
         "vision": vision,
         "dtype": dtype,
         "experts_dtype": experts_dtype,
     }
-    top.finish()
-    text.finish()
+    top.finish(_INERT)
+    text.finish(_INERT)
     return None if problems else ModelConfig(**fields)
 
 
-def _layer_types(text: _Fields, num_layers: int, problems: list[str]) -> tuple[LayerType, ...]:
-    layer_types = text.take("layer_types")
+def _layer_types(text: Fields, num_layers: int, problems: list[str]) -> tuple[LayerType, ...]:
+    layer_types = text.take_a(LIST.or_null(), "layer_types")
     if layer_types is None:  # the family's default: five sliding layers, then a full one
         layer_types = ["full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(num_layers)]
         layer_types[-1] = "full_attention"
@@ -155,25 +131,20 @@ def _layer_types(text: _Fields, num_layers: int, problems: list[str]) -> tuple[L
 
 
 def _attention(
-    text: _Fields, size: dict[str, int], layer_types: tuple[LayerType, ...], problems: list[str]
+    text: Fields, size: dict[str, int], layer_types: tuple[LayerType, ...], problems: list[str]
 ) -> dict[LayerType, AttentionConfig]:
     """Sliding layers use head_dim and num_key_value_heads; full layers their global_* twins or `per_layer_config`."""
     full = {
-        "head_dim": text.take("global_head_dim", 512),
-        "num_key_value_heads": text.take("num_global_key_value_heads") or size["num_key_value_heads"],
+        "head_dim": text.take_size("global_head_dim", 512),
+        "num_key_value_heads": size["num_key_value_heads"],
     }
-    overrides = text.take("per_layer_config")
-    if overrides is not None:
-        expected = {str(layer) for layer, kind in enumerate(layer_types) if kind == "full_attention"}
-        distinct = [dict(each) for index, each in enumerate(overrides.values()) if each not in list(overrides.values())[:index]]
-        if set(overrides) != expected or len(distinct) != 1 or not set(distinct[0]) <= set(full):
-            problems.append(
-                "text_config.per_layer_config: expected the same head_dim and num_key_value_heads for every "
-                "full-attention layer and no other override"
-            )
-        else:
-            full = {"num_key_value_heads": size["num_key_value_heads"], "head_dim": size["head_dim"], **distinct[0]}
-    rope_parameters = text.take("rope_parameters") or _DEFAULT_ROPE
+    if (num_kv_heads := text.take_a(SIZE.or_null(), "num_global_key_value_heads")) is not None:
+        full["num_key_value_heads"] = num_kv_heads
+    if "per_layer_config" in text:  # transformers then disregards the global_* twins
+        full = {key: size[key] for key in full} | _overrides(
+            text.take_a(OBJECT.or_null(), "per_layer_config") or {}, layer_types, problems
+        )
+    rope_parameters = text.take_a(OBJECT.or_null(), "rope_parameters") or _DEFAULT_ROPE
     result: dict[LayerType, AttentionConfig] = {}
     for kind in sorted(set(layer_types)):
         sliding = kind == "sliding_attention"
@@ -195,42 +166,57 @@ def _attention(
     return result
 
 
+def _overrides(per_layer: dict[str, Any], layer_types: tuple[LayerType, ...], problems: list[str]) -> dict[str, int]:
+    """What full-attention layers have instead of the sliding layers' sizes: nothing, where `per_layer` is empty."""
+    if not per_layer:
+        return {}
+    first, *others = per_layer.values()
+    known = isinstance(first, dict) and set(first) <= {"head_dim", "num_key_value_heads"}
+    full = {str(layer) for layer, kind in enumerate(layer_types) if kind == "full_attention"}
+    if known and all(map(SIZE.holds, first.values())) and set(per_layer) == full and all(other == first for other in others):
+        return first
+    problems.append(
+        "text_config.per_layer_config: expected the same head_dim and num_key_value_heads for every full-attention layer "
+        "and no other override"
+    )
+    return {}
+
+
 def _rope(parameters: dict[str, Any] | None, kind: str, head_dim: int, problems: list[str]) -> RopeConfig:
     where = f"text_config.rope_parameters.{kind}."
     if not isinstance(parameters, dict):
         problems.append(f"{where}: missing; expected rope_type and rope_theta")
         return RopeConfig(theta=1.0, num_angles=0)
-    fields = _Fields(parameters, where, problems)
+    fields = Fields(parameters, where, problems)
     rope_type = fields.take("rope_type", "default")
-    theta = fields.take("rope_theta")
-    part = fields.take("partial_rotary_factor", 1.0)
+    if "rope_theta" not in fields:
+        problems.append(f"{where}rope_theta: got nothing, expected {POSITIVE.expected}")
+    theta = fields.take_a(POSITIVE, "rope_theta", 1.0)
+    part = fields.take_a(FRACTION, "partial_rotary_factor", 1.0)
     if rope_type not in ("default", "proportional"):
         problems.append(f"{where}rope_type: got {rope_type!r}, expected 'default' or 'proportional'")
     elif rope_type == "default" and part != 1.0:
         problems.append(f"{where}partial_rotary_factor: got {part}, expected 1.0 with rope_type 'default'")
-    if not isinstance(theta, (int, float)) or theta <= 0:
-        problems.append(f"{where}rope_theta: got {theta!r}, expected a positive number")
-        theta = 1.0
     if rope_type in ("default", "proportional"):
         fields.take_fixed("factor", 1.0, "scaled positions are not supported")
-        fields.finish()
+        fields.finish(_INERT)
     return RopeConfig(theta=float(theta), num_angles=int(part * head_dim // 2))
 
 
-def _vision(top: _Fields, problems: list[str]) -> VisionConfig | None:
+def _vision(top: Fields, problems: list[str]) -> VisionConfig | None:
     """Defaults are those of transformers' `Gemma4VisionConfig`."""
-    values, soft_tokens = top.take("vision_config"), top.take_size("vision_soft_tokens_per_image", 280)
+    values, soft_tokens = top.take_a(OBJECT.or_null(), "vision_config"), top.take_size("vision_soft_tokens_per_image", 280)
     if values is None:
         return None
-    fields = _Fields(values, "vision_config.", problems)
+    fields = Fields(values, "vision_config.", problems)
     fields.take_fixed("model_type", "gemma4_vision", "no other vision tower is supported")
     fields.take_fixed("attention_bias", False, "projections with a bias are not supported")
     fields.take_fixed("hidden_activation", "gelu_pytorch_tanh", "no other activation is supported")
     fields.take("max_position_embeddings")  # of no use: positions are those of position_embedding_size
-    rope = _Fields(fields.take("rope_parameters") or {}, "vision_config.rope_parameters.", problems)
+    rope = Fields(fields.take_a(OBJECT.or_null(), "rope_parameters") or {}, "vision_config.rope_parameters.", problems)
     rope.take_fixed("rope_type", "axial", "no other rotation is supported")
-    theta = rope.take("rope_theta", 100.0)
-    rope.finish()
+    theta = rope.take_a(POSITIVE, "rope_theta", 100.0)
+    rope.finish(_INERT)
     config = VisionConfig(
         hidden_size=fields.take_size("hidden_size", 768),
         intermediate_size=fields.take_size("intermediate_size", 3072),
@@ -242,12 +228,12 @@ def _vision(top: _Fields, problems: list[str]) -> VisionConfig | None:
         pooling_kernel_size=fields.take_size("pooling_kernel_size", 3),
         position_embedding_size=fields.take_size("position_embedding_size", 10_240),
         rope_theta=float(theta),
-        rms_norm_eps=fields.take("rms_norm_eps", 1e-6),
-        standardize=fields.take("standardize", False),
-        clipped=fields.take("use_clipped_linears", False),
+        rms_norm_eps=fields.take_a(POSITIVE, "rms_norm_eps", 1e-6),
+        standardize=fields.take_a(FLAG, "standardize", False),
+        clipped=fields.take_a(FLAG, "use_clipped_linears", False),
         soft_tokens_per_image=soft_tokens,
     )
-    fields.finish()
+    fields.finish(_INERT)
     if config.num_attention_heads % config.num_kv_heads:
         problems.append(
             f"vision_config: num_attention_heads {config.num_attention_heads} is not a multiple of "

@@ -3,10 +3,13 @@
 import hashlib
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from builder.errors import BuildError
+from builder.quantization import FP8
 from builder.stored_weights import check_fp8_layout
 from builder.targets import current_gpu, versions
 from builder.weights import VISION_PREFIXES, all_weights, binding_shapes, bindings, weight_dtype
@@ -17,13 +20,17 @@ from contract.manifest import Checkpoint as CheckpointRecord
 from contract.model_config import ModelConfig
 from plugins import PLUGIN_ABI
 
+_CAST_FROM = ("float32", "bfloat16", "float16")
+"""Dtypes of tensors that the load casts to the engine's."""
+
 
 def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
     """What the checkpoint's tensors make of its configuration, without a vision tower where there are none for it, and their
     shapes.
 
     Raises:
-        CheckpointError, BuildError: tensors that are missing, unexpected, or not of the shape or layout that they should have.
+        CheckpointError, BuildError: tensors that are missing, unexpected, or not of the shape, layout or dtype that they
+            should have.
     """
     if model.vision and not any(name.startswith(VISION_PREFIXES) for name in tensors.names()):
         model = model.model_copy(update={"vision": None})
@@ -31,7 +38,18 @@ def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[
     if model.experts_dtype:
         check_fp8_layout(tensors, shapes)
     tensors.check(shapes, ignored_prefixes=() if model.vision else VISION_PREFIXES)
+    _check_dtypes(tensors, model, shapes)
     return model, shapes
+
+
+def _check_dtypes(tensors: Checkpoint, model: ModelConfig, names: Iterable[str]) -> None:
+    problems = []
+    for name in sorted(names):
+        expected = (FP8,) if weight_dtype(name, model, model.dtype) == FP8 else _CAST_FROM
+        if tensors.dtype(name) not in expected:
+            problems.append(f"{name}: got {tensors.dtype(name)}, expected one of {', '.join(expected)}; save it again as one")
+    if problems:
+        raise BuildError("\n".join(f"{tensors.directory}: {problem}" for problem in problems))
 
 
 class ConfigAlone:

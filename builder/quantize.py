@@ -27,6 +27,7 @@ from torch import Tensor
 from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.quantization import EXPERTS_ONLY, FP8, SCALE_SUFFIX
+from builder.staging import real_place, writing
 from builder.stored_weights import StoredWeights
 from builder.weights import VISION_PREFIXES, layer_prefix, text_weights
 from contract.checkpoint import Checkpoint
@@ -51,32 +52,34 @@ def quantize_checkpoint(
         BuildError, CheckpointError: see their messages; `output` is then not there.
     """
     # 1.
-    model, tensors = read_model_config(checkpoint), Checkpoint(checkpoint)
+    model, tensors, place = read_model_config(checkpoint), Checkpoint(checkpoint), real_place(output)
     stored, dtype = StoredWeights(tensors), getattr(torch, model.dtype)
-    if output.exists():
+    if place.exists():
         raise BuildError(f"{output}: is there already; expected a new directory, remove it or choose another")
     files = plan(model, stored)
-    working = output.parent / f".{output.name}.unfinished"
-    done = _continued(working, {name: each.model_dump() for name, each in tensors.fingerprint().items()})
-    report(f"{checkpoint}: {len(files)} files to write, {len(done & set(files))} of them written before")
-    # 2.
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None) as progress:
-        task = progress.add_task("quantizing", total=len(files))
-        for name, (layer, others) in files.items():
-            if name not in done:
-                content = {other: stored.read(other, dtype).contiguous() for other in others}
-                errors = {} if layer is None else quantize_layer(model, stored, layer, content)
-                metadata = {"format": "pt"} | {f"error.{projection}": repr(error) for projection, error in errors.items()}
-                save_file(content, working / f"{name}.writing", metadata)
-                os.replace(working / f"{name}.writing", working / name)
-            progress.advance(task)
-    # 3.
-    errors = _finish(checkpoint, working, files)
-    Checkpoint(working).check(text_weights(model.model_copy(update={"experts_dtype": FP8})), ignored_prefixes=VISION_PREFIXES)
-    # 4.
-    (working / _SOURCE).unlink()
-    os.replace(working, output)
+    working = place.parent / f".{place.name}.unfinished"
+    with writing(place):
+        done = _continued(working, {name: each.model_dump() for name, each in tensors.fingerprint().items()})
+        report(f"{checkpoint}: {len(files)} files to write, {len(done & set(files))} of them written before")
+        # 2.
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=console is None) as progress:
+            task = progress.add_task("quantizing", total=len(files))
+            for name, (layer, others) in files.items():
+                if name not in done:
+                    content = {other: stored.read(other, dtype).contiguous() for other in others}
+                    errors = {} if layer is None else quantize_layer(model, stored, layer, content)
+                    metadata = {"format": "pt"} | {f"error.{projection}": repr(error) for projection, error in errors.items()}
+                    save_file(content, working / f"{name}.writing", metadata)
+                    os.replace(working / f"{name}.writing", working / name)
+                progress.advance(task)
+        # 3.
+        errors = _finish(checkpoint, working, files)
+        quantized = model.model_copy(update={"experts_dtype": FP8})
+        Checkpoint(working).check(text_weights(quantized), ignored_prefixes=VISION_PREFIXES)
+        # 4.
+        (working / _SOURCE).unlink()
+        os.replace(working, place)
     report(f"{output} written")
     return errors
 

@@ -79,15 +79,19 @@ class Checkpoint:
             raise CheckpointError("\n".join(problems))
 
     def _file_names(self) -> list[str]:
+        """The single file if it is there, like transformers: an index beside it is left over from a save in shards."""
         index_path = self.directory / _INDEX
-        if index_path.exists():
-            try:
-                return sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
         if (self.directory / _SINGLE).exists():
             return [_SINGLE]
-        raise CheckpointError(f"{self.directory}: found neither {_SINGLE} nor {_INDEX}; expected a Hugging Face checkpoint")
+        if not index_path.exists():
+            raise CheckpointError(f"{self.directory}: found neither {_SINGLE} nor {_INDEX}; expected a Hugging Face checkpoint")
+        try:
+            names = set(json.loads(index_path.read_text())["weight_map"].values())
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("a file name that is no string")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
+        return sorted(names)
 
     def names(self) -> Iterable[str]:
         return self._file_of.keys()

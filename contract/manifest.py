@@ -174,6 +174,8 @@ def read_manifest(directory: Path) -> Manifest:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(f"{path}: no such file; expected an engine directory; {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: cannot be read ({error}); {remedy} --force") from None
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

@@ -125,8 +125,11 @@ def test_rows_that_the_kernels_cannot_do_take_the_plain_path(session, monkeypatc
     prefixes = [30, 5, 41]
     plain = run(session, *loop_of(CanvasLoop, session, prefixes))
     loop, slots = loop_of(CapturedLoop, session, prefixes)
-    monkeypatch.setattr(loop, "needs_plain_step", lambda rows: len(rows) == 2)
+    captured, step = [], loop._prepare
+    monkeypatch.setattr(loop, "with_extras", lambda rows: [row for row in rows if row == slots[1]])
+    monkeypatch.setattr(loop, "_prepare", lambda size: captured.append(size) or step(size))
     assert run(session, loop, slots) == plain
+    assert sorted(captured) == [1, 2]  # the other two rows, together and alone, never all three
 
 
 def test_a_prompt_that_is_all_in_the_prefix_cache(session):

@@ -11,6 +11,8 @@ from waiting import wait_until
 from backend.errors import RequestError
 from backend.job import CanvasOutput
 from backend.metrics import MetricValues, Series
+from backend.sampling_config import SamplingConfig
+from backend.triton_server.request import GenerationRequest
 
 
 class TritonError(str):
@@ -64,7 +66,7 @@ def answering(server_model):
     model = server_model.DiffusionGemmaModel()
     model.cancelled, model.released, model.submitted = [], [], []
 
-    def submit(prompt, sampling, on_output, *, images, draft_interval_s):
+    def submit(prompt, sampling, on_output, *, images, **choices):
         if images == ("bad",):
             raise RequestError("INVALID_ARGUMENT", "prompt: got no place for an image")
         model.submitted.append(images)
@@ -83,18 +85,7 @@ def answering(server_model):
 
 
 def accepted(server_model, model, sender: Sender, handle: int | None, images: tuple[str, ...] = ()):
-    request = SimpleNamespace(
-        request_id="7",
-        prompt="",
-        images=images,
-        drafts=False,
-        answer=None,
-        stream=True,
-        echo_prompt=False,
-        omitted=(),
-        timeout_s=None,
-        sampling=SimpleNamespace(logprobs=False),
-    )
+    request = GenerationRequest(request_id="7", prompt="", images=images, stream=True, sampling=SamplingConfig())
     answer = server_model.Answer(sender, request, tokenizer=None)
     answer.handle = handle
     model._events.put((answer, server_model._ACCEPTED))
@@ -127,6 +118,7 @@ def test_an_answer_that_cannot_be_sent_ends_alone(server_model, answering, monke
 def test_a_request_goes_to_the_service_when_its_images_have_come(server_model, answering):
     sender = Sender()
     answer = accepted(server_model, answering, sender, None, images=("a",))
+    assert answer.request.images == ()  # which are large, and with those who load them
     answering._events.put((answer, ("patches",)))
     wait_until(lambda: answer.handle == 9)
     assert answering.submitted == [("patches",)] and answering.released == []

@@ -34,6 +34,12 @@ def test_imports_point_one_way(folder):
         assert imported(path) & OURS <= MAY_IMPORT[folder], path
 
 
+@pytest.mark.parametrize("folder", ["contract", "plugins", "builder", "backend"])
+def test_every_folder_is_a_package_that_is_installed(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert (path.parent / "__init__.py").is_file(), path
+
+
 def test_files_are_short_enough_to_read():
     folders = (*MAY_IMPORT, "benchmarks", "examples", "checkpoints")
     long = {

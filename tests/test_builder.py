@@ -1,18 +1,27 @@
 """The builder's reading, checking and writing; every message has a case here."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from small_checkpoints import LEAST_VISION, TINY, random_checkpoint
 from typer.testing import CliRunner
 
-from builder.__main__ import app
-from builder.build import build_engine
+from builder.__main__ import app, main
+from builder.build import build_engine, write_manifest
 from builder.config import read_model_config
 from builder.errors import BuildError
+from builder.targets import inductor
 from builder.targets.compiled import Compiled
 from builder.weights import VISION_PREFIXES, VISION_PROJECTION, all_weights, binding_shapes, bindings, text_weights
 from contract.checkpoint import Checkpoint, CheckpointError
@@ -94,6 +103,44 @@ def test_real_tensor_names_and_shapes():
         ),
         (lambda c: c["text_config"]["rope_parameters"].pop("full_attention"), "rope_parameters.full_attention.: missing"),
         (lambda c: c["text_config"]["per_layer_config"].update({"0": {"head_dim": 8}}), "per_layer_config: expected the same"),
+        (lambda c: c["text_config"].update(per_layer_config={"2": 5}), "per_layer_config: expected the same"),
+        (lambda c: c["text_config"].update(per_layer_config={"2": {"head_dim": "x"}}), "per_layer_config: expected the same"),
+        (lambda c: c["text_config"].update(per_layer_config=[]), "per_layer_config: got [], expected an object or null"),
+        (lambda c: c["text_config"].update(global_head_dim="32"), "global_head_dim: got '32', expected a positive integer"),
+        (
+            lambda c: c["text_config"].update(num_global_key_value_heads="1"),
+            "num_global_key_value_heads: got '1', expected a pos",
+        ),
+        (
+            lambda c: c["text_config"].update(rms_norm_eps=None),
+            "text_config.rms_norm_eps: got None, expected a positive number",
+        ),
+        (lambda c: c["text_config"].update(final_logit_softcapping="x"), "softcapping: got 'x', expected a positive number or"),
+        (lambda c: c["text_config"].update(layer_types=5), "text_config.layer_types: got 5, expected a list or null"),
+        (
+            lambda c: c["text_config"].update(bos_token_id="<bos>"),
+            "text_config.bos_token_id: got '<bos>', expected a token id or",
+        ),
+        (
+            lambda c: c.update(eos_token_id=[1, None]),
+            "eos_token_id: got [1, None], expected a token id or a list of them or null",
+        ),
+        (lambda c: c["text_config"].update(rope_parameters="x"), "text_config.rope_parameters: got 'x', expected an object or"),
+        (
+            lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(partial_rotary_factor=None),
+            "full_attention.partial_rotary_factor: got None, expected a number above 0 and at most 1",
+        ),
+        (
+            lambda c: c["text_config"]["rope_parameters"]["full_attention"].pop("rope_theta"),
+            "full_attention.rope_theta: got nothing, expected a positive number",
+        ),
+        (lambda c: c.update(vision_config="x"), "vision_config: got 'x', expected an object or null"),
+        (
+            lambda c: c["vision_config"].update(rope_parameters=[1]),
+            "vision_config.rope_parameters: got [1], expected an object",
+        ),
+        (lambda c: c["vision_config"].update(standardize="no"), "vision_config.standardize: got 'no', expected true or false"),
+        (lambda c: c["vision_config"].update(rms_norm_eps=None), "vision_config.rms_norm_eps: got None, expected a positive"),
         (lambda c: c["vision_config"].update(surprise=1), "vision_config.surprise: unknown key"),
         (lambda c: c["vision_config"].update(model_type="siglip"), "vision_config.model_type: got 'siglip', expected 'gemma4"),
         (lambda c: c["vision_config"].update(attention_bias=True), "vision_config.attention_bias: got True, expected False"),
@@ -140,6 +187,24 @@ def test_config_that_is_no_json_object(text, message, checkpoint):
 def test_no_checkpoint_at_all(tmp_path):
     with pytest.raises(BuildError, match="no such file; expected the directory of a Hugging Face checkpoint"):
         read_model_config(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(BuildError, match=r"model\.gguf: is a file; expected the directory of a Hugging Face checkpoint"):
+        read_model_config(tmp_path / "model.gguf")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(BuildError, match=r"config\.json cannot be read \(Is a directory\); expected the directory"):
+        read_model_config(tmp_path)
+
+
+def test_full_layers_of_the_sliding_layers_shape(tmp_path):
+    """transformers then writes no override; the names and shapes are those of its own weights."""
+    checkpoint = random_checkpoint(tmp_path, global_head_dim=16, num_global_key_value_heads=2)
+    assert json.loads((checkpoint / "config.json").read_text())["text_config"]["per_layer_config"] == {}
+    model = read_model_config(checkpoint)
+    full, sliding = model.attention["full_attention"], model.attention["sliding_attention"]
+    assert (full.head_dim, full.num_kv_heads) == (sliding.head_dim, sliding.num_kv_heads) == (16, 2)
+    Checkpoint(checkpoint).check(all_weights(model))
+    edit_json(checkpoint / "config.json", lambda config: config["text_config"].update(per_layer_config=None))
+    assert read_model_config(checkpoint) == model
 
 
 # -- Tensors
@@ -162,10 +227,39 @@ def test_missing_and_truncated_shards_are_listed_together(checkpoint):
     assert f"{second}: truncated or damaged" in truncated
 
 
-def test_damaged_index(checkpoint):
-    (checkpoint / "model.safetensors.index.json").write_text("{}")
+@pytest.mark.parametrize("text", ["{}", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": 1, "b": "c"}}'])
+def test_damaged_index(text, checkpoint):
+    (checkpoint / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="not a safetensors index"):
         Checkpoint(checkpoint)
+
+
+def test_a_single_file_comes_before_a_leftover_index(checkpoint):
+    save_file({"new": torch.ones(1)}, checkpoint / "model.safetensors")
+    assert set(Checkpoint(checkpoint).names()) == {"new"}
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    save_file({"new": torch.ones(1)}, checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"old": "model-00001-of-00002.safetensors"}}')
+    assert set(Checkpoint(checkpoint).names()) == {"new"}
+
+
+def test_dtypes_that_cannot_be_loaded_are_listed_together(checkpoint, tmp_path):
+    opened = Checkpoint(checkpoint)
+    tensors = {name: opened.tensor(name).clone() for name in opened.names()}
+    for path in checkpoint.glob("model*"):
+        path.unlink()
+    names = sorted(name for name in tensors if name.startswith("model.decoder.layers.1.mlp."))
+    dtypes = (torch.float64, torch.int8, torch.float8_e4m3fn)
+    half = "model.decoder.norm.weight"
+    tensors |= {name: tensors[name].to(dtype) for name, dtype in zip(names, dtypes, strict=True)}
+    save_file(tensors | {half: tensors[half].half()}, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    for make in (build_engine, write_manifest):
+        with pytest.raises(BuildError) as raised:
+            make(checkpoint, tmp_path / "e")
+        lines = str(raised.value).splitlines()
+        for line, name, got in zip(lines, names, ("F64", "I8", "float8_e4m3fn"), strict=True):
+            assert f"{name}: got {got}, expected one of float32, bfloat16, float16" in line
 
 
 def test_no_tensors_at_all(tmp_path):
@@ -208,7 +302,12 @@ def quick(monkeypatch):
         (directory / f"{program.name}.pt2").write_text(program.name)
         return Compiled(file=f"{program.name}.pt2")
 
+    def compile_operators(directory):
+        (directory / "operators.so").write_text("operators")
+        return "operators.so"
+
     monkeypatch.setattr("builder.build.compiler", lambda build, model: compile_program)
+    monkeypatch.setattr("builder.build.compile_operators", compile_operators)
     monkeypatch.setattr(
         "builder.build.export_program",
         lambda signature, model, build, minimum: type("Traced", (), {**vars(signature), "outputs": ()}),
@@ -234,6 +333,64 @@ def test_build_writes_once_and_again_only_when_something_changed(quick, checkpoi
     build_engine(checkpoint, engine, page_size=16, report=lines.append)
     assert read_manifest(engine).build.page_size == 16
     assert [path.name for path in engine.parent.iterdir()] == ["e"]
+
+
+def test_an_engine_of_another_checkpoint_is_replaced_only_by_force(quick, checkpoint, tmp_path):
+    engine, lines = tmp_path / "e", []
+    build_engine(checkpoint, engine)
+    other = random_checkpoint(tmp_path / "other", seed=1)
+    before = (engine / "manifest.json").read_bytes()
+    result = CliRunner().invoke(app, ["build", str(other), str(engine)])
+    assert (result.exit_code, (engine / "manifest.json").read_bytes()) == (1, before)
+    [line] = result.stderr.strip().splitlines()
+    assert line == (
+        f"error: {engine}: was built from {checkpoint}, asked for {other}; choose another directory or give --force"
+    )
+    assert CliRunner().invoke(app, ["build", str(other), str(engine), "--force"]).exit_code == 0
+    assert read_manifest(engine).checkpoint.path == "../other"
+    # Other content in the same place is the same checkpoint, trained further; the same content in another place has moved.
+    shutil.rmtree(other)
+    random_checkpoint(other, seed=2)
+    build_engine(other, engine)
+    other.rename(tmp_path / "moved")
+    programs = (engine / "encode.pt2").read_bytes()
+    moved = build_engine(tmp_path / "moved", engine, report=lines.append)
+    assert moved.checkpoint.path == read_manifest(engine).checkpoint.path == "../moved"
+    assert (engine / "encode.pt2").read_bytes() == programs
+    assert not any("compiling" in line for line in lines)
+
+
+def test_files_that_are_carried_along_are_kept_current_without_compiling(quick, checkpoint, tmp_path, monkeypatch):
+    engine = tmp_path / "e"
+    manifest = build_engine(checkpoint, engine)
+    monkeypatch.setattr("builder.build.compile_programs", None)
+    (checkpoint / "generation_config.json").write_text('{"temperature": 0.5}')
+    (checkpoint / "chat_template.jinja").write_text("new")
+    (checkpoint / "tokenizer_config.json").unlink()
+    (engine / "tokenizer.json").unlink()
+    assert build_engine(checkpoint, engine) == read_manifest(engine) == manifest
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json", "config.json"):
+        assert (engine / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert not (engine / "tokenizer_config.json").exists()
+    assert (engine / "denoise.pt2").read_text() == "denoise" and (engine / "operators.so").read_text() == "operators"
+    lines = []
+    build_engine(checkpoint, engine, report=lines.append)
+    assert "up to date" in lines[-1]
+
+
+@pytest.mark.parametrize("make", [build_engine, write_manifest])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_stays_and_what_it_points_to_is_written(dangling, make, quick, checkpoint, tmp_path):
+    (tmp_path / "links").mkdir()
+    link, target = tmp_path / "links" / "e", tmp_path / "far" / "away" / "e"
+    target.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    if not dangling:
+        target.mkdir()
+    make(checkpoint, link)
+    assert link.is_symlink() and not target.is_symlink()
+    assert (target / read_manifest(link).checkpoint.path).resolve() == checkpoint
+    assert [path.name for path in target.parent.iterdir()] == ["e"]
 
 
 def test_a_checkpoint_without_a_vision_tower_reads_text_alone(quick, checkpoint, tmp_path):
@@ -279,6 +436,79 @@ def test_a_directory_that_is_no_engine_is_not_replaced(quick, checkpoint, tmp_pa
     assert (tmp_path / "home" / "letter.txt").exists()
 
 
+@pytest.fixture
+def refused():
+    """Runs a command and returns its one line on standard error."""
+
+    def run(*arguments) -> str:
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+        assert isinstance(result.exception, SystemExit) and result.exit_code == 1, result.exception
+        [line] = result.stderr.strip().splitlines()
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["build", "manifest", "quantize"])
+def test_places_that_cannot_be_written_are_told_before_anything_long(command, refused, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("builder.build.compile_programs", None)
+    monkeypatch.setattr("builder.quantize.quantize_layer", None)
+    file = tmp_path / "file"
+    file.touch()
+    assert f"error: {file}: is a file, expected a directory or a new name; choose another" == refused(command, checkpoint, file)
+    assert f"{file / 'e'}: cannot be written ([Errno" in refused(command, checkpoint, file / "e")
+    assert "/proc/nowhere/e: cannot be written ([Errno" in refused(command, checkpoint, "/proc/nowhere/e")
+
+
+@pytest.mark.parametrize("command", ["build", "manifest"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(command, quick, refused, checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("contract.manifest.Manifest.write", full)
+    line = refused(command, checkpoint, tmp_path / "engines" / "e")
+    assert "e: cannot be written ([Errno 28] No space left on device); make room" in line
+    assert list((tmp_path / "engines").iterdir()) == []
+
+
+def test_a_disk_that_is_full_for_a_package_is_an_error_in_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(inductor, "with_compiled_operators", lambda program: None)
+    monkeypatch.setattr(
+        "torch._inductor.aoti_compile_and_package", lambda exported, *, package_path: package_path.write(b"package")
+    )
+    (tmp_path / "head.pt2").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        inductor.compile_program(SimpleNamespace(name="head", device="cpu"), tmp_path)
+
+
+def test_no_compiler_is_told_before_tracing(refused, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("builder.build.compile_programs", None)
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/g++")}):
+        line = refused("build", checkpoint, tmp_path / "e")
+    assert line.startswith("error: C++ compiler: /nonexistent/g++ does not run, expected GCC 12 or newer; install it")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_sigterm_ends_a_build_like_an_error(quick, checkpoint, tmp_path, monkeypatch):
+    staged = []
+
+    def terminated(model, build, directory, report):
+        staged.append(directory)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("builder.build.compile_programs", terminated)
+    monkeypatch.setattr(sys, "argv", ["builder", "build", str(checkpoint), str(tmp_path / "engines" / "e")])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert len(staged) == 1 and list((tmp_path / "engines").iterdir()) == []
+
+
 def test_the_real_target_is_refused_by_name_where_it_cannot_be_built(checkpoint, tmp_path):
     with pytest.raises(BuildError, match="target 'tensorrt'"):
         build_engine(checkpoint, tmp_path / "e", target="tensorrt")
@@ -319,6 +549,29 @@ def test_manifests_that_cannot_be_used(tmp_path, engine_dir):
         read_manifest(tmp_path)
 
 
+def test_a_manifest_that_cannot_be_read(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(ManifestError, match=r"manifest\.json: cannot be read \(.*Is a directory.*\); build the engine with"):
+        read_manifest(tmp_path)
+
+
+def test_an_engine_that_cannot_be_replaced_is_put_back(quick, checkpoint, tmp_path, monkeypatch):
+    engine = tmp_path / "engines" / "e"
+    manifest = build_engine(checkpoint, engine)
+    replace = os.replace
+
+    def failing(source, target):
+        if Path(target) == engine and Path(source).name != "engine":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(BuildError, match=r"cannot be written .*resource busy"):
+        build_engine(checkpoint, engine, page_size=16)
+    assert read_manifest(engine) == manifest
+    assert [path.name for path in engine.parent.iterdir()] == ["e"]
+
+
 def test_the_tiny_engine_is_small(engine_dir):
     """Programs hold no weights: less than the weights although three programs share them."""
     assert read_manifest(engine_dir).checkpoint.files.keys() == {"model.safetensors"}
@@ -335,3 +588,30 @@ def test_layers_that_read_the_same_rows_are_bound_as_one_weight():
     assert shape[f"{sliding}.qkv_proj.weight"] == (16 * 256 + 2 * 8 * 256, 2816)
     assert shape["model.decoder.layers.0.mlp.gate_up_proj.weight"] == (2 * 2112, 2816)
     assert bound["model.decoder.self_conditioning.gate_up_proj.weight"][0].endswith("gate_proj.weight")
+
+
+# -- The Makefile
+
+
+@pytest.mark.parametrize("target", ["serve", "demo", "bench"])
+def test_make_builds_what_is_not_there_and_leaves_what_is(target, tmp_path):
+    """A virtual environment of one script, which writes down what it is asked for."""
+    python, asked = tmp_path / "venv" / "bin" / "python", tmp_path / "asked"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nprintf '%s|' \"$@\" >> '{asked}'\necho >> '{asked}'\n")
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    engine, checkpoint = tmp_path / "my engine", tmp_path / "my checkpoint"
+
+    def make() -> list[str]:
+        asked.unlink(missing_ok=True)
+        variables = [f"VENV={tmp_path / 'venv'}", f"ENGINE={engine}", f"CHECKPOINT={checkpoint}"]
+        subprocess.run(["make", target, *variables], cwd=REAL.parent.parent, check=True, capture_output=True)
+        return asked.read_text().splitlines()
+
+    built, ran = make()
+    assert built.startswith(f"-m|builder|build|{checkpoint}|{engine}|--target|")
+    assert f"|{engine}|" in ran and ("--checkpoint|" not in ran or f"|{checkpoint}|" in ran)
+    engine.mkdir()
+    (engine / "manifest.json").touch()
+    assert make() == [ran]

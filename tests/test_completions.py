@@ -1,24 +1,35 @@
 """`/v1/completions` over a stand-in for the Triton model."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from backend.openai_server import requests
 from backend.openai_server.app import create_app
 from backend.openai_server.completions import Completions
+from backend.openai_server.errors import bad_request
+from backend.openai_server.parameters import chat_inputs
 from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import Part
 
 PROMPT = "one two"
+A_TOKEN_ID = "expected a token id, an integer from 0 to 2147483647"
+A_PROMPT = "expected a text or a list of token ids"
 
 
 class Model:
-    """Answers " three four" in two parts, after the prompt if that is asked for."""
+    """Answers " three four" in two parts, after the prompt if that is asked for. asked: the inputs of each answer."""
+
+    def __init__(self):
+        self.asked = []
 
     async def generate(self, inputs: Mapping[str, Any], request_id: str) -> AsyncIterator[Part]:
+        self.asked.append(inputs)
         echo = "" if inputs["exclude_input_in_output"] else inputs["text_input"]
         for text, token, reason in ((echo + " three", " three", None), (" four", " four", "stop")):
             entry = {"token": token, "logprob": -0.5, "bytes": None, "top_logprobs": []}
@@ -37,10 +48,31 @@ class Model:
         pass
 
 
-@pytest.mark.parametrize("echo", [False, True])
-def test_log_probabilities_say_where_their_tokens_are(echo):
-    """Not where the prompt is, which comes before them when it is echoed."""
-    body = {"model": "m", "prompt": PROMPT, "echo": echo, "logprobs": 0}
+def posted(content: str | bytes, *, route: str = "completions") -> tuple[int, dict, list[Mapping[str, Any]]]:
+    """(status, answer, what the model was asked) of one request."""
+    model = Model()
+    with TestClient(create_app(OpenAISettings(), model), raise_server_exceptions=False) as client:
+        reply = client.post(f"/v1/{route}", content=content)
+    return reply.status_code, reply.json(), model.asked
+
+
+def refusal(content: str | bytes, **where: str) -> tuple[str, str | None]:
+    """(message, param) of a request that is refused for what it says."""
+    status, answer, asked = posted(content, **where)
+    assert (status, asked) == (400, [])
+    [message] = answer["error"]["message"].splitlines()
+    return message, answer["error"]["param"]
+
+
+def sampling_of(**body: Any) -> list[dict]:
+    """The sampling parameters of every answer that a request asks for."""
+    status, answer, asked = posted(json.dumps({"model": "diffusiongemma", "prompt": PROMPT, **body}))
+    assert status == 200, answer
+    return [json.loads(inputs["sampling_parameters"]) for inputs in asked]
+
+
+def test_log_probabilities_say_where_their_tokens_are():
+    body = {"model": "m", "prompt": PROMPT, "logprobs": 0}
 
     async def chunks() -> list[dict]:
         return [chunk async for chunk in Completions(Model(), body).chunks()]
@@ -48,7 +80,7 @@ def test_log_probabilities_say_where_their_tokens_are(echo):
     whole = asyncio.run(Completions(Model(), body).whole())["choices"]
     streamed = [chunk["choices"][0] for chunk in asyncio.run(chunks())]
     text = "".join(choice["text"] for choice in streamed)
-    assert text == whole[0]["text"] == PROMPT * echo + " three four"
+    assert text == whole[0]["text"] == " three four"
     for choices in (whole, streamed):
         places = [
             place
@@ -56,6 +88,145 @@ def test_log_probabilities_say_where_their_tokens_are(echo):
             for place in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True)
         ]
         assert places == [(token, text.index(token)) for token in (" three", " four")]
+
+
+@pytest.mark.parametrize("logprobs", [0, 3])
+def test_log_probabilities_of_an_echoed_prompt_are_refused(logprobs):
+    message, param = refusal(json.dumps({"model": "diffusiongemma", "prompt": PROMPT, "echo": True, "logprobs": logprobs}))
+    assert message == f"logprobs: got {logprobs} with echo, but a prompt has no log probabilities here; remove echo"
+    assert param == "logprobs"
+
+
+def test_a_prompt_is_echoed_without_log_probabilities():
+    for asked in ({"echo": True}, {"echo": True, "logprobs": None}):
+        _, answer, [inputs] = posted(json.dumps({"model": "diffusiongemma", "prompt": PROMPT, **asked}))
+        assert answer["choices"][0]["text"] == PROMPT + " three four"
+        assert "echo" not in json.loads(inputs["sampling_parameters"])
+
+
+def test_a_chat_is_not_echoed():
+    body = {"model": "diffusiongemma", "messages": [{"role": "user", "content": "a"}]}
+    for echo in (True, "yes"):
+        message, param = refusal(json.dumps({**body, "echo": echo}), route="chat/completions")
+        assert (message, param) == (f"echo: got {echo!r}, but a chat is not echoed; remove it", "echo")
+    assert chat_inputs({**body, "echo": False}) == chat_inputs({**body, "echo": None}) == chat_inputs(body)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("[1.5, 2]", f"prompt[0]: got 1.5, {A_TOKEN_ID}"),
+        ('[1, "a"]', f"prompt[1]: got 'a', {A_TOKEN_ID}"),
+        ("[true]", f"prompt[0]: got True, {A_TOKEN_ID}"),
+        ("[5, -1]", f"prompt[1]: got -1, {A_TOKEN_ID}"),
+        ('[["a"]]', f"prompt[0][0]: got 'a', {A_TOKEN_ID}"),
+        ("[[1.5]]", f"prompt[0][0]: got 1.5, {A_TOKEN_ID}"),
+        ('["a", [1, false]]', f"prompt[1][1]: got False, {A_TOKEN_ID}"),
+        ("[[1, [2]]]", f"prompt[0][1]: got [2], {A_TOKEN_ID}"),
+        ("[[2147483648]]", f"prompt[0][0]: got 2147483648, {A_TOKEN_ID}"),
+        ("[null]", f"prompt[0]: got None, {A_PROMPT}"),
+        ('[{"a": 1}]', f"prompt[0]: got {{'a': 1}}, {A_PROMPT}"),
+        ('["a", 1]', f"prompt[1]: got 1, {A_PROMPT}"),
+        ('{"a": 1}', "prompt: got {'a': 1}, expected a text, a list of token ids, or a list of either"),
+        ("null", "prompt: got None, expected a text, a list of token ids, or a list of either"),
+        ("[]", "prompt: got an empty list, expected at least one prompt"),
+    ],
+)
+def test_malformed_prompts_are_refused(prompt, message):
+    body = f'{{"model": "diffusiongemma", "prompt": {prompt}}}'
+    assert refusal(body) == (message, message.partition(":")[0])
+
+
+def test_prompts_are_texts_and_token_ids():
+    for prompt, expected in (
+        ("a", [{"text_input": "a"}]),
+        ([0, 2147483647], [{"input_ids": [0, 2147483647]}]),
+        ([[1], "a"], [{"input_ids": [1]}, {"text_input": "a"}]),
+    ):
+        _, _, asked = posted(json.dumps({"model": "diffusiongemma", "prompt": prompt}))
+        assert [{name: inputs[name] for name in ("text_input", "input_ids") if name in inputs} for inputs in asked] == expected
+
+
+@pytest.mark.parametrize("where", ['"temperature": 1e999', '"metadata": {"a": [-1e999]}', '"prompt": [1e999]'])
+def test_a_number_that_is_too_large_is_refused(where):
+    got = "'-1e999'" if "-" in where else "'1e999'"
+    message = f"body: got {got} as a number, expected at most 1.8e308 in size"
+    assert refusal(f'{{"model": "diffusiongemma", "prompt": "a", {where}}}') == (message, "body")
+
+
+@pytest.mark.parametrize(
+    ("seed", "n", "seeds"),
+    [(-1, 1, [2**64 - 1]), (-1, 2, [2**64 - 1, 0]), (-(2**63), 1, [2**63]), (2**64 - 1, 2, [2**64 - 1, 0]), (7, 1, [7])],
+)
+def test_seeds_are_64_bits_with_or_without_a_sign(seed, n, seeds):
+    assert [sampling["seed"] for sampling in sampling_of(seed=seed, n=n)] == seeds
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_a_seed_of_more_bits_is_refused(seed, n):
+    message, param = refusal(json.dumps({"model": "diffusiongemma", "prompt": "a", "seed": seed, "n": n}))
+    assert message == f"seed: got {seed}, expected an integer from -9223372036854775808 to 18446744073709551615"
+    assert param == "seed"
+
+
+def test_a_bias_may_be_a_fraction():
+    assert sampling_of(logit_bias={"277": 0.5, "5": -100}) == [{"logit_bias": {"277": 0.5, "5": -100}}]
+    message, param = refusal('{"model": "diffusiongemma", "prompt": "a", "logit_bias": {"277": true}}')
+    assert (message, param) == ("logit_bias.277: got True, expected number", "logit_bias.277")
+
+
+def test_best_of_may_be_n():
+    for n, best_of in ((1, 1), (3, 3), (3, 1)):
+        assert sampling_of(n=n, best_of=best_of) == [{}] * n
+    for asked, n in (({"best_of": 2}, 1), ({"best_of": 4, "n": 3}, 3)):
+        message, param = refusal(json.dumps({"model": "diffusiongemma", "prompt": "a", **asked}))
+        assert (message, param) == (f"best_of: got {asked['best_of']}, expected n, which is {n}; remove it", "best_of")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "written"),
+    [
+        ("a", 200, 0),
+        ("\U0001f600", 200, 0),
+        (r"\u00e9", 200, 0),
+        (r"\ud83d\uDE00", 200, 1),
+        (r"\ud83d", 400, 1),
+        (r"\uDE00", 400, 1),
+    ],
+)
+def test_a_body_is_searched_for_halves_of_characters_only_if_it_may_have_some(monkeypatch, prompt, status, written):
+    """The search writes the whole body again: seconds, with the images that a body may hold."""
+    written_bodies = []
+
+    def dumps(body: object, **how: Any) -> str:
+        written_bodies.append(body)
+        return json.dumps(body, **how)
+
+    monkeypatch.setattr(requests, "json", SimpleNamespace(loads=json.loads, dumps=dumps))
+    got, answer, _ = posted(f'{{"model": "diffusiongemma", "prompt": "{prompt}"}}')
+    assert (got, len(written_bodies)) == (status, written)
+    assert status == 200 or "surrogate" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\xed\xa0\x80"])
+def test_a_body_is_utf_8(byte):
+    message, _ = refusal(b'{"model": "diffusiongemma", "prompt": "' + byte + b'"}')
+    assert message.startswith("body: got malformed JSON ('utf-8' codec can't decode byte")
+    assert posted('\ufeff{"model": "diffusiongemma", "prompt": "a"}'.encode())[0] == 200
+
+
+def test_no_depth_of_a_body_is_a_server_error():
+    """What can be read cannot always be written: the stack is deeper then."""
+    with TestClient(create_app(OpenAISettings(), Model()), raise_server_exceptions=False) as client:
+        for where in ('"prompt": "a", "x"', '"prompt"'):
+            statuses = {}
+            for depth in (*range(900, 1000), 100_000):
+                content = f'{{"model": "diffusiongemma", {where}: {"[" * depth + "]" * depth}}}'
+                reply = client.post("/v1/completions", content=content)
+                statuses[depth] = reply.status_code
+            assert set(statuses.values()) <= {200, 400}, statuses
+            assert reply.json()["error"]["message"] == "body: got JSON that is nested too deeply, expected fewer levels"
 
 
 @pytest.mark.parametrize("says_its_length", [True, False])
@@ -77,3 +248,9 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_kept(says_its_length):
         assert message == "body: got more than 1000 bytes, expected at most these; send fewer or smaller images"
         served = client.post("/v1/completions", json={"model": "diffusiongemma", "prompt": PROMPT})
         assert served.json()["choices"][0]["text"] == " three four"
+
+
+def test_the_parameter_at_fault_is_named_without_its_value():
+    assert bad_request("frequency_penalty=1: not supported by this server; remove it").param == "frequency_penalty"
+    assert bad_request("seed: got 1.5, expected an integer").param == "seed"
+    assert bad_request("unknown sampling parameter 'x'; expected seed").param is None

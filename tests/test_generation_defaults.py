@@ -79,7 +79,7 @@ def test_one_eos_token_and_a_sampler_without_a_bound():
         ),
         (
             {"sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": -1}},
-            "entropy_bound: got -1, expected a finite number of at least 0",
+            "entropy_bound: got -1, expected a finite number from 0 to 1000000",
         ),
     ],
 )

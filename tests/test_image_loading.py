@@ -15,6 +15,7 @@ from waiting import wait_until
 from backend.errors import RequestError
 from backend.images.limits import ImageLimits
 from backend.images.loading import ImageLoader
+from backend.images.local import local_images
 from backend.images.pool import ImagePool
 from backend.images.preprocess import preprocess
 from builder.config import read_model_config
@@ -91,6 +92,36 @@ def test_urls_are_the_operators_to_allow():
             LOADER.load([url])
 
 
+def test_a_text_never_names_a_file_of_the_server(tmp_path):
+    with pytest.raises(RequestError, match=r"^image\[0\]: got malformed base64"):
+        LOADER.load([str(in_a_file(tmp_path))])
+
+
+def test_every_form_that_a_program_may_give(tmp_path):
+    path = in_a_file(tmp_path)
+    given = [PICTURE, path, str(path), PNG, BASE64, f"data:image/png;base64,{BASE64}"]
+    loaded = LOADER.load(local_images(given, ImageLimits()))
+    assert {image.digest for image in loaded} == {preprocess(PICTURE, 70, VISION).digest}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_of_an_opened_file_is_turned_as_the_file_is(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    written = io.BytesIO()
+    PICTURE.save(written, "PNG", exif=exif)
+    opened, data = LOADER.load([Image.open(written), written.getvalue()])
+    assert opened.digest == data.digest
+
+
+def test_a_picture_of_a_file_that_is_cut_off_is_refused_in_one_line():
+    with pytest.raises(RequestError) as caught:
+        LOADER.load([PNG, Image.open(io.BytesIO(PNG[: len(PNG) // 2]))])
+    assert str(caught.value) == (
+        "image[1]: got a damaged file (image file is truncated), expected a Pillow image of a whole file"
+    )
+
+
 def test_a_number_of_soft_tokens_that_there_is_not():
     with pytest.raises(ValueError, match="soft tokens of an image: got 71, expected one of 70, 140, 280, 560, 1120"):
         replace(LOADER, max_soft_tokens=71)
@@ -164,6 +195,14 @@ def test_memory_is_bounded_until_requests_end(held, gate):
         held.release(owner)
     held.submit("d", [PNG], arrived.append)
     wait_until(lambda: len(arrived) == 3)
+
+
+def test_images_that_never_fit_are_not_asked_for_again(held):
+    size = len(PNG)
+    with pytest.raises(RequestError) as caught:
+        held.submit("a", [PNG] * 3, lambda _: None)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    assert str(caught.value) == f"images: got {3 * size} bytes, expected at most {2 * size} in all; send fewer or smaller ones"
 
 
 def test_an_unexpected_failure_says_nothing_of_itself(held, gate, monkeypatch):

@@ -3,6 +3,7 @@ template as the oracle of prompts."""
 
 import io
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,23 @@ def test_a_tool_call(llm, choice):
     assert (result.text, result.finish_reason) == ("", "tool_calls")
 
 
+def test_stop_strings_are_looked_for_in_the_answers_text_alone(llm):
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    for question in some("thought", 2):
+        [whole] = llm.chat(question.messages, SamplingConfig(seed=1), **thinking)
+        assert whole.reasoning
+        for stop in ("\n", "thought", "|", whole.reasoning[:2]):
+            [result] = llm.chat(question.messages, SamplingConfig(seed=1, stop=stop), **thinking)
+            assert result.reasoning == whole.reasoning
+            assert result.text == whole.text.partition(stop)[0]
+    question = tool_question("tool")
+    [whole] = llm.chat(question.messages, SamplingConfig(seed=1), tools=question.tools)
+    for stop in ('"', ":", "call"):
+        [result] = llm.chat(question.messages, SamplingConfig(seed=1, stop=stop), tools=question.tools)
+        assert result.tool_calls == whole.tool_calls != []
+        assert result.finish_reason == "tool_calls"
+
+
 def test_pieces_together_are_the_result(llm):
     for question in (some("count", 1)[0], some("thought", 1)[0], tool_question("tool")):
         more = {"tools": question.tools, "chat_template_kwargs": {"enable_thinking": question.enable_thinking}}
@@ -129,23 +147,44 @@ def test_refusals(llm, arguments, message):
     assert message in str(raised.value)
 
 
-def typed(llm: LLM, *lines: str, terminal: bool) -> str:
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=100)
-    TerminalChat(llm, console, SamplingConfig(seed=1), {}).run(lines)
-    return out.getvalue()
+def typed(llm: LLM, *lines: str, terminal: bool) -> tuple[str, str, bool]:
+    """What is shown as answers and as notes, and whether every question was answered."""
+    out, notes = io.StringIO(), io.StringIO()
+    consoles = [Console(file=file, force_terminal=terminal, width=100) for file in (out, notes)]
+    all_answered = TerminalChat(llm, consoles[0], SamplingConfig(seed=1), {}, notes=consoles[1]).run(lines)
+    return out.getvalue(), notes.getvalue(), all_answered
 
 
 def test_the_terminal_chat(llm):
     first, second = some("sum", 2)
     question, other = (each.messages[0]["content"] for each in (first, second))
-    assert typed(llm, question, "/new", other, "/quit", "never asked", terminal=False) == f"{first.answer}\n{second.answer}\n"
-    shown = typed(llm, question, terminal=True)
-    assert first.answer in shown and "denoising steps a canvas" in shown
-    thought = typed(llm, "/think", question, terminal=False)
-    assert thought.startswith("thinking on\n") and thought.endswith(f"\n{first.answer}\n") and "=" in thought
-    assert "/quit" in typed(llm, "/nonsense", terminal=False)
-    assert "error: " in typed(llm, "a" * 5000, terminal=False)
+    answers = f"{first.answer}\n{second.answer}\n"
+    assert typed(llm, question, "/new", other, "/quit", "never asked", terminal=False) == (answers, "", True)
+    shown, notes, _ = typed(llm, question, terminal=True)
+    assert first.answer in shown and "denoising steps a canvas" in notes
+    thought, notes, _ = typed(llm, "/think", question, terminal=False)
+    assert notes == "thinking on\n" and thought.endswith(f"\n{first.answer}\n") and "=" in thought
+    nothing, notes, all_answered = typed(llm, "/nonsense", terminal=False)
+    assert (nothing, all_answered) == ("", True) and "/quit" in notes
+
+
+@pytest.mark.parametrize("bad", ["a" * 5000, "caf\udce9"])
+def test_the_terminal_chat_goes_on_after_a_question_that_is_refused(llm, bad):
+    [question] = some("sum", 1)
+    answers, notes, all_answered = typed(llm, bad, question.messages[0]["content"], terminal=False)
+    assert (answers, all_answered) == (f"{question.answer}\n", False)
+    assert notes.startswith("error: ") and notes.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "caf\udce9"])
+def test_text_with_half_of_a_surrogate_pair_is_refused(llm, text):
+    for ask in (llm.generate, lambda prompt: llm.chat([{"role": "user", "content": prompt}])):
+        with pytest.raises(RequestError) as raised:
+            ask(text)
+        assert (
+            str(raised.value)
+            == f"prompt: got U+{ord(text[-1]):04X}, half of a surrogate pair, expected text; was its source in UTF-8?"
+        )
 
 
 def test_the_chat_command_answers_standard_input(engine_dir):
@@ -154,3 +193,10 @@ def test_the_chat_command_answers_standard_input(engine_dir):
     asked = question.messages[0]["content"]
     done = subprocess.run(command, input=f"{asked}\n", capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == f"{question.answer}\n"
+    lines = "caf\xe9\n/image a.png\n/new\n".encode("latin-1") + asked.encode()
+    for reading in ("surrogateescape", "strict"):  # what Python does with bytes that are not UTF-8 depends on the locale
+        environment = os.environ | {"PYTHONIOENCODING": f"utf-8:{reading}"}
+        done = subprocess.run(command, input=lines, capture_output=True, cwd=ROOT, env=environment)
+        assert (done.returncode, done.stdout.decode()) == (1, f"{question.answer}\n")
+        error, note = done.stderr.decode().splitlines()
+        assert error.startswith("error: ") and note == "1 for the next question"

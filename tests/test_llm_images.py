@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -61,17 +62,41 @@ def test_one_chat_and_its_prompt_and_a_stream_give_the_same(llm, chat_tokenizer)
         ([FIGURES[0][1]] * 2, "image: got 2 images, expected 1"),
         ([b"hello"], "image[0]: got 5 bytes that are no image"),
         (["https://example.com/a.png"], "image[0]: got a URL, but this server fetches none"),
+        (
+            ["no such file.png"],
+            "image[0]: got malformed base64 (Only base64 data is allowed), expected a Pillow image, an existing file (text or",
+        ),
+        ([None], "image[0]: got NoneType, expected a Pillow image, an existing file (text or pathlib.Path), the bytes of one"),
+        (FIGURES[0][1], "images: got Image, expected a list of images; put one alone into a list"),
+        ("a.png", "images: got str, expected a list of images"),
+        (Path("a.png"), "images: got PosixPath, expected a list of images"),
     ],
 )
 def test_images_that_are_refused(llm, images, words):
-    with pytest.raises(RequestError) as caught:
-        llm.chat(FIGURES[0][0].messages, images=images)
-    assert str(caught.value).startswith(words)
+    for ask in (llm.chat, llm.stream_chat):
+        with pytest.raises(RequestError) as caught:
+            ask(FIGURES[0][0].messages, images=images)
+        assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
 
 
 def test_prompts_and_lists_of_images_must_be_as_many(llm):
     with pytest.raises(RequestError, match="images: got 1 lists of images, expected 2, one a prompt"):
         llm.generate(["a", "b"], images=[[]])
+    with pytest.raises(RequestError, match="images: got Image, expected 2 lists of images, one a prompt"):
+        llm.generate(["a", "b"], images=FIGURES[0][1])
+    with pytest.raises(RequestError, match="images: got Image, expected a list of images; put one alone into a list"):
+        llm.generate(["a", "b"], images=[FIGURES[0][1]] * 2)
+
+
+def test_a_text_may_name_a_file_but_not_within_a_message(llm, tmp_path):
+    question, image = FIGURES[0]
+    path = str(tmp_path / "a.png")
+    image.save(path)
+    [answer] = llm.chat(question.messages, GREEDY, images=[path])
+    streamed = "".join(piece.text for piece in llm.stream_chat(question.messages, GREEDY, images=[path]))
+    assert answer.text == streamed == question.answer
+    with pytest.raises(RequestError, match=r"image\[0\]: got malformed base64"):
+        llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": path}}]}])
 
 
 def test_images_in_the_terminal_chat(llm, tmp_path):
@@ -80,13 +105,14 @@ def test_images_in_the_terminal_chat(llm, tmp_path):
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path, picture in zip(paths, (image, other), strict=True):
         picture.save(path)
-    out = io.StringIO()
+    out, notes = io.StringIO(), io.StringIO()
     asked = [part["text"] for question in (first, second) for part in question.messages[0]["content"] if part["type"] == "text"]
     lines = [f"/image {paths[0]}", asked[0], "/new", f"/image {paths[1]}", asked[1], "/image nothing.png", asked[0], "/quit"]
-    TerminalChat(llm, Console(file=out, width=200), GREEDY, {}).run(lines)
-    attached = "1 for the next question"
-    *answered, refused = out.getvalue().splitlines()
-    assert answered == [attached, first.answer, attached, second.answer, attached]
+    consoles = [Console(file=file, width=20) for file in (out, notes)]
+    assert not TerminalChat(llm, consoles[0], GREEDY, {}, notes=consoles[1]).run(lines)
+    assert out.getvalue().splitlines() == [first.answer, second.answer]
+    *attached, refused = notes.getvalue().splitlines()
+    assert attached == ["1 for the next question"] * 3
     assert refused == "error: image[1]: nothing.png cannot be read (No such file or directory), expected the file of an image"
 
 

@@ -17,7 +17,9 @@ from openai import AsyncOpenAI, OpenAI
 from schemathesis import GenerationMode
 from small_checkpoints import TINY
 from tiny_tasks import Question, questions
+from typer.testing import CliRunner
 
+from backend.__main__ import app
 from backend.openai_server.serve import FrontEnd, FrontEndError
 from backend.openai_server.settings import OpenAISettings, read_api_keys
 from backend.triton_server.launch import TritonServer
@@ -40,7 +42,7 @@ def server(engine_dir, tmp_path_factory) -> Iterator[FrontEnd]:
         settings = OpenAISettings(
             triton_url=triton.grpc_url, triton_metrics_url=triton.metrics_url, port=0, api_keys=(KEY, "another")
         )
-        with FrontEnd(settings) as front_end:
+        with FrontEnd(settings, engine / "openai.log") as front_end:
             yield front_end
 
 
@@ -187,6 +189,20 @@ def test_several_choices_have_the_seeds_that_follow(client):
     assert several.usage.completion_tokens == 120
     chunks = list(client.chat.completions.create(**asked, n=3, seed=5, max_tokens=40, stream=True))
     assert [Streamed(chunks, index).content for index in range(3)] == texts
+
+
+def test_values_that_ask_for_what_another_value_asks_for(client):
+    """A negative seed is its 64 bits, a temperature below 0.01 is 0, best_of n is n, and a bias may be a fraction."""
+    [question] = some("sum", 1)
+
+    def answer(**asked) -> list[str]:
+        body = {"model": MODEL, "prompt": question.messages[0]["content"], "temperature": 1.8, "max_tokens": 40} | asked
+        return [choice.text for choice in client.completions.create(**body, extra_body={"ignore_eos": True}).choices]
+
+    assert answer(seed=-1) == answer(seed=2**64 - 1) != answer(seed=1)
+    assert answer(seed=1, temperature=0.001) == answer(seed=1, temperature=0)
+    assert answer(seed=1, n=2, best_of=2) == answer(seed=1, n=2)
+    assert answer(seed=1, logit_bias={"33": 99.5}) != answer(seed=1)
 
 
 def test_stop_and_max_tokens(client):
@@ -343,8 +359,9 @@ def test_a_client_that_goes_frees_its_place(server, stream):
     assert completion.usage.completion_tokens == 1
 
 
-def test_without_a_triton_server_it_says_so():
-    with FrontEnd(OpenAISettings(triton_url="127.0.0.1:1", port=0)) as front_end, httpx2.Client(trust_env=False) as http:
+def test_without_a_triton_server_it_says_so(tmp_path):
+    settings = OpenAISettings(triton_url="127.0.0.1:1", port=0)
+    with FrontEnd(settings, tmp_path / "openai.log") as front_end, httpx2.Client(trust_env=False) as http:
         for reply in (
             http.get(f"{front_end.url}/health"),
             http.post(f"{front_end.url}/v1/chat/completions", json={"model": MODEL, "messages": user("a")}),
@@ -357,11 +374,21 @@ def test_without_a_triton_server_it_says_so():
 def test_a_front_end_that_cannot_start_says_why(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = OpenAISettings(port=taken.getsockname()[1])
-        with pytest.raises(FrontEndError, match=r"OpenAI port: 127\.0\.0\.1:.* cannot be used"), FrontEnd(settings):
+        front_end = FrontEnd(settings, tmp_path / "openai.log")
+        with pytest.raises(FrontEndError, match=r"OpenAI port: 127\.0\.0\.1:.* cannot be used"), front_end:
             pass
+        assert "cannot be used" in front_end.log_path.read_text()
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(ValueError, match="got no API key, expected one a line"):
         read_api_keys(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_refused_in_one_line(key, monkeypatch):
+    monkeypatch.setattr("backend.openai_server.serve.serve", lambda settings: None)
+    result = CliRunner().invoke(app, ["openai", "--port", "0", "--api-key", "good", "--api-key", key])
+    line = "--api-key: got an empty key, expected at least one character; leave the option out to serve without keys"
+    assert (result.exit_code, result.output) == (1, f"error: {line}\n")
 
 
 def test_no_request_that_the_document_allows_is_a_server_error(server):

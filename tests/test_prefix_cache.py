@@ -180,6 +180,14 @@ def test_turns_of_a_chat_encode_only_what_is_new(checkpoint):
             prompt = prompt + sent.token_ids + prompt_of(10, seed=turn)
 
 
+def test_without_the_cache_no_room_is_kept_for_the_last_canvas(checkpoint):
+    for commit_last in (False, True):
+        scheduler = scheduler_of(checkpoint, max_cached_tokens=128, prefix_cache=False, commit_last=commit_last)
+        _, sent = add(scheduler, prompt_of(128, seed=1), max_tokens=CANVAS)
+        run(scheduler)
+        assert len(sent.token_ids) == CANVAS
+
+
 def test_a_prompt_that_is_all_there_is_not_encoded(checkpoint):
     scheduler, prompt = scheduler_of(checkpoint), prompt_of(6 * PAGE, seed=1)
     _, first = add(scheduler, prompt)

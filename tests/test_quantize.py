@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small_checkpoints import TINY, network_session, random_checkpoint
 from typer.testing import CliRunner
@@ -119,6 +120,26 @@ def test_an_output_that_is_there_is_refused(original, tmp_path):
     result = CliRunner().invoke(app, ["quantize", str(original), str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {tmp_path}: is there already; expected a new directory")
+
+
+def test_a_full_disk_is_one_line(original, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(quantizing, "save_file", full)
+    result = CliRunner().invoke(app, ["quantize", str(original), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: {tmp_path / 'out'}: cannot be written (Error while serializing: I/O error: No space left")
+
+
+def test_an_output_that_is_a_link(original, quantized, tmp_path):
+    link, target = tmp_path / "out", tmp_path / "far" / "out"
+    link.symlink_to(target)
+    quantize_checkpoint(original, link)
+    assert link.is_symlink()
+    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in quantized.iterdir())
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
 # -- What compressed-tensors wrote

@@ -149,6 +149,8 @@ def test_what_the_server_adds_to_the_parameters_is_not_the_clients():
         (asking(sampling_parameters=strings("[1]")), ["sampling_parameters", "[1]", "JSON object"]),
         (asking(sampling_parameters=strings('{"seed": NaN}')), ["sampling_parameters", "NaN"]),
         (asking(sampling_parameters=strings('{"seed": 1, "seed": 2}')), ["sampling_parameters", "'seed' 2 times"]),
+        (asking(sampling_parameters=strings('{"temperature": 1e999}')), ["1e999, which is more than numbers can be"]),
+        (asking(sampling_parameters=strings('{"a": 1, "seed": 1, "seed": 2, "seed": 3}')), ["'seed' 3 times"]),
         (asking(sampling_parameters=strings('{"seed":' + "9" * 5000 + "}")), ["sampling_parameters", "JSON object"]),
         (asking(sampling_parameters=strings("[" * 100_000)), ["sampling_parameters", "JSON object"]),
         (asking(sampling_parameters=strings('{"nonsense": 1}')), ["nonsense"]),

@@ -76,7 +76,7 @@ def test_limits_are_included(name, value):
 
 EXPECTED = {
     "max_tokens": "an integer from 1 to 2147483647",
-    "temperature": "0 (greedy) or a finite number from 0.01 to 100",
+    "temperature": "0 (greedy, as is less than 0.01) or a finite number from 0.01 to 100",
     "t_min": "a finite number from 0 to 100",
     "t_max": "a finite number from 0.01 to 100",
     "top_k": "an integer from -1 to 2147483647",
@@ -85,9 +85,9 @@ EXPECTED = {
     "seed": "an integer from 0 to 18446744073709551615",
     "stop": "a non-empty string or a list of them",
     "max_denoising_steps": "an integer from 1 to 65536",
-    "entropy_bound": "a finite number of at least 0",
+    "entropy_bound": "a finite number from 0 to 1000000",
     "stability_threshold": "an integer from 0 to 2147483647",
-    "confidence_threshold": "a finite number of at least 0",
+    "confidence_threshold": "a finite number from 0 to 1000000",
     "ignore_eos": "true or false",
     "skip_special_tokens": "true or false",
     "logprobs": "true or false",
@@ -95,7 +95,7 @@ EXPECTED = {
 }
 REFUSED = {
     "max_tokens": [0, -1, 2**31, 1.0, True, "5", [1]],
-    "temperature": [-0.1, 0.005, 101, math.nan, math.inf, -math.inf, True, "1", None, 10**400],
+    "temperature": [-0.1, -1e-9, 101, math.nan, math.inf, -math.inf, True, "1", None, 10**400],
     "t_min": [-1, math.nan, 101, False],
     "t_max": [0, 0.001, math.inf, "0.8"],
     "top_k": [-2, 2**31, 1.5, True, "5", None],
@@ -104,9 +104,9 @@ REFUSED = {
     "seed": [-1, 2**64, 1.5, True, "7"],
     "stop": ["", [""], ["a", 1], 5, {"a": 1}, None],
     "max_denoising_steps": [0, 65_537, 2.5, True],
-    "entropy_bound": [-0.1, math.nan, True, 10**400],
+    "entropy_bound": [-0.1, math.nan, True, 10**400, 1e39],
     "stability_threshold": [-1, 1.0, True],
-    "confidence_threshold": [-1e-9, math.inf, False],
+    "confidence_threshold": [-1e-9, math.inf, False, 1e39],
     "ignore_eos": [0, 1, "true", None],
     "skip_special_tokens": [1, "no", None],
     "logprobs": [1, 0, "true", None],
@@ -118,6 +118,12 @@ REFUSED = {
 def test_refused_values(name, value):
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     assert refusal(SamplingConfig, **{name: value}) == f"{name}: got {shown}, expected {EXPECTED[name]}"
+
+
+def test_stop_strings_are_bounded():
+    assert len(SamplingConfig(stop=["x" * 1024] * 64).stop) == 64
+    assert refusal(SamplingConfig, stop=["x"] * 65) == "stop: got 65 strings, expected at most 64"
+    assert refusal(SamplingConfig, stop=["x" * 1025]) == "stop: got a string of 1025 characters, expected at most 1024"
 
 
 @pytest.mark.parametrize(
@@ -234,8 +240,8 @@ def test_unsupported_parameters(name, neutral, refused):
         ({"max_tokens": "1_000"}, "max_tokens: got '1_000', expected an integer from 1 to 2147483647"),
         ({"max_tokens": 1.5}, "max_tokens: got 1.5, expected an integer from 1 to 2147483647"),
         ({"max_new_tokens": 0}, "max_tokens: got 0, expected an integer from 1 to 2147483647"),
-        ({"temperature": "hot"}, "temperature: got 'hot', expected 0 (greedy) or a finite number from 0.01 to 100"),
-        ({"temperature": "nan"}, "temperature: got nan, expected 0 (greedy) or a finite number from 0.01 to 100"),
+        ({"temperature": "hot"}, f"temperature: got 'hot', expected {EXPECTED['temperature']}"),
+        ({"temperature": "nan"}, f"temperature: got nan, expected {EXPECTED['temperature']}"),
         ({"ignore_eos": "yes"}, "ignore_eos: got 'yes', expected true or false"),
         ({"top_p": "most"}, "top_p: got 'most', expected a finite number from 0 to 1"),
         ({"logit_bias": []}, "logit_bias: got [], expected an object of token ids and numbers"),
@@ -322,8 +328,11 @@ def test_resolve_prefers_the_request():
     assert SamplingConfig(top_k=-1).resolve(DEFAULTS).top_k == 0
 
 
-def test_greedy_keeps_the_temperature_schedule():
-    resolved = SamplingConfig(temperature=0, seed=1).resolve(DEFAULTS)
+@pytest.mark.parametrize("temperature", [0, 1e-9, 0.001, 0.00999])
+def test_greedy_keeps_the_temperature_schedule(temperature):
+    """A temperature below the smallest is greedy too: it does not scale the schedule to nothing."""
+    assert SamplingConfig(temperature=temperature).temperature == 0
+    resolved = SamplingConfig(temperature=temperature, seed=1).resolve(DEFAULTS)
     assert (resolved.greedy, resolved.t_min, resolved.t_max) == (True, 0.4, 0.8)
 
 

@@ -176,10 +176,32 @@ def test_which_rows_need_the_plain_step(pair, kind):
     plain = SamplingConfig(seed=1, **RANDOM).resolve(pair[0]._engine.defaults)
     loop.start_canvas(1, 0, config)
     loop.start_canvas(2, 0, plain)
-    assert loop.needs_plain_step([2]) is False
-    assert loop.needs_plain_step([2, 1]) is bool({"top_k", "top_p", "logit_bias", "logprobs"} & set(kind))
+    assert loop.with_extras([2]) == []
+    assert loop.with_extras([2, 1]) == ([1] if {"top_k", "top_p", "logit_bias", "logprobs"} & set(kind) else [])
     loop.start_canvas(1, 0, plain)
-    assert loop.needs_plain_step([1, 2]) is False
+    assert loop.with_extras([1, 2]) == []
+
+
+def test_a_neighbour_with_extras_changes_no_bit_of_a_row(engine_dir):
+    """On the compiled engine, whose arithmetic is not that of rows with extras."""
+    llm = LLM(engine_dir, max_sequences=3)
+    scheduler, loop = llm._engine.scheduler, llm._engine.scheduler._loop
+
+    def after_two_steps(*configs: SamplingConfig) -> list[torch.Tensor]:
+        """The state of the last of them."""
+        jobs = [scheduler.add([5, 6, 7], config.resolve(llm._engine.defaults), lambda output: None) for config in configs]
+        while jobs[-1].slot < 0 or loop.num_steps(jobs[-1].slot) < 2:
+            scheduler.tick()
+        slot = jobs[-1].slot
+        state = [tensor[slot].clone() for tensor in (loop._soft_embeds, loop._canvas, loop._argmax)]
+        for job in jobs:
+            scheduler.cancel(job)
+        return state
+
+    own = SamplingConfig(seed=3, confidence_threshold=0)
+    beside = (SamplingConfig(seed=1, logprobs=True, confidence_threshold=0), SamplingConfig(seed=2, confidence_threshold=0))
+    for state, alone in zip(after_two_steps(*beside, own), after_two_steps(own), strict=True):
+        assert torch.equal(state, alone)
 
 
 def test_a_bias_outside_the_vocabulary(pair):

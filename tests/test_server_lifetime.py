@@ -23,8 +23,9 @@ def test_serve_stops_cleanly(engine_dir, stop):
     command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir), *ports]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent) as process:
         line = process.stdout.readline()
-        ready = re.fullmatch(r"ready  gRPC (\S+)  HTTP \S+  metrics \S+  OpenAI (\S+)  log (\S+)\n", line)
-        url, openai_url, log = ready.groups()
+        ready = re.fullmatch(r"ready  gRPC (\S+)  HTTP \S+  metrics \S+  OpenAI (\S+)  log (\S+)  OpenAI log (\S+)\n", line)
+        url, openai_url, log, openai_log = ready.groups()
+        assert Path(log).is_file() and Path(openai_log).is_file() and Path(openai_log).parent == Path(log).parent
         assert ask_once(url, text_input=QUESTION, max_tokens=1).num_output_tokens == 1
         with OpenAI(base_url=openai_url, api_key="any") as client:
             assert client.completions.create(model="diffusiongemma", prompt=QUESTION, max_tokens=1).usage.completion_tokens == 1

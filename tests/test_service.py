@@ -118,6 +118,12 @@ def test_a_request_sent_while_there_is_no_worker_waits_for_the_next(watched):
     assert Asked(watched.service, SHORT).last().finish_reason == "length"
 
 
+def test_a_prompt_longer_than_the_positions_does_not_reach_the_worker(watched):
+    for prompt in ("many " * 5000, [5] * 5000):
+        with pytest.raises(RequestError, match=r"prompt: got \d+ tokens and max_tokens 1 .* at most 4096 in all"):
+            watched.service.submit(prompt, SHORT, lambda output: None)
+
+
 def test_a_worker_that_dies_too_often_is_not_replaced(engine_dir):
     watched = Watched(engine_dir, max_deaths=2, deaths_window_s=600)
     for _ in range(2):

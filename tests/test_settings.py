@@ -112,6 +112,13 @@ def test_a_wrong_setting_is_named_in_one_line(parameters, words):
     assert result.exit_code == 1 and words in result.output
 
 
+def test_a_config_that_cannot_be_written(tmp_path):
+    output = tmp_path / "no" / "config.pbtxt"
+    result = CliRunner().invoke(app, ["config", "--output", str(output)])
+    reason = "cannot be written (No such file or directory), expected a file in an existing directory"
+    assert (result.exit_code, result.output) == (1, f"error: --output: {output} {reason}\n")
+
+
 def test_gpus_must_be_numbers():
     result = CliRunner().invoke(app, ["config", "--output", "/nowhere/config.pbtxt", "--gpus", "0,one"])
     assert result.exit_code == 1 and "--gpus: got '0,one', expected numbers and commas like 0,1" in result.output

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from backend.text_stream import TextStream
+from backend.text_stream import EVERYWHERE, StopScope, TextStream
 
 TINY_TOKENIZER = Path(__file__).parent.parent / "checkpoints" / "tiny_tokenizer.py"
 WORDS = ["a", "b", " ", "  ", "ab", "é", "ß", "漢", "字", "😀", "👩‍👩‍👧", "\n", "Count from", "▁", "\N{REPLACEMENT CHARACTER}"]
@@ -68,9 +68,11 @@ def random_split(token_ids: list[int], rng: random.Random) -> list[list[int]]:
     return chunks
 
 
-def stream(tokenizer: Tokenizer, chunks: list[list[int]], stop=(), skip_special_tokens=True) -> tuple[str, int, bool]:
+def stream(
+    tokenizer: Tokenizer, chunks: list[list[int]], stop=(), skip_special_tokens=True, stop_scope=EVERYWHERE
+) -> tuple[str, int, bool]:
     """The text, the tokens kept and whether it was stopped, with what must hold at each push."""
-    text_stream = TextStream(tokenizer, stop=stop, skip_special_tokens=skip_special_tokens)
+    text_stream = TextStream(tokenizer, stop=stop, skip_special_tokens=skip_special_tokens, stop_scope=stop_scope)
     text, num_tokens, pushed = "", 0, 0
     for index, chunk in enumerate(chunks):
         delta = text_stream.push(chunk, last=index == len(chunks) - 1)
@@ -153,6 +155,56 @@ def ids(*tokens: str) -> list[int]:
 def test_stop_by_hand(tokens, stop, text, num_tokens):
     for chunks in ([ids(*tokens)], [[token] for token in ids(*tokens)]):
         assert stream(TOKENIZERS["tiny"], chunks, stop) == (text, num_tokens, True)
+
+
+def call_scope(*, is_open: bool = False) -> StopScope:
+    opening, closing, quote = ids("<|tool_call>", "<tool_call|>", '<|"|>')
+    return StopScope(
+        hidden=frozenset({opening, closing, quote}), opening=frozenset({opening}), closing=frozenset({closing}), is_open=is_open
+    )
+
+
+OPEN, CLOSE = "<|tool_call>", "<tool_call|>"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_open", "stop", "text", "num_tokens"),
+    [
+        (["a", OPEN, "b", CLOSE, "b"], False, ["b"], f"a{OPEN}b{CLOSE}", 4),  # not in the call, but behind it
+        (["b", CLOSE, "a", "b"], True, ["b"], f"b{CLOSE}a", 3),
+        (["a", OPEN, "b"], False, ["_call", ">", "<", "b"], f"a{OPEN}b", None),  # nor in the tags
+        (["a", '<|"|>', "b"], False, ["ab", '"'], 'a<|"|>b', None),  # nor across one
+        (["a", OPEN, "b", OPEN, "b", CLOSE, "b"], False, ["b"], f"a{OPEN}b{OPEN}b{CLOSE}", 6),
+        (["b", "<0xC3>", OPEN, "a"], False, ["\ufffd"], "b", 1),  # a tag ends a character that was left open
+        (["a", "b", OPEN, "c"], False, ["bc"], f"ab{OPEN}c", None),
+    ],
+)
+def test_stop_strings_are_looked_for_in_their_scope(tokens, is_open, stop, text, num_tokens):
+    scope, expected = call_scope(is_open=is_open), (text, num_tokens or len(tokens), num_tokens is not None)
+    for chunks in ([ids(*tokens)], [[token] for token in ids(*tokens)]):
+        assert stream(TOKENIZERS["tiny"], chunks, stop, False, scope) == expected
+
+
+def test_nothing_is_held_back_outside_the_scope():
+    text_stream = TextStream(TOKENIZERS["tiny"], stop=["ab"], skip_special_tokens=False, stop_scope=call_scope())
+    assert text_stream.push(ids("a")) == ("", 0, False)
+    assert text_stream.push(ids(OPEN)) == (f"a{OPEN}", 2, False)  # "a" cannot be followed by "b" any more
+    assert text_stream.push(ids("a")) == ("a", 3, False)
+    fork = text_stream.fork()
+    assert fork.push(ids(CLOSE, "a", "b")) == (CLOSE, 4, True)
+    assert text_stream.push(ids("b"), last=True) == ("b", 4, False)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_scope_changes_no_text(name):
+    tokenizer, rng = TOKENIZERS[name], random.Random(name)
+    special = frozenset(tokenizer.get_added_tokens_decoder())
+    scope = StopScope(hidden=special, opening=special, closing=frozenset(), is_open=False)
+    for _ in range(500):
+        token_ids = random_tokens(tokenizer, rng)
+        whole = tokenizer.decode(token_ids, skip_special_tokens=False)
+        chunks = random_split(token_ids, rng)
+        assert stream(tokenizer, chunks, ["no such text"], False, scope) == (whole, len(token_ids), False), chunks
 
 
 def test_what_is_held_back_and_until_when():

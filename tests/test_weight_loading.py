@@ -189,6 +189,17 @@ def test_on_the_cpu_weights_are_mapped_stacked_or_cast(random):
         assert torch.equal(cast[name], tensor.bfloat16())
 
 
+def test_a_checkpoint_that_has_moved(random, tmp_path):
+    manifest = described(random, "float32")
+    record = manifest.checkpoint.model_copy(update={"path": "../models/../gone"})
+    with pytest.raises(CheckpointError) as raised:
+        bind_weights(manifest.model_copy(update={"checkpoint": record}), tmp_path / "engine")
+    assert str(raised.value) == (
+        f"{tmp_path / 'gone'}: no such directory; expected the checkpoint that engine {tmp_path / 'engine'} was built from; "
+        f"move it back, or build again from where it is now: python -m builder build CHECKPOINT {tmp_path / 'engine'}"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "got"),
     [

@@ -28,7 +28,7 @@ class FakeScheduler:
         if not prompt_ids:
             raise RequestError("INVALID_ARGUMENT", "prompt: got no tokens")
 
-    def add(self, prompt_ids: list[int], sampling: object, on_output, *, images: tuple, draft_interval_s: float | None):
+    def add(self, prompt_ids: list[int], sampling: object, on_output, **choices):
         self._on_output = on_output
         return SimpleNamespace(slot=0)
 
@@ -55,7 +55,7 @@ def run(steps: list, prompt_ids: list[int]) -> Reports:
     """A loop over `steps`, ended by an interrupt if not before."""
     scheduler = FakeScheduler([*steps, KeyboardInterrupt()])
     scheduler.metrics.count("requests_total", label_value="success")
-    messages = [Submit(handle=7, prompt_ids=prompt_ids, images=(), sampling=None, draft_interval_s=None)]
+    messages = [Submit(handle=7, prompt_ids=prompt_ids, images=(), sampling=None, stop_scope=None, draft_interval_s=None)]
 
     def take(timeout_s: float) -> list[Submit]:
         return [messages.pop()] if messages else []
@@ -83,6 +83,14 @@ def test_outputs_are_reported_with_the_requests_handle():
 
 def test_a_prompt_that_cannot_be_served_fails_alone():
     assert outputs(run([None], [])) == [(7, Failure(code="INVALID_ARGUMENT", message="prompt: got no tokens"))]
+
+
+def test_an_unexpected_error_with_one_request_fails_it_alone(monkeypatch):
+    def broken(*arguments, **choices):
+        raise ValueError("secret\npath")
+
+    monkeypatch.setattr(FakeScheduler, "add", broken)
+    assert outputs(run([None], [1])) == [(7, Failure(code="INTERNAL", message="internal error; see the server's log"))]
 
 
 def test_an_unexpected_error_fails_what_there_is_and_the_loop_goes_on():

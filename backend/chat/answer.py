@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from backend.chat.markup import TagSet, TagSplitter
 from backend.chat.reasoning import ReasoningParser
 from backend.chat.tools import ToolCall, ToolCallParser
+from backend.text_stream import EVERYWHERE, StopScope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class AnswerFormat:
 
     tags: the tokenizer's special tokens and the markup. prefill: what the prompt already has of the answer. in_thought: the
     prompt ends inside a thought. with_tools: tool calls are expected; otherwise a call is text. keep_special_tokens: those that
-    are no markup stay in the text.
+    are no markup stay in the text. stop_scope: where in the answer stop strings are looked for.
     """
 
     tags: TagSet
@@ -36,6 +37,7 @@ class AnswerFormat:
     in_thought: bool = False
     with_tools: bool = False
     keep_special_tokens: bool = False
+    stop_scope: StopScope = EVERYWHERE
 
 
 class AnswerParser:

@@ -18,6 +18,7 @@ from backend.chat.answer import AnswerFormat
 from backend.chat.markup import TagSet
 from backend.chat.messages import ChatRequest
 from backend.chat.reasoning import CHANNEL_CLOSE, CHANNEL_OPEN, REASONING_TAGS
+from backend.chat.stop_scope import AnswerText
 from backend.chat.tools import CALL_OPEN, TOOL_TAGS
 from backend.errors import RequestError
 from backend.parameters import shown
@@ -42,6 +43,7 @@ class ChatTemplate:
         self._template, self._names = template, dict(names)
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         self._tags = TagSet({*special, *REASONING_TAGS, *TOOL_TAGS})
+        self._answer_text = AnswerText(tokenizer)
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer) -> "ChatTemplate":
@@ -65,7 +67,8 @@ class ChatTemplate:
         """1. Render the chat, with the model's turn open.
         2. A tool that must be called: begin the call. The model, which goes on from what the prompt has, can then only finish
            it (it does not think first; a call that it does not finish is text).
-        3. Say how to read the answer: whether the prompt leaves a thought open, and what it has of the answer already.
+        3. Say how to read the answer: whether the prompt leaves a thought open, what it has of the answer already, and where
+           stop strings count.
 
         Raises RequestError INVALID_ARGUMENT for what the template refuses.
         """
@@ -75,13 +78,9 @@ class ChatTemplate:
         if chat.required_tool:  # 2.
             name = "" if chat.required_tool == "*" else chat.required_tool + "{"
             prefill = f"{CHANNEL_CLOSE if in_thought else ''}{CALL_OPEN}call:{name}"
-        form = AnswerFormat(  # 3.
-            tags=self._tags,
-            prefill=prefill,
-            in_thought=in_thought,
-            with_tools=bool(chat.tools),
-            keep_special_tokens=keep_special_tokens,
-        )
+        choices = {"with_tools": bool(chat.tools), "keep_special_tokens": keep_special_tokens}
+        scope = self._answer_text.scope(is_open=in_thought or bool(prefill), **choices)
+        form = AnswerFormat(tags=self._tags, prefill=prefill, in_thought=in_thought, stop_scope=scope, **choices)  # 3.
         return ChatPrompt(text=text + prefill, form=form)
 
     def _rendered(self, chat: ChatRequest) -> str:

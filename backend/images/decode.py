@@ -39,18 +39,26 @@ def decode(name: str, data: bytes, limits: ImageLimits) -> Image.Image:
     except UnidentifiedImageError:
         _refuse(f"{name}: got {len(data)} bytes that are no image, expected a file of one of the formats {formats}")
     except _DAMAGED as error:
-        _refuse_damaged(name, error, formats)
+        _refuse_damaged(name, error, f"a whole one of the formats {formats}")
     if image.width * image.height > limits.max_pixels:
         _refuse(f"{name}: got {image.width} x {image.height} pixels, expected at most {limits.max_pixels}; scale it down")
+    return upright_rgb(name, image, expected=f"a whole one of the formats {formats}")
+
+
+def upright_rgb(name: str, image: Image.Image, *, expected: str) -> Image.Image:
+    """The pixels of an image that Pillow has opened; `expected` is what the message for a damaged one names."""
     try:
         image.load()  # 3.
         return to_rgb(ImageOps.exif_transpose(image))  # 4. and 5.
     except _DAMAGED as error:
-        _refuse_damaged(name, error, formats)
+        _refuse_damaged(name, error, expected)
 
 
-def decode_base64(name: str, text: str, limits: ImageLimits) -> bytes:
-    """The bytes that `text` stands for: base64, with or without a data URL around it; line breaks are dropped."""
+def decode_base64(
+    name: str, text: str, limits: ImageLimits, *, expected: str = "a file in base64, a data URL or a URL"
+) -> bytes:
+    """The bytes that `text` stands for: base64, with or without a data URL around it; line breaks are dropped. `expected` is
+    what the message for another text names."""
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
@@ -60,7 +68,7 @@ def decode_base64(name: str, text: str, limits: ImageLimits) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        _refuse(f"{name}: got malformed base64 ({error}), expected a file in base64, a data URL or a URL")
+        _refuse(f"{name}: got malformed base64 ({error}), expected {expected}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -78,9 +86,9 @@ def _refuse_bytes(name: str, num_bytes: int, limits: ImageLimits) -> NoReturn:
     _refuse(f"{name}: got {num_bytes} bytes, expected at most {limits.max_bytes}; scale it down or compress it")
 
 
-def _refuse_damaged(name: str, error: Exception, formats: str) -> NoReturn:
+def _refuse_damaged(name: str, error: Exception, expected: str) -> NoReturn:
     reason = " ".join(str(error).split())[:100] or type(error).__name__
-    _refuse(f"{name}: got a damaged file ({reason}), expected a whole one of the formats {formats}")
+    _refuse(f"{name}: got a damaged file ({reason}), expected {expected}")
 
 
 def _refuse(message: str) -> NoReturn:

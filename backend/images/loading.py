@@ -6,7 +6,7 @@
 | text: any other URL           | `fetch`, if the operator allows it; `decode`   |
 | bytes: the content of a file  | `decode`                                       |
 | a path                        | `decode`; never from a client                  |
-| a Pillow image                | as it is, with any mode                        |
+| a Pillow image                | `upright_rgb`, with any mode                   |
 """
 
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from backend.errors import refused
-from backend.images.decode import decode, decode_base64, to_rgb
+from backend.images.decode import decode, decode_base64, upright_rgb
 from backend.images.fetch import fetch
 from backend.images.limits import ImageLimits
 from backend.images.preprocess import SOFT_TOKEN_BUDGETS, ImagePatches, preprocess
@@ -62,20 +62,20 @@ class ImageLoader:
     def num_bytes(self, sources: Sequence[ImageSource]) -> int:
         """What holding the sources takes at most, URLs with what they may lead to."""
         return sum(
-            self.limits.max_bytes if _is_url(source) else len(source) for source in sources if isinstance(source, str | bytes)
+            self.limits.max_bytes if is_url(source) else len(source) for source in sources if isinstance(source, str | bytes)
         )
 
     def _image(self, name: str, source: ImageSource) -> Image.Image:
         if isinstance(source, Image.Image):
-            return to_rgb(source)
+            return upright_rgb(name, source, expected="a Pillow image of a whole file")
         if isinstance(source, str):
-            data = fetch(name, source, self.limits) if _is_url(source) else decode_base64(name, source, self.limits)
+            data = fetch(name, source, self.limits) if is_url(source) else decode_base64(name, source, self.limits)
         else:
             data = source if isinstance(source, bytes) else _content(name, Path(source))
         return decode(name, data, self.limits)
 
 
-def _is_url(source: ImageSource) -> bool:
+def is_url(source: ImageSource) -> bool:
     return isinstance(source, str) and _URL.match(source) is not None
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from backend.errors import RequestError
+from backend.errors import RequestError, refused
 from backend.images.loading import ImageLoader, ImageSource
 from backend.images.preprocess import ImagePatches
 
@@ -35,10 +35,15 @@ class ImagePool:
         """Has the images loaded; `on_loaded` is called from a thread of the pool, unless the owner is released before.
 
         Raises:
-            RequestError: INVALID_ARGUMENT as `ImageLoader.check`, UNAVAILABLE when they would take too much memory now.
+            RequestError: INVALID_ARGUMENT as `ImageLoader.check` and when they alone take too much memory, UNAVAILABLE when
+                they do beside others.
         """
         self._loader.check(sources)
         num_bytes = self._loader.num_bytes(sources)
+        if num_bytes > self._max_bytes:
+            raise refused(
+                f"images: got {num_bytes} bytes, expected at most {self._max_bytes} in all; send fewer or smaller ones"
+            )
         with self._lock:
             held = sum(self._held.values())
             if held + num_bytes > self._max_bytes:

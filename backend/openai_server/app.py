@@ -94,6 +94,9 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
     app.add_exception_handler(
         HTTPException, lambda _, error: JSONResponse(ApiError(error.status_code, str(error.detail)).body(), error.status_code)
     )
+    # What recurses here is reading and writing JSON, as deep as the body.
+    too_deep = ApiError(400, "body: got JSON that is nested too deeply, expected fewer levels", param="body")
+    app.add_exception_handler(RecursionError, lambda *_: JSONResponse(too_deep.body(), too_deep.status))
     app.add_exception_handler(
         Exception, lambda *_: JSONResponse(ApiError(500, "internal error; see the front end's log").body(), 500)
     )

@@ -28,14 +28,14 @@ class Completions:
         """The Completion. Raises ApiError."""
         async for _, _ in self._parts(stream=False):
             pass
-        choices = [_choice(index, choice, self._num_echoed(index)) for index, choice in enumerate(self._choices)]
+        choices = [_choice(index, choice, 0) for index, choice in enumerate(self._choices)]
         return self._completion(choices, usage=usage(self._choices, self._choices_a_prompt))
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Completions with what each part adds, and at last the usage, if it is asked for. Raises ApiError."""
         async with aclosing(self._parts(stream=True)) as parts:
             async for index, part in parts:
-                offset = max(len(self._choices[index].text) - len(part.text), self._num_echoed(index))
+                offset = len(self._choices[index].text) - len(part.text)
                 yield self._completion([_choice(index, part, offset)], **({"usage": None} if self._include_usage else {}))
         if self._include_usage:
             yield self._completion([], usage=usage(self._choices, self._choices_a_prompt))
@@ -46,11 +46,6 @@ class Completions:
             async for index, part in parts:
                 self._choices[index].add(part)
                 yield index, part
-
-    def _num_echoed(self, index: int) -> int:
-        """Characters of the prompt that the choice's text begins with."""
-        inputs = self._inputs[index]
-        return 0 if inputs["exclude_input_in_output"] else len(inputs["text_input"])
 
     def _completion(self, choices: list[CompletionChoice], **more: Any) -> dict[str, Any]:
         completion = Completion.model_construct(

@@ -28,9 +28,9 @@ class ApiError(Exception):
 
 
 def bad_request(message: str) -> ApiError:
-    """A 400; the parameter at fault is the first word of the line, up to the colon."""
+    """A 400; the parameter at fault is the first word of the line, up to the colon and without its value."""
     name, colon, _ = message.partition(":")
-    return ApiError(400, message, param=name if colon and " " not in name else None)
+    return ApiError(400, message, param=name.partition("=")[0] if colon and " " not in name else None)
 
 
 def unknown_model(name: object, served_name: str) -> ApiError:

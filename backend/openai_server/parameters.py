@@ -14,10 +14,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from backend.openai_server.errors import bad_request
-from backend.parameters import shown
+from backend.parameters import TOKEN_ID, Number, shown
 
 _SAMPLING = {
-    "best_of",
     "frequency_penalty",
     "logit_bias",
     "logprobs",
@@ -30,8 +29,8 @@ _SAMPLING = {
     "top_p",
 }
 # Read below or by the front end itself.
-_READ = {"max_completion_tokens", "messages", "prompt", "reasoning_effort", "tool_choice", "tools"}
-_FRONT_END = {"echo", "model", "n", "parallel_tool_calls", "stream", "stream_options"}
+_READ = {"best_of", "echo", "max_completion_tokens", "messages", "prompt", "reasoning_effort", "tool_choice", "tools"}
+_FRONT_END = {"model", "n", "parallel_tool_calls", "stream", "stream_options"}
 # They say something about the account, the cache or the tier: nothing about the answer.
 _WITHOUT_EFFECT = {
     "metadata",
@@ -46,6 +45,7 @@ _WITHOUT_EFFECT = {
 # Values that ask for nothing, of parameters that nothing here has.
 _NEUTRAL = {"modalities": ["text"], "response_format": {"type": "text"}, "suffix": ""}
 MAX_CHOICES = 128
+_SEED = Number(kind=int, minimum=-(1 << 63), maximum=(1 << 64) - 1)  # OpenAI's have a sign, the model's have not
 
 
 def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -53,6 +53,8 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     reasoning_effort "none" and "minimal" stand for enable_thinking false, the others for true. Raises ApiError 400."""
     given = _given(body, ChatParams.__annotations__)
+    if (echo := given.pop("echo", False)) is not False:
+        raise bad_request(f"echo: got {shown(echo)}, but a chat is not echoed; remove it")
     if "max_completion_tokens" in given:
         tokens = given.pop("max_completion_tokens")
         if given.setdefault("max_tokens", tokens) != tokens:
@@ -77,29 +79,43 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 def completion_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The inputs of every choice of a completion: those of the first prompt, of the second … Raises ApiError 400."""
     given = _given(body, CompletionParams.__annotations__)
-    echo = {"exclude_input_in_output": not body.get("echo")}
+    echo = given.pop("echo", False)
+    if echo and "logprobs" in given:  # which asks for those of the prompt too
+        got = shown(given["logprobs"])
+        raise bad_request(f"logprobs: got {got} with echo, but a prompt has no log probabilities here; remove echo")
     listed = []
     for prompt in prompts(given.pop("prompt", None)):
-        if body.get("echo") and not isinstance(prompt, str):
+        if echo and not isinstance(prompt, str):
             raise bad_request("echo: got true with token ids, expected a text as prompt; remove it")
         inputs = {"text_input": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
-        listed += _choices({**inputs, **echo}, given, choices_a_prompt(body))
+        listed += _choices({**inputs, "exclude_input_in_output": not echo}, given, choices_a_prompt(body))
     if len(listed) > MAX_CHOICES:
         raise bad_request(f"prompt: got {len(listed)} choices in all, expected at most {MAX_CHOICES}; send several requests")
     return listed
 
 
 def prompts(prompt: Any) -> list[str | list[int]]:
-    """A completion's prompts: a text, a list of token ids, or a list of either."""
-    if prompt is None:
-        raise bad_request("prompt: got null, expected a text, a list of token ids, or a list of either")
-    listed = [prompt] if isinstance(prompt, str) or (prompt and all(isinstance(each, int) for each in prompt)) else prompt
-    for each in listed:
-        if not isinstance(each, str) and not all(0 <= token < 1 << 31 for token in each):
-            raise bad_request("prompt: got a token id outside 0 to 2147483647")
-    if not listed:
+    """A completion's prompts: a text, a list of token ids, or a list of either. Raises ApiError 400.
+
+    Nothing is known of `prompt`: OpenAI's type is of iterables, whose items pydantic checks only when they are read."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise bad_request(f"prompt: got {shown(prompt)}, expected a text, a list of token ids, or a list of either")
+    if not prompt:
         raise bad_request("prompt: got an empty list, expected at least one prompt")
-    return listed
+    if isinstance(prompt[0], int | float):
+        return [_token_ids("prompt", prompt)]
+    return [each if isinstance(each, str) else _token_ids(f"prompt[{at}]", each) for at, each in enumerate(prompt)]
+
+
+def _token_ids(where: str, given: Any) -> list[int]:
+    if not isinstance(given, list):
+        raise bad_request(f"{where}: got {shown(given)}, expected a text or a list of token ids")
+    for at, token in enumerate(given):
+        if type(token) is not int or not TOKEN_ID.minimum <= token <= TOKEN_ID.maximum:  # a bool is an int, but no token
+            raise bad_request(f"{where}[{at}]: got {shown(token)}, expected a token id, {TOKEN_ID.expected()}")
+    return given
 
 
 def choices_a_prompt(body: Mapping[str, Any]) -> int:
@@ -117,12 +133,19 @@ def _given(body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
 
 
 def _choices(inputs: Mapping[str, Any], sampling: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-    """Choice i has the request's seed + i."""
+    """Choice i has the request's seed + i, modulo 2^64. `best_of` may say that all choices are returned: they are."""
     if not 1 <= n <= MAX_CHOICES:
-        raise bad_request(f"n: got {n}, expected 1 to {MAX_CHOICES}")
-    seed = sampling.get("seed")
-    if n == 1 or seed is None or isinstance(seed, bool) or not isinstance(seed, int):
+        raise bad_request(f"n: got {shown(n)}, expected 1 to {MAX_CHOICES}")
+    sampling = dict(sampling)
+    best_of = sampling.pop("best_of", n)
+    if isinstance(best_of, bool) or best_of not in (1, n):
+        raise bad_request(f"best_of: got {shown(best_of)}, expected n, which is {n}; remove it")
+    if "seed" not in sampling:
         return [{**inputs, "sampling_parameters": _json(sampling)}] * n
+    try:
+        seed = _SEED.checked("seed", sampling["seed"])
+    except ValueError as error:
+        raise bad_request(str(error)) from None
     return [{**inputs, "sampling_parameters": _json({**sampling, "seed": (seed + index) % (1 << 64)})} for index in range(n)]
 
 

@@ -1,6 +1,7 @@
 """HTTP bodies → checked parameters, by the `openai` package's own types, and their place in the OpenAPI document."""
 
 import json
+import math
 from typing import Any
 
 from fastapi import Request
@@ -20,12 +21,14 @@ class ChatBody(ChatParams, total=False):
     """OpenAI's parameters of a chat completion, and what else is read before the model; the model reads the rest."""
 
     stream: bool | None
+    logit_bias: dict[str, float] | None  # integers at OpenAI, numbers for the model
     chat_template_kwargs: dict[str, Any] | None
 
 
 @with_config(strict=True)
 class CompletionBody(CompletionParams, total=False):
     stream: bool | None
+    logit_bias: dict[str, float] | None
 
 
 CHAT = TypeAdapter(ChatBody)
@@ -40,11 +43,12 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
     """
     sent = await _limited(request, settings.max_body_bytes)
     try:
-        body = json.loads(sent, parse_constant=_no_constant)
-        json.dumps(body, ensure_ascii=False).encode()
+        body = json.loads(sent.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
+        if b"\\ud" in sent or b"\\uD" in sent:  # else no half can be there, and this takes long for images
+            json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise bad_request("body: got half of a surrogate pair, which is no character; send valid Unicode") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise bad_request(f"body: got malformed JSON ({error}), expected a JSON object") from None
     if not isinstance(body, dict):
         raise bad_request(f"body: got {shown(body)}, expected a JSON object")
@@ -77,3 +81,11 @@ def body_schema(adapter: TypeAdapter, served_name: str) -> tuple[dict, dict]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    """1e999 is a JSON number, but an infinite float, which nothing behind here can be sent."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise bad_request(f"body: got {shown(text)} as a number, expected at most 1.8e308 in size")
+    return number

@@ -3,7 +3,6 @@
 import socket
 import subprocess
 import sys
-import tempfile
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -30,10 +29,14 @@ def serve(settings: OpenAISettings) -> None:
 
 
 class FrontEnd:
-    """The front end as a child process: `python -m backend openai`. Entering waits until it takes connections."""
+    """The front end as a child process: `python -m backend openai`. Entering waits until it takes connections.
 
-    def __init__(self, settings: OpenAISettings):
+    log_path: the file for what it says of itself, in an existing directory; tracebacks of its 500 answers are there.
+    """
+
+    def __init__(self, settings: OpenAISettings, log_path: Path):
         self._settings = settings
+        self.log_path = log_path
         self._url: str | None = None
         self._process: subprocess.Popen | None = None
 
@@ -50,16 +53,16 @@ class FrontEnd:
             command += ["--triton-metrics", settings.triton_metrics_url]
         if settings.api_keys:
             command += ["--api-key-file", "/dev/stdin"]  # not among the arguments, which every user of the machine can read
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115: it lives as long as the process
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=Path(__file__).resolve().parents[2],
-            start_new_session=True,  # Ctrl-C is for us
-        )
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=Path(__file__).resolve().parents[2],
+                start_new_session=True,  # Ctrl-C is for us
+            )
         try:
             self._process.stdin.write("\n".join(settings.api_keys))
             self._process.stdin.close()
@@ -79,8 +82,8 @@ class FrontEnd:
     def check_alive(self) -> None:
         """Raises FrontEndError with the reason if the process has ended."""
         if self._process.poll() is not None:
-            self._log.seek(0)
-            reason = self._log.read().strip().rpartition("\n")[2].removeprefix("error: ") or "it said nothing"
+            log = self.log_path.read_text(errors="replace")
+            reason = log.strip().rpartition("\n")[2].removeprefix("error: ") or "it said nothing"
             raise FrontEndError(f"OpenAI front end ended with exit code {self._process.returncode}: {reason}")
 
     def stop(self) -> None:
@@ -93,7 +96,6 @@ class FrontEnd:
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
-        self._log.close()
         self._process = None
 
 

@@ -1,6 +1,6 @@
 """Starts the Triton Inference Server that the `nvidia-pytriton` wheel carries, and stops it without leftovers.
 
-    with TritonServer(engine_dir="engines/tiny", grpc_port=0, http_port=0, metrics_port=0) as server:
+    with TritonServer(engine_dir="engines/diffusiongemma", grpc_port=0, http_port=0, metrics_port=0) as server:
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
 
 A server runs from a staging directory, removed when it stops:

@@ -27,6 +27,7 @@ from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput
 from backend.metrics import MetricValues, Outcome
 from backend.service import Service
+from backend.text_stream import EVERYWHERE
 from backend.triton_server.exported_metrics import ExportedMetrics
 from backend.triton_server.request import parse_request
 from backend.triton_server.response import Answer, send_error
@@ -131,6 +132,7 @@ class DiffusionGemmaModel:
             request.sampling,
             partial(self._on_output, answer),
             images=images,
+            stop_scope=request.answer.stop_scope if request.answer else EVERYWHERE,
             draft_interval_s=self._settings.draft_interval_s if request.drafts else None,
         )
 

@@ -30,6 +30,8 @@ from the checkpoint. The request's parameters are also where `/generate` puts JS
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -110,7 +112,7 @@ def parse_json_object(name: str, text: str) -> dict[str, Any]:
 def _parsed_json(name: str, text: str, kind: type, wanted: str) -> Any:
     expected = f"expected {wanted}"
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         reason = f"malformed JSON ({error.msg} at character {error.pos})"
         raise RequestError("INVALID_ARGUMENT", f"{name}: got {reason}: {shown(text)}; {expected}") from None
@@ -239,11 +241,17 @@ _RETURNED = {f"return_{name}": name for name in ("finish_reason", "num_input_tok
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"key {key!r} {keys.count(key)} times")
-    return dict(pairs)
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r} {count} times")
+    return unique
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number}, which is more than numbers can be")
+    return value
 
 
 def _no_constant(name: str) -> None:

@@ -27,6 +27,7 @@ Imports only inside the Python backend of a Triton server.
 
 import json
 import time
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -54,12 +55,14 @@ class Answer:
     """The responses to one accepted request. Owns its response sender and finishes it exactly once.
 
     Used by one thread alone; what comes after the end is dropped, because a cancelled request may still have outputs under
-    way. `request` is what was asked for; `handle` is the service's name for it, None until the service has given one.
+    way. `request` is what was asked for, without its images; `handle` is the service's name for it, None until the service has
+    given one.
     """
 
     def __init__(self, sender, request: GenerationRequest, tokenizer: Tokenizer):
         self._sender = sender
-        self.request = request
+        self._has_images = bool(request.images)
+        self.request = replace(request, images=())  # whoever loads them has them; they are large
         self._tokenizer = tokenizer
         self._parser = AnswerParser(request.answer) if request.answer else None
         self._thought_tokens = ThoughtTokens(tokenizer, in_thought=request.answer.in_thought) if request.answer else None
@@ -102,7 +105,7 @@ class Answer:
     @property
     def is_cancellable(self) -> bool:
         """Whether it can end here: a request with images is not with the service until they have been loaded."""
-        return self.handle is not None or bool(self.request.images)
+        return self.handle is not None or self._has_images
 
     def abandoned(self) -> RequestError | None:
         """The error to end with if nobody waits for the answer any longer: cancelled, disconnected, or past a deadline.

@@ -3,7 +3,9 @@
 import subprocess
 from pathlib import Path
 
+from torch._inductor import config
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from builder.errors import BuildError
@@ -15,14 +17,30 @@ _FLAGS = "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-t
 _SHOWN_LINES = 20
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that AOTInductor uses.
+
+    Raises:
+        BuildError: there is none.
+    """
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        cxx = config.cpp.cxx
+        name = cxx[-1] if isinstance(cxx, (list, tuple)) else cxx
+        raise BuildError(
+            f"C++ compiler: {name} does not run, expected GCC 12 or newer; install it (apt-get install g++), or name one in CXX"
+        ) from None
+
+
 def compile_operators(directory: Path, sources: tuple[Path, ...] = SOURCES) -> str:
     """Compiles `sources` to `operators.so` and returns that name.
 
     Raises:
-        BuildError: the compiler refuses, with its first lines.
+        BuildError: there is no compiler, or it refuses, with its first lines.
     """
     command = [
-        get_cpp_compiler(),
+        cpp_compiler(),
         *map(str, sources),
         *_FLAGS,
         f"-I{Path(__file__).parent.parent.parent}",

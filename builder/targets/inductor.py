@@ -1,5 +1,6 @@
 """The `inductor` target: one AOTInductor package a program, for the CPU or for the GPU that is here."""
 
+import io
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -22,11 +23,12 @@ def compile_program(program: TracedProgram, directory: Path) -> Compiled:
     For the CPU, plugin operators stay calls through the dispatcher, of float32 programs to their C++ forms, and all else
     becomes C++. For a GPU, their kernels are compiled into the package like all others (but see `opened`).
     """
-    name = f"{program.name}.pt2"
+    name, package = f"{program.name}.pt2", io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
         exported = opened(program) if program.device == "cuda" else with_compiled_operators(program)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(directory / name))
+        torch._inductor.aoti_compile_and_package(exported, package_path=package)
+    (directory / name).write_bytes(package.getbuffer())  # PyTorch's own writer ends the process where the disk is full
     return Compiled(file=name)
 
 

@@ -1,0 +1,81 @@
+"""The keys of one JSON object of a `config.json`: each is taken once, as a value of its kind, and what is left over is unknown.
+
+What is wrong is added to a list of problems, one line each, and reading goes on with a value of the right kind.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+
+class Kind(NamedTuple):
+    """Values that a key may have: how a message names them, and which they are."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+    def or_null(self) -> "Kind":
+        return Kind(f"{self.expected} or null", lambda value: value is None or self.holds(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+SIZE = Kind("a positive integer", lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0)
+POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0)
+FRACTION = Kind("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+TOKEN_ID = Kind("a token id", _is_token_id)
+TOKEN_IDS = Kind(
+    "a token id or a list of them",
+    lambda value: _is_token_id(value) or (isinstance(value, list) and all(map(_is_token_id, value))),
+)
+
+
+class Fields:
+    """The keys of `values`; `where` is what messages put before a key's name."""
+
+    def __init__(self, values: dict[str, Any], where: str, problems: list[str]):
+        self._values, self._where, self._problems = dict(values), where, problems
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def take(self, key: str, default: Any = None) -> Any:
+        return self._values.pop(key, default)
+
+    def take_a(self, kind: Kind, key: str, default: Any = None) -> Any:
+        """A value of `kind`; `default` where the key is missing, and after a problem."""
+        if key not in self:
+            return default
+        value = self.take(key)
+        if kind.holds(value):
+            return value
+        self._problems.append(f"{self._where}{key}: got {value!r}, expected {kind.expected}")
+        return default
+
+    def take_size(self, key: str, default: int | None = None) -> int:
+        """A positive integer; a problem, and 1 to go on with, where it is not."""
+        value = self.take(key, default)
+        if SIZE.holds(value):
+            return value
+        got = "nothing" if value is None else repr(value)
+        self._problems.append(f"{self._where}{key}: got {got}, expected {SIZE.expected}")
+        return 1
+
+    def take_fixed(self, key: str, expected: Any, why: str) -> None:
+        value = self.take(key, expected)
+        if value != expected:
+            self._problems.append(f"{self._where}{key}: got {value!r}, expected {expected!r}; {why}")
+
+    def finish(self, ignored: Collection[str] = ()) -> None:
+        """Each key that is left, and not `ignored`, is a problem."""
+        for key in sorted(set(self._values) - set(ignored)):
+            self._problems.append(f"{self._where}{key}: unknown key; this builder does not know what it changes")
