@@ -83,8 +83,8 @@ def test_what_is_copied_exists_and_is_all_that_is_sent():
     assert [path for path in copied if not (ROOT / path).exists()] == []
     sent = [line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")]
     assert sorted(sent) == sorted(copied)
-    packages = re.search(r"^packages = \[(.*?)\]", PYPROJECT, re.MULTILINE | re.DOTALL)[1]
-    assert set(re.findall(r'"(\w+)"', packages)) <= set(copied)
+    (packages,) = re.findall(r"^include = \[(.*?)\]", PYPROJECT, re.MULTILINE)
+    assert {"backend", "builder"} <= set(re.findall(r'"(\w+)\*"', packages)) <= set(copied)
     assert not [path for folder in copied for path in (ROOT / folder).rglob("*.safetensors")]
 
 
