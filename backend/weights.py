@@ -15,12 +15,7 @@ from backend.weight_lanes import CudaCopies, HostLane, StagedLane
 from backend.weight_loading import Transform, Wanted, load
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import Manifest, Weight
-
-TRANSFORMS: dict[str, Transform | None] = {
-    "none": None,
-    "cast": lambda stored, dtype: stored.to(dtype),
-}
-"""What the manifest's `Weight.transform` names."""
+from plugins.moe.formats import in_format
 
 
 def bind_weights(
@@ -48,7 +43,7 @@ def bind_weights(
         _check_files(manifest, engine_dir, directory, checkpoint)  # 1.
         weights, wanted = {}, []
         for binding, weight in manifest.weights.items():
-            if device.type == "cpu" and TRANSFORMS[weight.transform] is None and len(weight.tensors) == 1:  # 2.
+            if device.type == "cpu" and weight.transform == "none" and len(weight.tensors) == 1:  # 2.
                 weights[binding] = checkpoint.tensor(*weight.tensors)
                 continue
             weights[binding] = torch.empty(weight.shape, dtype=getattr(torch, weight.dtype), device=device)
@@ -56,6 +51,8 @@ def bind_weights(
         if wanted:  # 3.
             with show(sum(each.extent.num_bytes for each in wanted)) as advance:
                 load(wanted, _lanes(device), advance=advance)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what transforms took, on each reader's stream
     return weights
 
 
@@ -65,7 +62,17 @@ def _wanted(checkpoint: Checkpoint, weight: Weight, target: torch.Tensor) -> Ite
     parts = target.split([extent.shape[0] for extent in extents]) if len(extents) > 1 else [target]
     for name, extent, part in zip(weight.tensors, extents, parts, strict=True):
         stored = getattr(torch, checkpoint.dtype(name))
-        yield Wanted(extent=extent, stored=stored, target=part, transform=TRANSFORMS[weight.transform])
+        yield Wanted(extent=extent, stored=stored, target=part, transform=transform_of(weight))
+
+
+def transform_of(weight: Weight) -> Transform | None:
+    """What the manifest's `Weight.transform` stands for."""
+    if weight.transform == "none":
+        return None
+    if weight.transform == "cast":
+        return lambda stored, dtype: stored.to(dtype)
+    wanted, halves = weight.arrangement.format, weight.arrangement.halves
+    return lambda stored, dtype: in_format(stored.bfloat16() if wanted == "packed" else stored, wanted, halves)
 
 
 def _lanes(device: torch.device):

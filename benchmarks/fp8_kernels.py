@@ -7,8 +7,21 @@ from collections.abc import Iterator
 from functools import cache, partial
 
 import torch
-from kernels import EXPERTS, HIDDEN, MAX_RELATIVE_ERROR, TOP_K, WIDTH, Case, Maker, benchmark, expert_weights, relative_error
+from kernel_tiles import arranged_tiles
+from kernels import (
+    EXPERTS,
+    HIDDEN,
+    MAX_RELATIVE_ERROR,
+    TOP_K,
+    WIDTH,
+    Case,
+    Maker,
+    benchmark,
+    expert_weights,
+    relative_error,
+)
 
+from plugins.moe.arranging import arrange
 from plugins.moe.fp8 import from_fp8, to_fp8
 from plugins.moe.fp8_launch import experts_fp8
 from plugins.moe.launch import Tile
@@ -25,6 +38,18 @@ def quantised_weights() -> tuple[torch.Tensor, ...]:
 
 
 @cache
+def arranged_weights(fp8_rows: bool) -> tuple[torch.Tensor, ...]:
+    """The same, as the kernels take them."""
+    gate_up, gate_up_scale, down, down_scale = quantised_weights()
+    return (
+        arrange(gate_up, halves=2, narrow=fp8_rows),
+        gate_up_scale,
+        arrange(down, halves=1, narrow=fp8_rows),
+        down_scale,
+    )
+
+
+@cache
 def problem(rows: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The operator's inputs, and what to expect of the first 64 rows with these weights and rows as they are."""
     hidden = torch.randn(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
@@ -37,11 +62,12 @@ def problem(rows: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
             gate, up = (from_fp8(gate_up[expert], gate_up_scale[expert]) @ hidden[row].float()).chunk(2)
             activated = torch.nn.functional.gelu(gate, approximate="tanh") * up
             expected[row] += weights[row, slot] * (from_fp8(down[expert], down_scale[expert]) @ activated)
-    return (hidden, index, weights, gate_up, gate_up_scale, down, down_scale), expected
+    return (hidden, index, weights), expected
 
 
 def case(rows: int, fp8_rows: bool, **options: Tile) -> Case:
     inputs, expected = problem(rows)
+    inputs = (*inputs, *arranged_weights(fp8_rows))
     result = experts_fp8(*inputs, fp8_rows, **options)
     return Case(
         name=f"FP8 experts, {'FP8' if fp8_rows else 'full'} rows, {rows} rows",
@@ -60,38 +86,8 @@ def makers() -> Iterator[Maker]:
 
 
 def other_tiles(maker: Maker) -> Iterator[dict[str, object]]:
-    """Tiles for the rows of an expert; the second product also with less depth: 704 is 11 x 64, and 5.5 x 128."""
-    num_rows, _ = maker.args
-    rows = 32 if num_rows < 512 else 64 if num_rows < 2048 else 128
-
-    def tile(rows: int, width: int, depth: int, num_warps: int, num_stages: int, weights_first: bool = True) -> Tile:
-        return Tile(
-            rows=rows, width=width, depth=depth, num_warps=num_warps, num_stages=num_stages, weights_first=weights_first
-        )
-
-    if num_rows < 512:
-        narrow = tile(32, 128, 64, 4, 4)
-        for first, second in (
-            (tile(32, 128, 128, 4, 4), narrow),
-            (tile(32, 128, 128, 4, 2), narrow),
-            (tile(32, 128, 128, 4, 3), tile(32, 128, 128, 4, 3)),
-            (tile(32, 128, 64, 4, 4), tile(32, 128, 64, 4, 6)),
-            (tile(32, 256, 128, 8, 3), tile(32, 256, 64, 8, 4)),
-            (tile(32, 256, 64, 8, 4), tile(32, 256, 128, 8, 3)),
-            (tile(16, 128, 128, 4, 4), tile(16, 128, 64, 4, 4)),
-            (tile(64, 128, 128, 4, 3), tile(64, 128, 64, 4, 4)),
-            (tile(32, 128, 128, 4, 4), tile(32, 128, 128, 4, 4)),
-            (tile(32, 128, 128, 4, 3, False), tile(32, 128, 64, 4, 4, False)),
-            (tile(16, 128, 128, 4, 4, False), tile(16, 128, 64, 4, 4, False)),
-        ):
-            yield {"tile": first, "down_tile": second}
-        return
-    for width, num_warps, weights_first in ((128, 4, True), (128, 8, True), (128, 8, False), (256, 8, True), (256, 8, False)):
-        for depth, num_stages in ((64, 4), (128, 3)):
-            if rows == 128 and (width == 256 or (num_warps, depth) == (4, 128)):
-                continue  # registers spill
-            each = tile(rows, width, depth, num_warps, num_stages, weights_first)
-            yield {"tile": each, "down_tile": each}
+    for tile in arranged_tiles(maker.args[0]):
+        yield {"tile": tile, "down_tile": tile}
 
 
 if __name__ == "__main__":

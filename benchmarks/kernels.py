@@ -15,6 +15,7 @@ from functools import cache, partial
 
 import torch
 import triton.testing
+from kernel_tiles import arranged_tiles, attention_tiles, plain_tiles
 from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
@@ -22,7 +23,9 @@ from triton.runtime.errors import OutOfResources
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
 from plugins.moe.launch import Tile as ExpertsTile
-from plugins.moe.launch import experts
+from plugins.moe.launch import combine, experts
+from plugins.moe.packed_launch import weighted_rows as packed_weighted_rows
+from plugins.moe.packing import ROW_FACTOR, pack
 from plugins.vocabulary.launch import vocabulary_pass
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB, CANVAS = 2816, 704, 128, 8, 262_144, 256
@@ -70,15 +73,28 @@ def experts_problem(rows: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     return (hidden, index, weights, gate_up, down), expected
 
 
-def experts_case(rows: int, **options: ExpertsTile) -> Case:
-    inputs, expected = experts_problem(rows)
-    result = experts(*inputs, **options)
+@cache
+def packed_weights() -> tuple[torch.Tensor, ...]:
+    gate_up, down = expert_weights()
+    return torch.cat([pack(each, halves=2) for each in gate_up.split(4)]), torch.cat([pack(each) for each in down.split(4)])
+
+
+def experts_case(rows: int, packed: bool, **options: ExpertsTile) -> Case:
+    (hidden, index, weights, *projections), expected = experts_problem(rows)
+    if packed:
+        scaled, projections = hidden * ROW_FACTOR, packed_weights()  # rows are made ready where they are normed
+
+        def run() -> torch.Tensor:
+            return combine(packed_weighted_rows(scaled, index, weights, *projections, **options), TOP_K).run()[0]
+    else:
+        run = partial(experts, hidden, index, weights, *projections, **options)
+    weights_bytes = index.unique().numel() * sum(each[0].nbytes for each in projections)
     return Case(
-        name=f"experts, {rows} rows",
-        calls=[partial(experts, *inputs, **options)] * 4,
+        name=f"experts, {rows} rows" + ", packed" * packed,
+        calls=[run] * 4,
         flops=rows * TOP_K * 6 * WIDTH * HIDDEN,
-        bytes=2 * (inputs[1].unique().numel() * 3 * WIDTH * HIDDEN + 2 * rows * HIDDEN),
-        error=relative_error(result[:64], expected),
+        bytes=weights_bytes + 2 * 2 * rows * HIDDEN,
+        error=relative_error(run()[:64], expected),
     )
 
 
@@ -191,7 +207,8 @@ OtherTiles = Callable[[Maker], Iterator[dict[str, object]]]
 def makers() -> Iterator[Maker]:
     """A maker of each case, with the tiles that the product chooses."""
     for rows in (256, 512, 1024, 2048, 4096, 8192, 16384):
-        yield partial(experts_case, rows)
+        for packed in (False, True):
+            yield partial(experts_case, rows, packed)
     for batch, prefix in ((1, 512), (1, 8192), (1, 65536), (4, 8192), (16, 2048)):
         yield partial(attention_case, batch, prefix, kv_heads=8, head_dim=256, window=1024)
         yield partial(attention_case, batch, prefix, kv_heads=2, head_dim=512, window=0)
@@ -202,28 +219,11 @@ def makers() -> Iterator[Maker]:
 def other_tiles(maker: Maker) -> Iterator[dict[str, object]]:
     """Options to try instead."""
     if maker.func is experts_case:
-        for rows, width, num_warps, stages, weights_first in (
-            (32, 128, 4, (3, 4, 5), True),
-            (32, 128, 4, (4,), False),
-            (32, 256, 8, (3, 4), True),
-            (64, 128, 4, (3, 4), False),
-            (64, 128, 4, (3, 4), True),
-            (128, 128, 8, (3, 4), False),
-            (128, 256, 8, (3, 4), False),
-        ):
-            if rows >= maker.args[0] // 16:
-                for each in stages:
-                    tile = ExpertsTile(
-                        rows=rows, width=width, depth=64, num_warps=num_warps, num_stages=each, weights_first=weights_first
-                    )
-                    yield {"tile": tile, "down_tile": tile}
+        num_rows, packed = maker.args
+        for tile in arranged_tiles(num_rows) if packed else plain_tiles(num_rows):
+            yield {"tile": tile, "down_tile": tile}
     elif maker.func is attention_case:
-        tiles = {
-            256: ((64, 16, 256, 4, 4), (64, 32, 256, 4, 3), (128, 32, 256, 8, 3), (128, 64, 256, 8, 2)),
-            512: ((128, 16, 256, 8, 3), (128, 32, 256, 8, 2), (64, 32, 256, 4, 3)),
-        }
-        for rows, keys, columns, num_warps, stages in tiles[maker.keywords["head_dim"]]:
-            tile = AttentionTile(rows=rows, keys=keys, columns=columns, num_warps=num_warps, num_stages=stages)
+        for tile in attention_tiles(maker.keywords["head_dim"]):
             for num_splits in (1, 2, 3, 4) if maker.args[0] == 1 else (1, 2):
                 yield {"tile": tile, "num_splits": num_splits}
 

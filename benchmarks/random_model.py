@@ -13,9 +13,10 @@ from builder.build import compile_programs
 from builder.config import read_model_config
 from builder.description import ConfigAlone, describe
 from builder.export import signatures
-from builder.weights import EMBEDDING, binding_shapes, text_weights, weight_dtype
+from builder.weights import EMBEDDING, binding_shapes, bound_weights, text_weights, weight_dtype
 from contract.manifest import BuildConfig, Program
 from contract.model_config import ModelConfig
+from plugins.moe.formats import in_format
 from plugins.moe.fp8 import to_fp8
 
 Report = Callable[[str], None]
@@ -29,6 +30,7 @@ def read_text_model(checkpoint: Path) -> ModelConfig:
 def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
     """Scaled so that activations stay of order one: norms 1, embeddings and products by their fan-in, routers wide awake."""
     weights = {}
+    bound = bound_weights(text_weights(config), config, build)
     for name, shape in binding_shapes(text_weights(config)).items():
         if name in weights:  # a scale, made with its weight
             continue
@@ -40,9 +42,13 @@ def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.T
         else:
             tensor.normal_(std=(shape[1] if name == EMBEDDING else shape[-1]) ** -0.5)
         if weight_dtype(name, config, build.dtype) == "float8_e4m3fn":
-            weights[name], weights[f"{name}_scale"] = to_fp8(tensor)
-        else:
-            weights[name] = tensor
+            tensor, weights[f"{name}_scale"] = to_fp8(tensor)
+        if arrangement := bound[name].arrangement:
+            arranged = tensor.new_empty(bound[name].shape, dtype=getattr(torch, bound[name].dtype))
+            for part, own in zip(arranged.split(4), tensor.split(4), strict=True):
+                part.copy_(in_format(own, arrangement.format, arrangement.halves))
+            tensor = arranged
+        weights[name] = tensor
     return weights
 
 

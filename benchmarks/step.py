@@ -54,6 +54,7 @@ class Bench:
             max_encode_tokens=options.max_encode_tokens,
             max_sequences=options.max_sequences,
             expert_activations=options.fp8_experts or "full",
+            expert_weights=options.expert_weights or ("plain" if options.fp8_experts else "packed"),
         )
         self.results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also the phase profile")
     parser.add_argument("--transformers", action="store_true", help="also the phase transformers")
     parser.add_argument("--fp8-experts", choices=("full", "float8"), help="FP8 expert weights; the activations that they meet")
+    parser.add_argument("--expert-weights", choices=("plain", "packed"), help="of bfloat16 experts; packed, as a build chooses")
     parser.add_argument("--max-encode-tokens", type=int, default=8192, help="fewer are compiled in less time; %(default)s")
     parser.add_argument("--max-sequences", type=int, default=64, help="fewer are compiled in less time; %(default)s")
     parser.add_argument("--cached-tokens", type=int, default=CACHED_TOKENS, help="longer prefixes are left out; %(default)s")
@@ -282,8 +284,10 @@ def main() -> None:
     wanted = {*options.phases.split(","), *(name for name in ("profile", "transformers") if getattr(options, name))}
     if unknown := wanted - set(PHASES):
         parser.error(f"--phases: got {', '.join(sorted(unknown))}, expected some of {', '.join(PHASES)}")
-    if options.fp8_experts and "transformers" in wanted:
-        parser.error("--fp8-experts: transformers has no such experts, expected no phase transformers")
+    if options.fp8_experts and options.expert_weights == "packed":
+        parser.error("--expert-weights: got packed, expected plain with --fp8-experts: bfloat16 numbers are packed")
+    if options.expert_weights != "plain" and "transformers" in wanted:
+        parser.error("phase transformers: it takes the experts as they are, expected --expert-weights plain")
 
     bench, failed, began = Bench(options), [], time.perf_counter()
     for phase in (phase for phase in PHASES if phase in wanted):

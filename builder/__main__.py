@@ -40,6 +40,12 @@ class DeviceOption(str, Enum):
     cuda = "cuda"
 
 
+class WeightsOption(str, Enum):
+    auto = "auto"
+    plain = "plain"
+    packed = "packed"
+
+
 class ActivationsOption(str, Enum):
     full = "full"
     float8 = "float8"
@@ -68,6 +74,12 @@ def build(
     expert_activations: Annotated[
         ActivationsOption, typer.Option(help="What FP8 experts multiply: full precision, or float8 with a scale for each row.")
     ] = ActivationsOption.full,
+    expert_weights: Annotated[
+        WeightsOption,
+        typer.Option(
+            help="packed: the experts' bfloat16 weights in 12 bits each, exact but near 0; auto says why it chose what."
+        ),
+    ] = WeightsOption.auto,
     max_head_rows: Annotated[int, typer.Option(min=1, help="Rows one head pass may take.")] = _DEFAULTS["max_head_rows"],
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
@@ -90,6 +102,7 @@ def build(
                 target=target.value,
                 dtype=dtype.value,
                 device=device.value,
+                expert_weights=expert_weights.value,
                 keep_onnx=keep_onnx,
                 timing_cache=timing_cache,
                 force=force,
@@ -136,6 +149,9 @@ def manifest(
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences one denoising step may take.")] = _DEFAULTS[
         "max_sequences"
     ],
+    expert_weights: Annotated[
+        WeightsOption, typer.Option(help="packed: the experts' bfloat16 weights in 12 bits each; auto is plain.")
+    ] = WeightsOption.auto,
 ) -> None:
     """Write the manifest of ENGINE and no programs: what `python -m backend plan` needs, in seconds."""
     try:
@@ -146,6 +162,7 @@ def manifest(
             page_size=page_size,
             max_encode_tokens=max_encode_tokens,
             max_sequences=max_sequences,
+            expert_weights=expert_weights.value,
         )
     except (BuildError, CheckpointError, ManifestError) as error:
         _fail(error)

@@ -23,7 +23,7 @@ from builder.existing import check_same_checkpoint, copies_are_current, copy_pro
 from builder.export import Signature, TracedProgram, export_program, minimums, signatures
 from builder.onnx_export import to_onnx
 from builder.staging import real_place, staged
-from builder.targets import choose_device, choose_target, compiler
+from builder.targets import choose_device, choose_expert_weights, choose_target, compiler
 from builder.targets.cpu_operators import compile_operators, cpp_compiler
 from builder.targets.inductor import has_compiled_operators
 from builder.weights import all_weights, vision_weights
@@ -52,6 +52,7 @@ def build_engine(
     target: Literal["auto", "tensorrt", "inductor"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    expert_weights: Literal["auto", "plain", "packed"] = "auto",
     keep_onnx: bool = False,
     timing_cache: Path | None = None,
     force: bool = False,
@@ -61,10 +62,11 @@ def build_engine(
 ) -> Manifest:
     """Builds `engine` from `checkpoint` and returns its manifest; does nothing if the engine is up to date.
 
-    An engine that was built from another checkpoint is replaced only with `force`; if `engine` is a link, what it points to is.
-    `dtype` "auto" is the checkpoint's; `device` "auto" is the GPU where there is one. `keep_onnx` also writes each program as
-    `<program>.onnx`, for other tools. `timing_cache` is TensorRT's, a file; None is one beside the engine. `choices` are fields
-    of `BuildConfig`. `report` is called with one line a stage; a stage that takes long may show its progress on `console`.
+    An engine that was built from another checkpoint is replaced only with `force`; if `engine` is a link, what it points to
+    is. `dtype` "auto" is the checkpoint's; `device` "auto" is the GPU where there is one; `expert_weights` "auto" are packed
+    where a GPU's kernels take packed ones. `keep_onnx` also writes each program as `<program>.onnx`, for other tools.
+    `timing_cache` is TensorRT's, a file; None is one beside the engine. `choices` are fields of `BuildConfig`. `report` is
+    called with one line a stage; a stage that takes long may show its progress on `console`.
 
     Raises:
         BuildError, CheckpointError: see their messages; `engine` is then as it was before.
@@ -75,7 +77,11 @@ def build_engine(
     model = read_model_config(checkpoint)
     only_inductor = _only_inductor(model, target, keep_onnx)
     chosen, reason = choose_target("inductor" if only_inductor else target, chosen_device)
-    build = BuildConfig(target=chosen, dtype=model.dtype if dtype == "auto" else dtype, device=chosen_device, **choices)
+    in_dtype = model.dtype if dtype == "auto" else dtype
+    chosen_weights, weights_reason = choose_expert_weights(
+        expert_weights, model, target=chosen, dtype=in_dtype, device=chosen_device, keep_onnx=keep_onnx
+    )
+    build = BuildConfig(target=chosen, dtype=in_dtype, device=chosen_device, expert_weights=chosen_weights, **choices)
     if build.max_encode_tokens < model.canvas_length:
         raise BuildError(
             f"max_encode_tokens: got {build.max_encode_tokens}, expected at least one canvas, {model.canvas_length}"
@@ -91,6 +97,7 @@ def build_engine(
     report(f"dtype {build.dtype} ({'the checkpoint’s' if dtype == 'auto' else 'asked for'})")
     if model.experts_dtype:
         report(f"experts {model.experts_dtype}, expert activations {build.expert_activations}")
+    report(f"expert weights {build.expert_weights} ({weights_reason})")
     # 2.
     tensors = Checkpoint(checkpoint)
     model, shapes = checked(tensors, model)
@@ -155,7 +162,14 @@ def _only_inductor(model: ModelConfig, target: str, keep_onnx: bool) -> bool:
     return True
 
 
-def write_manifest(checkpoint: Path, engine: Path, *, report: Report = lambda line: None, **choices: Any) -> Manifest:
+def write_manifest(
+    checkpoint: Path,
+    engine: Path,
+    *,
+    expert_weights: Literal["auto", "plain", "packed"] = "auto",
+    report: Report = lambda line: None,
+    **choices: Any,
+) -> Manifest:
     """Writes the manifest that an engine for the CPU would have, without its programs: to plan with, in seconds.
 
     Of `checkpoint` config.json is enough; tensors that are there are checked. `choices` are fields of `BuildConfig`.
@@ -172,7 +186,10 @@ def write_manifest(checkpoint: Path, engine: Path, *, report: Report = lambda li
     if any(checkpoint.glob("*.safetensors*")):
         tensors = Checkpoint(checkpoint)
         model, shapes = checked(tensors, model)
-    build = BuildConfig(target="inductor", dtype=model.dtype, **choices)
+    chosen, _ = choose_expert_weights(
+        expert_weights, model, target="inductor", dtype=model.dtype, device="cpu", keep_onnx=False
+    )
+    build = BuildConfig(target="inductor", dtype=model.dtype, expert_weights=chosen, **choices)
     manifest = describe(model, build, tensors, shapes, checkpoint, place)
     with staged(place) as directory:
         manifest.write(directory)

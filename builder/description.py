@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,7 +13,7 @@ from builder.errors import BuildError
 from builder.quantization import FP8
 from builder.stored_weights import check_fp8_layout
 from builder.targets import current_gpu, versions
-from builder.weights import VISION_PREFIXES, all_weights, binding_shapes, bindings, weight_dtype
+from builder.weights import VISION_PREFIXES, Bound, all_weights, bindings, bound_weights, weight_dtype
 from contract.checkpoint import Checkpoint
 from contract.cpu import this_cpu
 from contract.manifest import FORMAT_VERSION, BuildConfig, Manifest, Weight
@@ -74,16 +75,16 @@ def describe(
     engine: Path,
 ) -> Manifest:
     """Everything about the engine but its programs. `shapes`: of the checkpoint's tensors that the programs read."""
-    bound_shapes = binding_shapes(shapes)
-    dtypes = {binding: weight_dtype(binding, model, build.dtype) for binding in bound_shapes}
+    made_of = bindings(shapes)
     weights = {
         binding: Weight(
-            tensors=names,
-            shape=bound_shapes[binding],
-            dtype=dtypes[binding],
-            transform="none" if all(tensors.dtype(name) == dtypes[binding] for name in names) else "cast",
+            tensors=made_of[binding],
+            shape=bound.shape,
+            dtype=bound.dtype,
+            transform=_transform(bound, {tensors.dtype(name) for name in made_of[binding]}),
+            arrangement=bound.arrangement,
         )
-        for binding, names in bindings(shapes).items()
+        for binding, bound in bound_weights(shapes, model, build).items()
     }
     path = os.path.relpath(checkpoint.resolve(), engine.resolve())
     return Manifest(
@@ -98,6 +99,13 @@ def describe(
         tools={"python": platform.python_version(), "torch": torch.__version__, "cpu": this_cpu()} | versions(build.target),
         source_digest=_source_digest(),
     )
+
+
+def _transform(bound: Bound, stored: set[str]) -> Literal["none", "cast", "arrange"]:
+    """What becomes of tensors that are stored in these dtypes."""
+    if bound.arrangement:
+        return "arrange"
+    return "none" if stored == {bound.dtype} else "cast"
 
 
 def _source_digest() -> str:

@@ -18,10 +18,10 @@ from builder.weights import (
     SELF_CONDITIONING,
     all_weights,
     binding_shapes,
+    bound_weights,
     layer_scalar,
     text_weights,
     vision_weights,
-    weight_dtype,
 )
 from contract.manifest import Binding, BuildConfig, Device
 from contract.model_config import SOFT_TOKEN_BUDGETS, ModelConfig
@@ -196,13 +196,13 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
         sizes = [traced[size.rpartition(".")[2]] if isinstance(size, str) else size for size in binding.shape]
         return torch.zeros(sizes, dtype=getattr(torch, binding.dtype))
 
-    shapes = binding_shapes(all_weights(config))
+    bound = bound_weights(all_weights(config), config, build)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fakes, torch.device(build.device):
         arguments = (
             {binding.name: fake(binding) for binding in signature.inputs},
             {
-                weight: torch.zeros(shapes[weight], dtype=getattr(torch, weight_dtype(weight, config, build.dtype)))
+                weight: torch.zeros(bound[weight].shape, dtype=getattr(torch, bound[weight].dtype))
                 for weight in signature.weights
             },
         )

@@ -5,8 +5,11 @@ Every text weight but `layer_scalar` is shared by the encode and the denoise pas
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from contract.manifest import Arrangement, BuildConfig
 from contract.model_config import ModelConfig
+from plugins.moe.formats import Format, dtype_in_format, shape_in_format
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -118,6 +121,7 @@ def vision_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+_GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 _STACKS = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "gate_up_proj.weight": ("gate_proj.weight", "up_proj.weight"),
@@ -154,12 +158,42 @@ def binding_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a binding is the experts' projection of a layer: what is in FP8 where a checkpoint has it."""
-    return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+    """Whether a binding is the experts' projection of a layer: what is in FP8 where a checkpoint has it, and may be packed."""
+    return name.endswith((_GATE_UP, _DOWN))
 
 
 def weight_dtype(name: str, config: ModelConfig, dtype: str) -> str:
-    """The dtype in which a weight is bound; `dtype` is the engine's, in which all but FP8 experts are."""
+    """The dtype of a weight that is not packed; `dtype` is the engine's, in which all but FP8 experts are."""
     if config.experts_dtype and is_of_experts(name):
         return config.experts_dtype
-    return "float32" if name.endswith((".experts.gate_up_proj_scale", ".experts.down_proj_scale")) else dtype
+    return "float32" if name.endswith((f"{_GATE_UP}_scale", f"{_DOWN}_scale")) else dtype
+
+
+class Bound(NamedTuple):
+    """A weight as the programs are called with it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    arrangement: Arrangement | None = None
+
+
+def bound_weights(shapes: Shapes, config: ModelConfig, build: BuildConfig) -> dict[str, Bound]:
+    """Weight binding → what the programs get. `shapes`: of the checkpoint's tensors."""
+    bound, wanted = {}, experts_format(config, build)
+    for name, shape in binding_shapes(shapes).items():
+        if wanted and is_of_experts(name):
+            arrangement = Arrangement(format=wanted, halves=2 if name.endswith(_GATE_UP) else 1)
+            arranged = shape_in_format(shape, wanted, arrangement.halves)
+            bound[name] = Bound(arranged, dtype_in_format(wanted), arrangement)
+        else:
+            bound[name] = Bound(shape, weight_dtype(name, config, build.dtype))
+    return bound
+
+
+def experts_format(config: ModelConfig, build: BuildConfig) -> Format | None:
+    """The format of the experts' weights; None: as the checkpoint has them, which is how a CPU takes those in FP8."""
+    if build.expert_weights == "packed":
+        return "packed"
+    if config.experts_dtype and build.device == "cuda":
+        return "narrow" if build.expert_activations == "float8" else "wide"
+    return None

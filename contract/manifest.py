@@ -85,14 +85,25 @@ class Program(Record):
     variants: tuple[Variant, ...] = ()
 
 
+class Arrangement(Record):
+    """In which format and order the weight of a layer's experts is bound: see `plugins.moe.formats`.
+
+    halves: 1, its rows follow each other; 2, the rows of its two halves do, in turns.
+    """
+
+    format: Literal["packed", "wide", "narrow"]
+    halves: Literal[1, 2]
+
+
 class Weight(Record):
-    """Where a weight binding comes from: one checkpoint tensor, or several one after the other along the first axis, as they
-    are or cast to the engine's dtype at load."""
+    """Where a weight binding comes from: one checkpoint tensor, or several one after the other along the first axis; and what
+    is done with them at load: nothing, or they are cast to the engine's dtype, or arranged."""
 
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
-    transform: Literal["none", "cast"]
+    transform: Literal["none", "cast", "arrange"]
+    arrangement: Arrangement | None = None
 
 
 class Checkpoint(Record):
@@ -106,6 +117,7 @@ Device = Literal["cpu", "cuda"]
 
 
 ExpertActivations = Literal["full", "float8"]
+ExpertWeights = Literal["plain", "packed"]
 
 
 class Gpu(Record):
@@ -124,6 +136,7 @@ class BuildConfig(Record):
     device: where the programs run. page_size: tokens a KV page. max_encode_tokens: tokens one encode pass may take (the chunk
     of a long prompt). max_sequences: sequences one denoising step may take. max_head_rows: rows one head pass may take.
     expert_activations: what experts with FP8 weights multiply them by: rows in full precision, or rounded to FP8 too.
+    expert_weights: bfloat16 weights of experts as they are, or packed into 12 bits each (`plugins.moe.packing`).
     """
 
     target: Target
@@ -134,6 +147,7 @@ class BuildConfig(Record):
     max_sequences: int = 64
     max_head_rows: int = 2048
     expert_activations: ExpertActivations = "full"
+    expert_weights: ExpertWeights = "plain"
 
 
 class Manifest(Record):

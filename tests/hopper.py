@@ -48,9 +48,70 @@ def check_compiles(launch: Launch, directory: Path, title: str) -> dict[str, int
     return instructions
 
 
+def check_weights_stay_in_their_threads(ptx: str) -> None:
+    """What a thread loads of the first factor it multiplies: no block of instructions with a matrix product stores to shared
+    memory what another thread is to have."""
+    blocks = [block for block in re.split(r"\$L__\w+:", ptx) if "wgmma.mma_async" in block]
+    assert blocks
+    assert not any("st.shared" in block for block in blocks)
+
+
+def check_factors_stay_until_they_are_read(cubin: Path) -> None:
+    """The registers with the first factor of a matrix product keep it until the program has waited for the product.
+
+    ptxas before CUDA 13.3 may give them to others before that: see `plugins.moe.arranged_kernel`. Looked at is what it made.
+    """
+    program = instructions_of(cubin)
+    place = {address: index for index, (address, _) in enumerate(program)}
+    products = [(index, match) for index, (_, text) in enumerate(program) if (match := _PRODUCT.match(text))]
+    assert products, "no product has its first factor in registers"
+    for index, match in products:
+        first = int(match[1])
+        factor = set(range(first, first + 4))
+        following, seen = index + 1, set()
+        while following not in seen:
+            seen.add(following)
+            address, text = program[following]
+            if _WAITED.match(text):
+                break
+            overwritten = factor & _written(text)
+            assert not overwritten, f"{program[index]} is followed by {text} at {address:#x}"
+            back = _JUMP.search(text)
+            target = int(back[1], 16) if back else address + 1
+            following = place[target] if target <= address else following + 1
+        else:
+            raise AssertionError(f"{program[index]}: the program never waits for it")
+
+
+_PREDICATE = r"(?:@!?U?P\d+\s+)?"
+_PRODUCT = re.compile(_PREDICATE + r"[HQI]GMMA\S*\s+R\d+,\s*R(\d+),\s*gdesc")
+_WAITED = re.compile(_PREDICATE + r"WARPGROUP\.DEPBAR\S*\s+gsb0,\s*0x0\b")
+_JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+_WRITES = re.compile(_PREDICATE + r"(?!ST|RED|ATOM|LDGSTS|BAR|R2UR|\w*GMMA)(\S+)\s+R(\d+)\b")
+
+
+def _written(text: str) -> set[int]:
+    """The registers that an instruction writes, matrix products aside."""
+    match = _WRITES.match(text)
+    if not match:
+        return set()
+    count = 4 if ".128" in match[1] else 2 if ".64" in match[1] or "WIDE" in match[1] else 1
+    return set(range(int(match[2]), int(match[2]) + count))
+
+
+def instructions_of(cubin: Path) -> list[tuple[int, str]]:
+    """Address and text of each instruction, in order."""
+    printed = subprocess.run([_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", printed)]
+
+
 def resources(path: Path) -> dict[str, int]:
     """Of a cubin. REG: registers a thread. STACK: bytes of its stack frame, where registers are spilled. LOCAL: its other
     memory."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    printed = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    command = [_tool("cuobjdump"), "--dump-resource-usage", path]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def _tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from expert_formats import arranged
 from tolerances import assert_close
 from torch.nn.functional import gelu
 from triton_interpreter import let_casts_know_e4m3, let_casts_round_to_bfloat16, let_dot_read_bfloat16
@@ -12,8 +13,11 @@ from plugins.feed_forward.reference import feed_forward_reference, gated_mlp
 from plugins.heads.launch import heads_launch, normed_heads
 from plugins.heads.reference import heads_reference
 from plugins.moe import fp8_launch
+from plugins.moe.formats import Format
 from plugins.moe.fp8 import to_fp8
 from plugins.moe.kernel_reference import combine_reference
+from plugins.moe.kinds import RowsForm
+from plugins.moe.packing import ROW_FACTOR
 from plugins.rms_norm import rms_norm
 
 let_dot_read_bfloat16()
@@ -84,8 +88,9 @@ def operands(rows: int, columns: int, dtype: torch.dtype, *, fp8: bool = False) 
     return tensor(rows, columns), tensor(rows, columns) * 2, norms, tensor(1), dense, router, experts
 
 
-def check(given: tuple, fp8_rows: bool, *, exactly: bool) -> None:
-    """Against the definition: exactly, or by the distance of both from the definition in float32, of rows in the middle.
+def check(given: tuple, fp8_rows: bool, *, exactly: bool, wanted: Format | None = None) -> None:
+    """With weights in the format `wanted`, against the definition: exactly, or by the distance of both from the definition in
+    float32, of rows in the middle.
 
     Elsewhere than in float32 a rounding in the router may choose another expert for some rows.
     """
@@ -93,7 +98,8 @@ def check(given: tuple, fp8_rows: bool, *, exactly: bool) -> None:
     def distance(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         return (rows.float() - others).pow(2).mean(1).sqrt().median()
 
-    actual, expected = (each(*given, TOP_K, EPS, fp8_rows) for each in (launch.feed_forward, feed_forward_reference))
+    actual = launch.feed_forward(*given[:-1], arranged(given[-1], wanted), TOP_K, EPS, fp8_rows)
+    expected = feed_forward_reference(*given, TOP_K, EPS, fp8_rows)
     wide = [[each.float() for each in part] if isinstance(part, list) else part.float() for part in given[:-1]]
     experts = given[-1] if len(given[-1]) == 4 else [each.float() for each in given[-1]]
     exact = feed_forward_reference(*wide, experts, TOP_K, EPS, False)
@@ -114,7 +120,13 @@ def test_feed_forward(rows, columns, dtype):
 @pytest.mark.parametrize("fp8_rows", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_feed_forward_with_fp8_experts(dtype, fp8_rows):
-    check(operands(33, 40, dtype, fp8=True), fp8_rows, exactly=dtype == torch.float32 and not fp8_rows)
+    given, exactly = operands(33, 40, dtype, fp8=True), dtype == torch.float32 and not fp8_rows
+    check(given, fp8_rows, exactly=exactly, wanted="narrow" if fp8_rows else "wide")
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_feed_forward_with_packed_experts(rows):
+    check(operands(rows, 40, torch.bfloat16), False, exactly=False, wanted="packed")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +135,7 @@ def test_the_kernels_before_and_after(dtype):
     hidden, attended, norms, scalar, _, router, _ = operands(33, 130, dtype)
     hidden[3] = attended[3] = 0
     residual, dense_rows, expert_rows, _, router_rows = launch.enter_launch(
-        hidden, attended, norms[:3], router[0], None, EPS
+        hidden, attended, norms[:3], router[0], RowsForm(dtype), EPS
     ).run()
     assert_close(residual, hidden + rms_norm(attended, norms[0], EPS), dtype)
     assert_close(dense_rows, rms_norm(residual, norms[1], EPS), dtype)
@@ -136,18 +148,23 @@ def test_the_kernels_before_and_after(dtype):
     assert_close(normed, rms_norm(output, norms[6], EPS), dtype)
 
 
-@pytest.mark.parametrize("rows_dtype", [None, torch.float16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("rows_dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
 def test_rows_for_the_experts(rows_dtype):
-    """As they are, with a scale of 1; or as the experts' own kernel scales them."""
+    """As they are, with a scale of 1; times a power of two; or as the experts' own kernel scales them."""
     hidden, attended, norms, _, _, router, _ = operands(5, 40, torch.bfloat16)
-    plain = launch.enter_launch(hidden, attended, norms[:3], router[0], None, EPS).run()
-    assert plain[3].tolist() == [1.0] * 5
-    if rows_dtype is not None:
-        scaled = launch.enter_launch(hidden, attended, norms[:3], router[0], rows_dtype, EPS).run()
-        rows, scale = fp8_launch.scale_rows(plain[2], rows_dtype).run()
-        assert torch.equal(scaled[2].float(), rows.float())
-        assert torch.equal(scaled[3], scale)
-        assert all(torch.equal(scaled[each], plain[each]) for each in (0, 1, 4))
+
+    def enter(form: RowsForm) -> tuple[torch.Tensor, ...]:
+        return launch.enter_launch(hidden, attended, norms[:3], router[0], form, EPS).run()
+
+    plain, times = enter(RowsForm(torch.bfloat16)), enter(RowsForm(torch.bfloat16, factor=ROW_FACTOR))
+    scaled = enter(RowsForm(rows_dtype, scaled=True))
+    rows, scale = fp8_launch.scale_rows(plain[2], rows_dtype).run()
+    assert torch.equal(scaled[2].float(), rows.float())
+    assert torch.equal(scaled[3], scale)
+    assert torch.equal(times[2].float(), plain[2].float() * ROW_FACTOR)
+    assert plain[3].tolist() == times[3].tolist() == [1.0] * 5
+    for other in (scaled, times):
+        assert all(torch.equal(other[each], plain[each]) for each in (0, 1, 4))
 
 
 def test_the_mlp_is_started_before_the_experts_and_waited_for_after_them():

@@ -4,18 +4,18 @@ Memory that a kernel must not read is NaN: every output before its kernel runs (
 tensors with NaN, or the largest integer) and the scales of experts that no row chose.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tolerances import assert_close
 from triton_interpreter import let_casts_know_e4m3, let_dot_read_bfloat16
 
 from plugins.moe import fp8_launch, launch
+from plugins.moe.arranged_launch import arranged_tile
+from plugins.moe.arranging import arrange
 from plugins.moe.fp8 import from_fp8, to_fp8
 from plugins.moe.fp8_reference import experts_fp8_reference
 from plugins.moe.kernel_reference import down_reference, gate_up_reference
-from plugins.moe.launch import FLOAT32, Tile
+from plugins.moe.launch import FLOAT32
 
 let_dot_read_bfloat16()
 let_casts_know_e4m3()
@@ -28,8 +28,7 @@ pytestmark = [
 
 DTYPES = [torch.float32, torch.bfloat16]
 EXPERTS, TOP_K = 6, 2
-SMALL = Tile(rows=16, width=16, depth=16, num_warps=4, num_stages=2)
-TILES = {"small": SMALL, "weights first": replace(SMALL, weights_first=True), "few rows": fp8_launch.FEW_ROWS}
+TILES = {"a block": arranged_tile(16, 64, 4, 2), "few rows": fp8_launch.FEW_ROWS, "four blocks": arranged_tile(32, 256, 8, 2)}
 
 
 def operands(rows: int, hidden_size: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -41,23 +40,32 @@ def operands(rows: int, hidden_size: int, width: int, dtype: torch.dtype) -> lis
     return [torch.randn(rows, hidden_size).to(dtype), index, torch.rand(rows, TOP_K), gate_up, gate_up_scale, down, down_scale]
 
 
+def arranged(inputs: list[torch.Tensor], fp8_rows: bool) -> list[torch.Tensor]:
+    """The operands with weights as the kernels take them."""
+    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = inputs
+    gate_up, down = arrange(gate_up, 2, narrow=fp8_rows), arrange(down, 1, narrow=fp8_rows)
+    return [hidden, index, weights, gate_up, gate_up_scale, down, down_scale]
+
+
 @pytest.mark.parametrize("fp8_rows", [False, True], ids=["rows as they are", "FP8 rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", TILES)
-def test_grouped_products(tile, dtype, fp8_rows):
+@pytest.mark.parametrize(("tile", "hidden_size", "width"), [*((tile, 40, 20) for tile in TILES), ("few rows", 200, 100)])
+def test_grouped_products(tile, hidden_size, width, dtype, fp8_rows):
     """Each on the same numbers as its reference: what rounding to FP8 in between makes of a difference is not measured here."""
-    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = operands(17, 40, 20, dtype)
+    inputs = operands(17, hidden_size, width, dtype)
+    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = inputs
+    *_, ordered_gate_up, _, ordered_down, _ = arranged(inputs, fp8_rows)
     rows_in, tile = fp8_launch.row_dtype(dtype, fp8_rows), TILES[tile]
-    row_order, tile_expert = launch.align(index, EXPERTS, tile.rows).run()
+    routing = launch.align(index, EXPERTS, tile.rows).run()
 
     numbers, scale = fp8_launch.scale_rows(hidden, rows_in).run()
-    (activated,) = fp8_launch.gate_up(numbers, scale, gate_up, gate_up_scale, row_order, tile_expert, TOP_K, tile, dtype).run()
+    (activated,) = fp8_launch.gate_up(numbers, scale, ordered_gate_up, gate_up_scale, *routing, TOP_K, tile, dtype).run()
     expected = gate_up_reference(from_fp8(numbers, scale), from_fp8(gate_up, gate_up_scale), index)
     assert activated.dtype == dtype
     assert_close(activated, expected, dtype)
 
     numbers, scale = fp8_launch.scale_rows(expected.to(dtype), rows_in).run()
-    (weighted,) = fp8_launch.down(numbers, scale, down, down_scale, weights, row_order, tile_expert, tile, dtype).run()
+    (weighted,) = fp8_launch.down(numbers, scale, ordered_down, down_scale, weights, *routing, tile, dtype).run()
     assert weighted.dtype == dtype
     assert_close(weighted, down_reference(from_fp8(numbers, scale), from_fp8(down, down_scale), weights, index), dtype)
 
@@ -68,7 +76,7 @@ def test_grouped_products(tile, dtype, fp8_rows):
 @pytest.mark.parametrize("rows", [1, 17])
 def test_the_kernels_together_are_the_operator(rows, dtype, fp8_rows):
     inputs = operands(rows, 40, 20, dtype)
-    actual = fp8_launch.experts_fp8(*inputs, fp8_rows)
+    actual = fp8_launch.experts_fp8(*arranged(inputs, fp8_rows), fp8_rows)
     assert actual.dtype == dtype
     assert_close(actual, experts_fp8_reference(*inputs, fp8_rows), dtype)
 
@@ -105,12 +113,16 @@ def test_no_rows():
     inputs = operands(1, 24, 12, torch.float32)
     hidden, index, weights = (each[:0] for each in inputs[:3])
     for fp8_rows in (False, True):
-        assert fp8_launch.experts_fp8(hidden, index, weights, *inputs[3:], fp8_rows).shape == (0, 24)
+        ready = arranged([hidden, index, weights, *inputs[3:]], fp8_rows)
+        assert fp8_launch.experts_fp8(*ready, fp8_rows).shape == (0, 24)
 
 
 def test_weights_that_are_not_ready_are_refused():
-    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = operands(3, 24, 12, torch.float32)
-    with pytest.raises(ValueError, match=r"down_proj is torch\.bfloat16, expected torch\.float8_e4m3fn; quantize"):
+    plain = operands(3, 24, 12, torch.float32)
+    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = arranged(plain, False)
+    with pytest.raises(ValueError, match=r"gate_up_proj is \[6, 24, 24\] .*, expected \[6, 1, 4096\] .*arrange it when"):
+        fp8_launch.experts_fp8(*plain, False)
+    with pytest.raises(ValueError, match=r"down_proj is \[6, 1, 4096\] torch\.bfloat16, expected .*e4m3fn; quantize"):
         fp8_launch.experts_fp8(hidden, index, weights, gate_up, gate_up_scale, down.bfloat16(), down_scale, False)
     with pytest.raises(ValueError, match=r"gate_up_proj_scale has strides \(1, 6\); make it contiguous"):
         wrong = gate_up_scale.t().contiguous().t()
@@ -121,7 +133,7 @@ def test_weights_that_are_not_ready_are_refused():
     ("fp8_rows", "tiles"),
     [
         (False, (fp8_launch.FEW_ROWS, fp8_launch.SOME_ROWS, fp8_launch.MANY_ROWS)),
-        (True, (fp8_launch.FEW_FP8_ROWS, fp8_launch.SOME_ROWS, fp8_launch.MANY_FP8_ROWS)),
+        (True, (fp8_launch.FEW_ROWS, fp8_launch.SOME_FP8_ROWS, fp8_launch.MANY_FP8_ROWS)),
     ],
 )
 def test_the_tile_follows_the_rows_of_an_expert(fp8_rows, tiles):

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from hopper import check_compiles
+from hopper import check_compiles, check_factors_stay_until_they_are_read
 
 from plugins.attention.launch import (
     attention_launch,
@@ -43,6 +43,7 @@ def test_attention_compiles(layer, causal, dtype, tmp_path):
     instructions = check_compiles(launch, tmp_path, f"{layer}, {'encode' if causal else 'denoise'}, {dtype}")
     if dtype == torch.bfloat16:
         assert instructions["wgmma.mma_async"] and instructions["cp.async.cg"]
+        check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
 
 
 def test_attention_of_the_vision_tower_compiles(tmp_path):
@@ -60,6 +61,7 @@ def test_split_attention_compiles(layer, causal, tmp_path):
     window = sizes.pop("window")
     split = split_launch(attention_inputs(**sizes), causal, window, 4)
     check_compiles(split, tmp_path, f"{layer}, {'encode' if causal else 'denoise'}, split")
+    check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
     check_compiles(combine_launch(*split.outputs, torch.bfloat16), tmp_path, layer)
 
 

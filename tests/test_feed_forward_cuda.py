@@ -9,6 +9,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
+from expert_formats import FORMATS, arranged, is_fp8  # noqa: E402
 from hopper import HopperDriver  # noqa: E402
 
 from plugins import feed_forward_op  # noqa: E402
@@ -16,6 +17,7 @@ from plugins.feed_forward.cuda import CUDA_DECOMPOSITIONS  # noqa: E402
 from plugins.feed_forward.launch import choose_tile, feed_forward  # noqa: E402
 from plugins.feed_forward.mlp_launch import mlp_beside  # noqa: E402
 from plugins.feed_forward.reference import feed_forward_reference  # noqa: E402
+from plugins.moe.formats import Format  # noqa: E402
 from plugins.moe.fp8 import to_fp8  # noqa: E402
 
 TOP_K, EPS = 8, 1e-6
@@ -51,13 +53,14 @@ def operands(rows: int, columns: int = 64, width: int = 32, num_experts: int = 1
     return tensor(rows, columns), tensor(rows, columns), norms, tensor(1), dense, router, experts
 
 
-def exported(device: str, least_rows: int = 2, *, fp8: bool = False, fp8_rows: bool = False) -> torch.export.ExportedProgram:
+def exported(device: str, least_rows: int = 2, wanted: Format | None = None) -> torch.export.ExportedProgram:
     """The operator as a program, traced for any number of rows from `least_rows` on."""
     with FakeTensorMode(shape_env=ShapeEnv()), torch.device(device):
-        inputs = operands(least_rows + 38, fp8=fp8)
+        *inputs, experts = operands(least_rows + 38, fp8=is_fp8(wanted))
+        inputs = (*inputs, arranged(experts, wanted))
     rows = {0: torch.export.Dim("rows", min=least_rows, max=16384)}
     unchanging = [[None] * 7, None, [None] * 2, [None] * 3, [None] * len(inputs[-1])]
-    return torch.export.export(Layer(fp8_rows), inputs, dynamic_shapes={"inputs": (rows, rows, *unchanging)})
+    return torch.export.export(Layer(wanted == "narrow"), inputs, dynamic_shapes={"inputs": (rows, rows, *unchanging)})
 
 
 def lowered(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
@@ -101,19 +104,13 @@ ROUTING = [["top_k_weights", "top_k_index"], ["row_order", "tile_expert"]]
 LEAVING = ["output", "normed"]
 
 
-@pytest.mark.parametrize(
-    ("fp8", "fp8_rows", "products"),
-    [
-        (False, False, [["activated"], ["weighted"]]),
-        (True, False, [["activated"], ["scaled_rows", "row_scale"], ["weighted"]]),
-        (True, True, [["activated"], ["scaled_rows", "row_scale"], ["weighted"]]),
-    ],
-)
-def test_the_compiler_sees_the_kernels_and_that_they_write_their_outputs_only(fp8, fp8_rows, products, hopper):
+@pytest.mark.parametrize("wanted", FORMATS)
+def test_the_compiler_sees_the_kernels_and_that_they_write_their_outputs_only(wanted, hopper):
     """What it believes to be written, it copies first: for the weights that would be 1.5 GB a layer."""
-    traced = lowered(exported("cuda", 256, fp8=fp8, fp8_rows=fp8_rows))
+    traced = lowered(exported("cuda", 256, wanted))
     written = [node.kwargs["tensors_to_clone"] for node in kernels(traced)]
-    assert written == [ENTERING, *ROUTING, *products, LEAVING]
+    between = [["scaled_rows", "row_scale"]] if is_fp8(wanted) else []
+    assert written == [ENTERING, *ROUTING, ["activated"], *between, ["weighted"], LEAVING]
     assert not [call for call in calls(traced.graph) if "clone" in call or "diffusiongemma" in call]
 
 
@@ -126,18 +123,20 @@ def at_once(*mlp: torch.Tensor):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("fp8", "fp8_rows"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("rows", [1, 256, 1024])
-def test_a_gpu_gives_what_the_definition_gives(rows, fp8, fp8_rows):
+@pytest.mark.parametrize("wanted", FORMATS)
+@pytest.mark.parametrize("rows", [1, 256, 1024, 4096])
+def test_a_gpu_gives_what_the_definition_gives(rows, wanted):
     """Opened as for compilers and called, rows in the middle are as near to the definition in float32 as the definition's in
     bfloat16 are. Called on one stream or two, or replayed from a graph: the same bits, of the inputs of the moment."""
     torch.manual_seed(0)
-    given = operands(rows, 256, 64, 128, fp8=fp8)
+    fp8_rows = wanted == "narrow"
+    given = operands(rows, 256, 64, 128, fp8=is_fp8(wanted))
     wide = [[each.float() for each in part] if isinstance(part, list) else part.float() for part in given[:-1]]
-    experts = given[-1] if fp8 else [each.float() for each in given[-1]]
+    experts = given[-1] if is_fp8(wanted) else [each.float() for each in given[-1]]
     exact = feed_forward_reference(*wide, experts, TOP_K, EPS, False)
     expected = feed_forward_reference(*given, TOP_K, EPS, fp8_rows)
-    on_gpu = [[each.cuda() for each in part] if isinstance(part, list) else part.cuda() for part in given]
+    bound = (*given[:-1], arranged(given[-1], wanted))
+    on_gpu = [[each.cuda() for each in part] if isinstance(part, list) else part.cuda() for part in bound]
 
     def run(*rows: torch.Tensor):
         return feed_forward_op.feed_forward(*rows, *on_gpu[2:], TOP_K, EPS, fp8_rows)

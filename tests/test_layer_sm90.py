@@ -10,6 +10,8 @@ from hopper import check_compiles
 from plugins.feed_forward.launch import enter_launch, leave_launch
 from plugins.feed_forward.mlp_launch import activate_launch, down_launch, gate_up_launch
 from plugins.heads.launch import heads_launch
+from plugins.moe.kinds import RowsForm
+from plugins.moe.packing import ROW_FACTOR
 
 HIDDEN, WIDTH, TOP_K, EPS = 2816, 2112, 8, 1e-6
 
@@ -26,10 +28,19 @@ def test_heads_compile(num_kv_heads, has_values, head_dim, tmp_path):
     assert check_compiles(launch, tmp_path, f"head_dim {head_dim}")["ld.global.v4"]
 
 
-@pytest.mark.parametrize("rows_dtype", [None, torch.float16, torch.float8_e4m3fn], ids=str)
-def test_enter_compiles(rows_dtype, tmp_path):
-    launch = enter_launch(meta(256, HIDDEN), meta(256, HIDDEN), [meta(HIDDEN)] * 3, meta(HIDDEN), rows_dtype, EPS)
-    assert check_compiles(launch, tmp_path, f"rows in {rows_dtype}")["ld.global.v4"]
+@pytest.mark.parametrize(
+    "form",
+    [
+        RowsForm(torch.bfloat16),
+        RowsForm(torch.bfloat16, factor=ROW_FACTOR),
+        RowsForm(torch.float16, scaled=True),
+        RowsForm(torch.float8_e4m3fn, scaled=True),
+    ],
+    ids=str,
+)
+def test_enter_compiles(form, tmp_path):
+    launch = enter_launch(meta(256, HIDDEN), meta(256, HIDDEN), [meta(HIDDEN)] * 3, meta(HIDDEN), form, EPS)
+    assert check_compiles(launch, tmp_path, str(form))["ld.global.v4"]
 
 
 def test_leave_compiles(tmp_path):

@@ -8,9 +8,15 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from hopper import HOPPER, check_compiles
+from hopper import (
+    HOPPER,
+    check_compiles,
+    check_factors_stay_until_they_are_read,
+    check_weights_stay_in_their_threads,
+)
 
 from plugins.moe import fp8_launch, launch
+from plugins.moe.arranging import arranged_shape
 from plugins.triton_launch import Launch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
@@ -28,7 +34,8 @@ def launches(rows: int, fp8_rows: bool) -> dict[str, Launch]:
     align = launch.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows)
     scale_rows = fp8_launch.scale_rows(tensor(rows, HIDDEN, dtype=dtype), rows_in)
     scale = tensor(EXPERTS, 2 * WIDTH, dtype=torch.float32)
-    gate_up_proj, down_proj = tensor(EXPERTS, 2 * WIDTH, HIDDEN), tensor(EXPERTS, HIDDEN, WIDTH)
+    gate_up_proj = tensor(*arranged_shape((EXPERTS, 2 * WIDTH, HIDDEN), 2))
+    down_proj = tensor(*arranged_shape((EXPERTS, HIDDEN, WIDTH), 1))
     gate_up = fp8_launch.gate_up(*scale_rows.outputs, gate_up_proj, scale, *align.outputs, TOP_K, tile, dtype)
     scale_activated = fp8_launch.scale_rows(*gate_up.outputs, rows_in)
     scale, top_k_weights = tensor(EXPERTS, HIDDEN, dtype=torch.float32), tensor(rows, TOP_K, dtype=torch.float32)
@@ -53,8 +60,8 @@ def test_compiles(rows, fp8_rows, name, tmp_path):
     assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
     # FP8 matrix instructions, or float16 ones whose FP8 weights are converted two at a time.
     factors = "f32.e4m3.e4m3" if fp8_rows else "f32.f16.f16"
-    # wgmma takes 64 rows of its first factor; 32 rows that stand there go through the instructions of a warp.
-    tall = described.constants["WEIGHTS_FIRST"] or described.constants["TILE_ROWS"] >= 64
-    assert ptx.count(factors) == instructions["wgmma.mma_async" if tall else "mma.sync"] > 0
+    assert ptx.count(factors) == instructions["wgmma.mma_async"] > 0
     assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (not fp8_rows)
     assert "cvt.bf16.f16" not in ptx
+    check_weights_stay_in_their_threads(ptx)
+    check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")

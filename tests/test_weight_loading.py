@@ -13,7 +13,7 @@ from backend import weights as binding
 from backend.load_progress import bar, lines, show_progress
 from backend.weight_lanes import CudaCopies, HostLane, StagedLane
 from backend.weight_loading import Wanted, cut, load
-from backend.weights import TRANSFORMS, bind_weights
+from backend.weights import bind_weights
 from builder.config import read_model_config
 from builder.description import describe
 from builder.weights import bindings, text_weights
@@ -51,7 +51,7 @@ def checkpoint(stored, tmp_path) -> Checkpoint:
 
 def wanted(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Wanted]:
     """Every tensor, its target full of NaN."""
-    transform = None if dtype == torch.bfloat16 else TRANSFORMS["cast"]
+    transform = None if dtype == torch.bfloat16 else lambda stored, dtype: stored.to(dtype)
     return {
         name: Wanted(
             extent=checkpoint.extent(name),

@@ -20,7 +20,7 @@ from builder.export import TracedProgram
 from builder.targets import inductor
 from builder.targets.compiled import Compiled
 from builder.targets.tensorrt_needs import missing_for_tensorrt
-from contract.manifest import BuildConfig, Device, Gpu, Target
+from contract.manifest import BuildConfig, Device, ExpertWeights, Gpu, Target
 from contract.model_config import ModelConfig
 
 Compile = Callable[[TracedProgram, Path], Compiled]
@@ -58,6 +58,36 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> tuple[Device, str]:
             "use --device cpu, or install a CUDA build of PyTorch on a machine with a GPU"
         )
     return "cpu", "PyTorch finds no GPU here" if wanted == "auto" else "asked for"
+
+
+def choose_expert_weights(
+    wanted: Literal["auto", "plain", "packed"],
+    model: ModelConfig,
+    *,
+    target: Target,
+    dtype: str,
+    device: Device,
+    keep_onnx: bool,
+) -> tuple[ExpertWeights, str]:
+    """How the experts' weights are bound and the reason, to be shown to the user.
+
+    Raises:
+        BuildError: packed ones were asked for and cannot be.
+    """
+    cannot = ""
+    if model.experts_dtype:
+        cannot = f"the checkpoint's are {model.experts_dtype}, and bfloat16 numbers are packed"
+    elif dtype != "bfloat16":
+        cannot = f"the engine's dtype is {dtype}, and bfloat16 numbers are packed"
+    elif target == "tensorrt" or keep_onnx:
+        cannot = "the kernels that take packed ones are no TensorRT plugins"
+    if wanted == "packed" and cannot:
+        raise BuildError(f"expert_weights: got 'packed', expected 'plain': {cannot}")
+    if wanted != "auto":
+        return wanted, "asked for"
+    if cannot or device == "cpu":
+        return "plain", cannot or "a CPU would unpack them whenever they are read"
+    return "packed", "a GPU reads bfloat16 numbers in 12 bits"
 
 
 def current_gpu() -> Gpu:

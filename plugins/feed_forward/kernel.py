@@ -6,8 +6,8 @@
 | leave | residual, dense [N, D], weighted [N * k, D], scalar [1], four norms [D] | output, normed [N, D] |
 
 weighted is what the experts make of each routed row (see `plugins.moe.kernel`); leave sums it over a row's experts, in their
-order. expert_rows are as the products of the experts read them: in the dtype of the residual, row_scale unused and 1, or, for FP8
-weights, scaled (see `plugins.moe.fp8_kernel`). Both kernels round where the definition rounds.
+order. expert_rows are as the products of the experts read them (`plugins.moe.kinds`): times a power of two, and for FP8 weights with
+a scale for each row, which elsewhere is 1. Both kernels round where the definition rounds.
 """  # noqa: E501
 
 # ruff: noqa: N803 - constants are in capitals
@@ -34,9 +34,10 @@ def enter_kernel(
     COLUMNS: tl.constexpr,
     EPS: tl.constexpr,
     SCALED: tl.constexpr,
+    FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (N,). SCALED: expert_rows are scaled. BLOCK: COLUMNS rounded up to a power of two."""
+    """Grid: (N,). SCALED: expert_rows are scaled. FACTOR: they are times it. BLOCK: COLUMNS rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < COLUMNS
@@ -53,7 +54,7 @@ def enter_kernel(
     tl.store(dense_rows + at, (rows * weight(dense_norm, columns, inside)).to(dtype), mask=inside)
     for_router = rounded(rounded(rows, dtype) * weight(router_scale, columns, inside), dtype) * (COLUMNS**-0.5)
     tl.store(router_rows + at, for_router.to(dtype), mask=inside)
-    for_experts = rounded(rows * weight(experts_norm, columns, inside), dtype)
+    for_experts = rounded(rows * weight(experts_norm, columns, inside), dtype) * FACTOR
     scale = 1.0
     if SCALED:
         scale = scale_of(tl.max(tl.abs(for_experts), axis=0), expert_rows.dtype.element_ty)

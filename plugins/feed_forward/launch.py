@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 
 from plugins.feed_forward.kernel import enter_kernel, leave_kernel
 from plugins.feed_forward.reference import gated_mlp
-from plugins.moe import fp8_launch, launch
+from plugins.moe import launch
+from plugins.moe.kinds import RowsForm, kind_of
 from plugins.moe.launch import Tile
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
@@ -28,22 +29,28 @@ def in_turn(rows: Tensor, gate_up: Tensor, down: Tensor) -> Callable[[], Tensor]
 
 
 def enter_launch(
-    hidden: Tensor, attended: Tensor, norms: Sequence[Tensor], router_scale: Tensor, rows_dtype: torch.dtype | None, eps: float
+    hidden: Tensor, attended: Tensor, norms: Sequence[Tensor], router_scale: Tensor, form: RowsForm, eps: float
 ) -> Launch:
-    """norms: post_attention, pre_dense, pre_experts. rows_dtype: of scaled expert_rows; None: not scaled.
+    """norms: post_attention, pre_dense, pre_experts. form: of expert_rows.
 
     Outputs residual, dense_rows, expert_rows, row_scale and router_rows.
     """
     num_rows, columns = hidden.shape
     residual, dense_rows, router_rows = (torch.empty_like(hidden) for _ in range(3))
-    expert_rows = hidden.new_empty(num_rows, columns, dtype=rows_dtype or hidden.dtype)
+    expert_rows = hidden.new_empty(num_rows, columns, dtype=form.dtype)
     return Launch(
         kernel=enter_kernel,
         grid=(num_rows,),
         inputs=(hidden, attended, *norms, router_scale),
         scalars=(),
         outputs=(residual, dense_rows, expert_rows, hidden.new_empty(num_rows, dtype=torch.float32), router_rows),
-        constants={"COLUMNS": columns, "EPS": eps, "SCALED": rows_dtype is not None, "BLOCK": triton.next_power_of_2(columns)},
+        constants={
+            "COLUMNS": columns,
+            "EPS": eps,
+            "SCALED": form.scaled,
+            "FACTOR": form.factor,
+            "BLOCK": triton.next_power_of_2(columns),
+        },
         num_warps=_WARPS,
         num_stages=1,
     )
@@ -68,8 +75,7 @@ def leave_launch(
 
 def choose_tile(num_rows: int, top_k: int, experts: Sequence[Tensor], dtype: torch.dtype, fp8_rows: bool) -> Tile:
     """The tile of the experts' products; see `plugins.moe`."""
-    of_experts = (num_rows, top_k, experts[0].shape[0], dtype)
-    return launch.choose_tile(*of_experts) if len(experts) == 2 else fp8_launch.choose_tile(*of_experts, fp8_rows)
+    return kind_of(experts, fp8_rows).choose_tile(num_rows, top_k, experts[0].shape[0], dtype)
 
 
 def feed_forward(
@@ -92,11 +98,11 @@ def feed_forward(
 
     1. Sum and norms before. 2. The MLP is started. 3. The router. 4. The experts. 5. Norms and sums after, once all is there.
     """
-    tile = tile or choose_tile(hidden.shape[0], top_k, experts, hidden.dtype, fp8_rows)
+    tile, kind = tile or choose_tile(hidden.shape[0], top_k, experts, hidden.dtype, fp8_rows), kind_of(experts, fp8_rows)
     router_scale, projection, per_expert_scale = router
     # 1.
-    rows_dtype = None if len(experts) == 2 else fp8_launch.row_dtype(hidden.dtype, fp8_rows)
-    entering = enter_launch(hidden.contiguous(), attended.contiguous(), norms[:3], router_scale, rows_dtype, eps)
+    form = kind.rows_form(hidden.dtype)
+    entering = enter_launch(hidden.contiguous(), attended.contiguous(), norms[:3], router_scale, form, eps)
     residual, dense_rows, expert_rows, row_scale, router_rows = entering.run(wrap)
     # 2.
     from_dense = start_mlp(dense_rows, *dense)
@@ -104,11 +110,8 @@ def feed_forward(
     logits = linear(router_rows, projection)
     top_k_weights, top_k_index = launch.router(logits, per_expert_scale, top_k).run(wrap)
     # 4.
-    if len(experts) == 2:
-        weighted = launch.weighted_rows(expert_rows, top_k_index, top_k_weights, *experts, tile=tile, wrap=wrap)
-    else:
-        scaled, routing = (expert_rows, row_scale), (top_k_index, top_k_weights)
-        weighted = fp8_launch.weighted_rows(scaled, *routing, *experts, dtype=hidden.dtype, tile=tile, wrap=wrap)
+    rows, routing = (expert_rows, row_scale), (top_k_index, top_k_weights)
+    weighted = kind.weighted_rows(rows, routing, experts, hidden.dtype, tile=tile, wrap=wrap)
     # 5.
     output, normed = leave_launch(residual, from_dense(), weighted, scalar, norms[3:], top_k, eps).run(wrap)
     return output, normed

@@ -3,6 +3,8 @@
 import torch
 from torch.nn.functional import gelu, pad
 
+from plugins.moe.packing import BLOCK, is_packed, unpack
+
 # Rows that a matrix product takes at a time. With other small counts (1, 2, 3, with two threads 5 to 7, 9 and 10) MKL rounds
 # differently, and a row's result would depend on how many other rows share its expert, and so on the rest of the batch.
 _ROW_MULTIPLE = 4
@@ -21,7 +23,8 @@ def experts_cpu(
     3. Weight and combine in float32.
     """
     num_rows, top_k = top_k_index.shape
-    width = down_proj.shape[2]
+    packed, hidden_size = is_packed(gate_up_proj), hidden.shape[1]
+    width = gate_up_proj.shape[1] * BLOCK // 2 if packed else down_proj.shape[2]
     # 1.
     flat = top_k_index.flatten()
     order = flat.argsort(stable=True)
@@ -34,9 +37,13 @@ def experts_cpu(
         if not count:
             continue
         filled = pad(rows[start : start + count], (0, 0, 0, -count % _ROW_MULTIPLE))
-        gate_up = torch.mm(filled, gate_up_proj[expert].t())
+        first, second = gate_up_proj[expert], down_proj[expert]
+        if packed:
+            first = unpack(first[None], 2 * width, hidden_size, halves=2)[0]
+            second = unpack(second[None], hidden_size, width)[0]
+        gate_up = torch.mm(filled, first.t())
         activated = gelu(gate_up[:, :width], approximate="tanh").mul_(gate_up[:, width:])
-        routed[start : start + count] = torch.mm(activated, down_proj[expert].t())[:count]
+        routed[start : start + count] = torch.mm(activated, second.t())[:count]
         start += count
     # 3.
     weighted = torch.empty_like(routed)

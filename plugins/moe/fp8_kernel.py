@@ -6,8 +6,10 @@ activated [N * k, F].
 | kernel | inputs | scalars | outputs | a program computes |
 |---|---|---|---|---|
 | scale_rows | rows [R, C] | | scaled_rows [R, C], row_scale [R] | one row |
-| gate_up_fp8 | hidden as scaled_rows, row_scale [N], gate_up_proj, weight_scale [E, 2 F], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, TILE_WIDTH columns |
-| down_fp8 | activated as scaled_rows, row_scale [N * k], down_proj, weight_scale [E, D], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, TILE_WIDTH columns |
+| gate_up_fp8 | hidden as scaled_rows, row_scale [N], gate_up_proj, weight_scale [E, 2 F], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, BLOCKS blocks |
+| down_fp8 | activated as scaled_rows, row_scale [N * k], down_proj, weight_scale [E, D], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, BLOCKS blocks |
+
+gate_up_proj and down_proj are arranged (`plugins.moe.arranging`), [E, blocks, 64 * columns]; their scales are not.
 
 A weight is its FP8 number times the scale of its output channel, a row's element its number in scaled_rows times the row's scale;
 products of the numbers are summed in float32, and the sum is multiplied by both scales at the end.
@@ -22,7 +24,7 @@ wait for. Of bfloat16 rows nothing is lost but what is 2^-32 of the row's larges
 import triton
 import triton.language as tl
 
-from plugins.moe.product_kernel import down_tile, gate_up_tile
+from plugins.moe.arranged_kernel import down_arranged, gate_up_arranged
 
 
 @triton.jit
@@ -63,16 +65,17 @@ def gate_up_fp8_kernel(
     num_routed,
     activated,
     NUM_EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILE_WIDTH: tl.constexpr,
-    TILE_DEPTH: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    """As `gate_up_kernel`."""
-    gate_up_tile(
+    """Grid: (NUM_BLOCKS / BLOCKS, tiles). DEPTH: D. WIDTH: F."""
+    gate_up_arranged(
         hidden,
         gate_up_proj,
         row_order,
@@ -81,14 +84,16 @@ def gate_up_fp8_kernel(
         activated,
         weight_scale,
         row_scale,
+        1.0,
         NUM_EXPERTS,
-        HIDDEN,
+        NUM_BLOCKS,
+        DEPTH,
         WIDTH,
         TOP_K,
         TILE_ROWS,
-        TILE_WIDTH,
-        TILE_DEPTH,
-        WEIGHTS_FIRST,
+        BLOCKS,
+        BLOCK,
+        STRIDE,
     )
 
 
@@ -104,15 +109,16 @@ def down_fp8_kernel(
     num_routed,
     weighted,
     NUM_EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILE_WIDTH: tl.constexpr,
-    TILE_DEPTH: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    """As `down_kernel`."""
-    down_tile(
+    """Grid: (NUM_BLOCKS / BLOCKS, tiles). DEPTH: F. WIDTH: D."""
+    down_arranged(
         activated,
         down_proj,
         top_k_weights,
@@ -123,10 +129,11 @@ def down_fp8_kernel(
         weight_scale,
         row_scale,
         NUM_EXPERTS,
-        HIDDEN,
+        NUM_BLOCKS,
+        DEPTH,
         WIDTH,
         TILE_ROWS,
-        TILE_WIDTH,
-        TILE_DEPTH,
-        WEIGHTS_FIRST,
+        BLOCKS,
+        BLOCK,
+        STRIDE,
     )

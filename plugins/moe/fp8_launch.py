@@ -10,30 +10,23 @@ import triton
 from torch import Tensor
 
 from plugins.moe import fp8_kernel, launch
+from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
+from plugins.moe.arranging import arranged_shape
 from plugins.moe.launch import FLOAT32, Tile
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
-FEW_ROWS = Tile(rows=32, width=128, depth=128, num_warps=4, num_stages=3)
-FEW_ROWS_DOWN = Tile(rows=32, width=128, depth=64, num_warps=4, num_stages=4)
-"""NVIDIA H200, Triton 3.6, float16 rows, the operator at 256 rows: 244 µs; 16 rows: 259; weights_first: 288."""
+FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 64, 4, 3), arranged_tile(32, 64, 4, 4)
+"""NVIDIA H100, Triton 3.6, gate_up + down at 256 rows in float16 / e4m3: 178 + 99 / 177 + 96 µs; 128 wide: 184 + 98 / 177 + 97;
+8 warps: 176 and 98 / 176 and 98. A plain read of as many bytes by one kernel: 164 + 82."""
 
-SOME_ROWS = Tile(rows=64, width=128, depth=128, num_warps=4, num_stages=3, weights_first=True)
-SOME_ROWS_DOWN = Tile(rows=64, width=128, depth=64, num_warps=4, num_stages=4, weights_first=True)
-"""The same at 1024 rows: 536 µs; 64 x 256 x 64, 8 warps, not weights_first: 532."""
+SOME_ROWS, SOME_FP8_ROWS = arranged_tile(64, 128, 4, 4), arranged_tile(64, 64, 4, 4)
+"""The same at 1024 rows: 220 + 134 / 210 + 136 µs; the other way round: 224 + 138 / 222 and 8 warps 215 + 139."""
 
-MANY_ROWS = Tile(rows=128, width=128, depth=64, num_warps=4, num_stages=4, weights_first=True)
-"""The same at 8192 rows: 2278 µs; 8 warps: 2638; not weights_first: 2479; 256 wide: 2662; 128 deep: 3830."""
+MANY_ROWS, MANY_FP8_ROWS = arranged_tile(128, 128, 4, 4), arranged_tile(128, 64, 4, 4)
+"""The same at 2048 rows: 316 + 212 / 275 + 192 µs, at 8192: 979 + 687 / 811 + 607. Rows in e4m3 have two totals, which
+128 wide would not fit the registers."""
 
-FEW_FP8_ROWS = Tile(rows=32, width=128, depth=128, num_warps=4, num_stages=3, weights_first=True)
-"""FP8 rows at 256 rows, also in the second product: 222 µs; that 64 deep: 229; 4 stages: 232; 256 wide: 239; 16 rows: 242."""
-
-FEW_FP8_ROWS_DOWN = Tile(rows=32, width=64, depth=128, num_warps=4, num_stages=4, weights_first=True)
-"""The second product of 256 FP8 rows alone: 74.5 µs; 3 stages: 74.9; 128 wide, 3 stages: 76.3."""
-
-MANY_FP8_ROWS = Tile(rows=128, width=128, depth=128, num_warps=4, num_stages=3, weights_first=True)
-"""FP8 rows at 8192 rows: 1380 µs; 64 deep: 1545; 8 warps: 1798; 256 wide: 1591."""
-
-_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, SOME_ROWS: SOME_ROWS_DOWN, FEW_FP8_ROWS: FEW_FP8_ROWS_DOWN}
+_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN}
 
 
 def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype, fp8_rows: bool) -> Tile:
@@ -44,8 +37,8 @@ def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype,
     if rows_of_an_expert >= 128:
         return MANY_FP8_ROWS if fp8_rows else MANY_ROWS
     if rows_of_an_expert >= 32:
-        return SOME_ROWS
-    return FEW_FP8_ROWS if fp8_rows else FEW_ROWS
+        return SOME_FP8_ROWS if fp8_rows else SOME_ROWS
+    return FEW_ROWS
 
 
 def choose_down_tile(tile: Tile) -> Tile:
@@ -80,16 +73,14 @@ def gate_up(
     dtype: torch.dtype,
 ) -> Launch:
     """Outputs activated [N * k, F] in `dtype`, the model's."""
-    num_rows, hidden_size = scaled_rows.shape
-    width, tile_width = gate_up_proj.shape[1] // 2, tile.width // 2
+    (num_rows, hidden_size), width = scaled_rows.shape, weight_scale.shape[1] // 2
     return Launch(
         kernel=fp8_kernel.gate_up_fp8_kernel,
-        grid=(launch.ceil_div(width, tile_width), tile_expert.shape[0]),
+        grid=product_grid(gate_up_proj, tile_expert, tile),
         inputs=(scaled_rows, row_scale, gate_up_proj, weight_scale, row_order, tile_expert),
         scalars=(num_rows * top_k,),
         outputs=(scaled_rows.new_empty(num_rows * top_k, width, dtype=dtype),),
-        constants={"NUM_EXPERTS": gate_up_proj.shape[0], "HIDDEN": hidden_size, "WIDTH": width, "TOP_K": top_k}
-        | launch.tile_constants(tile, tile_width),
+        constants=product_constants(gate_up_proj, hidden_size, width, tile, TOP_K=top_k),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -107,16 +98,14 @@ def down(
     dtype: torch.dtype,
 ) -> Launch:
     """Outputs weighted [N * k, D] in `dtype`, the model's."""
-    num_routed, width = scaled_rows.shape
-    hidden_size = down_proj.shape[1]
+    (num_routed, width), hidden_size = scaled_rows.shape, weight_scale.shape[1]
     return Launch(
         kernel=fp8_kernel.down_fp8_kernel,
-        grid=(launch.ceil_div(hidden_size, tile.width), tile_expert.shape[0]),
+        grid=product_grid(down_proj, tile_expert, tile),
         inputs=(scaled_rows, row_scale, down_proj, weight_scale, top_k_weights, row_order, tile_expert),
         scalars=(num_routed,),
         outputs=(scaled_rows.new_empty(num_routed, hidden_size, dtype=dtype),),
-        constants={"NUM_EXPERTS": down_proj.shape[0], "HIDDEN": hidden_size, "WIDTH": width}
-        | launch.tile_constants(tile, tile.width),
+        constants=product_constants(down_proj, width, hidden_size, tile),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -146,7 +135,7 @@ def experts_fp8(
     """The operator as the package describes it, on the current stream; waits for nothing.
 
     Raises:
-        ValueError: the weights are not e4m3, or weights or scales not contiguous.
+        ValueError: the weights are not e4m3 or not arranged (`plugins.moe.arranging`), or weights or scales not contiguous.
     """
     dtype, rows_in = hidden.dtype, row_dtype(hidden.dtype, fp8_rows)
     num_experts, top_k = gate_up_proj.shape[0], top_k_index.shape[1]
@@ -175,9 +164,16 @@ def weighted_rows(
 ) -> Tensor:
     """The operator from its rows as `scale_rows` makes them, without its sum over a row's experts: weighted [N * k, D] in
     `dtype`, the model's. Raises as `experts_fp8`."""
-    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if weight.dtype != torch.float8_e4m3fn:
-            raise ValueError(f"experts_fp8: {name} is {weight.dtype}, expected torch.float8_e4m3fn; quantize the checkpoint")
+    (_, hidden_size), width = scaled[0].shape, gate_up_proj_scale.shape[1] // 2
+    expected = {"gate_up_proj": (2 * width, hidden_size, 2), "down_proj": (hidden_size, width, 1)}
+    for name, weight in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
+        rows, columns, halves = expected[name]
+        shape = arranged_shape((gate_up_proj_scale.shape[0], rows, columns), halves)
+        if weight.dtype != torch.float8_e4m3fn or tuple(weight.shape) != shape:
+            raise ValueError(
+                f"experts_fp8: {name} is {list(weight.shape)} {weight.dtype}, expected {list(shape)} torch.float8_e4m3fn; "
+                "quantize the checkpoint, and arrange it when it is loaded"
+            )
     given = {"gate_up_proj": gate_up_proj, "gate_up_proj_scale": gate_up_proj_scale}
     for name, weight in (given | {"down_proj": down_proj, "down_proj_scale": down_proj_scale}).items():
         if not weight.is_contiguous():

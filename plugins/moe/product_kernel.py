@@ -1,6 +1,7 @@
-"""The grouped products of the mixture of experts, as the kernels of every kind of weight share them.
+"""The grouped products of the mixture of experts on weights of the rows' dtype, as a checkpoint has them.
 
-`plugins.moe.kernel` has the shape legend and launches them on weights of the rows' dtype, `plugins.moe.fp8_kernel` on FP8 ones.
+`plugins.moe.kernel` has the shape legend and launches them, `plugins.feed_forward.mlp_kernel` for an MLP; the products of
+weights in an order and a format of their own are in `plugins.moe.arranged_kernel`.
 """
 
 # ruff: noqa: N803 - constants are in capitals
@@ -17,8 +18,6 @@ def gate_up_tile(
     tile_expert,
     num_routed,
     activated,
-    weight_scale,
-    row_scale,
     NUM_EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -28,8 +27,7 @@ def gate_up_tile(
     TILE_DEPTH: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
 ):
-    """One program of `gate_up_kernel`; weight_scale [E, 2 F] and row_scale [N] are None, or what the products are times.
-    Without row_order and tile_expert there is one expert, to which all rows go.
+    """One program of `gate_up_kernel`. Without row_order and tile_expert there is one expert, to which all rows go.
 
     Columns are the grid's fast axis: the programs that run together read one stretch of weights, and share the rows of a tile.
     WEIGHTS_FIRST: the product is computed transposed, where a tile has fewer rows than the tensor cores' tallest instruction.
@@ -64,11 +62,6 @@ def gate_up_tile(
             up_weight = tl.load(up_at + start, mask=inside[None, :], other=0.0)
         gate = add_product(gate, gate_weight, x, WEIGHTS_FIRST)
         up = add_product(up, up_weight, x, WEIGHTS_FIRST)
-    if weight_scale is not None:
-        scale_at = weight_scale + expert.to(tl.int64) * (2 * WIDTH) + read_columns
-        of_rows = tl.load(row_scale + routed // TOP_K, mask=taken, other=0.0)
-        gate = scaled(gate, tl.load(scale_at), of_rows, WEIGHTS_FIRST)
-        up = scaled(up, tl.load(scale_at + WIDTH), of_rows, WEIGHTS_FIRST)
     result = gelu_tanh(gate) * up
     if WEIGHTS_FIRST:
         result = result.T
@@ -86,8 +79,6 @@ def down_tile(
     tile_expert,
     num_routed,
     weighted,
-    weight_scale,
-    row_scale,
     NUM_EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -96,8 +87,8 @@ def down_tile(
     TILE_DEPTH: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
 ):
-    """One program of `down_kernel`; weight_scale [E, D], row_scale and top_k_weights [N * k] are None, or what the product is
-    times. Without row_order and tile_expert there is one expert, to which all rows go."""
+    """One program of `down_kernel`; top_k_weights [N * k] is None, or what the product is times. Without row_order and
+    tile_expert there is one expert, to which all rows go."""
     tile = tl.program_id(1)
     slots = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     if row_order is None:
@@ -124,9 +115,6 @@ def down_tile(
             x = tl.load(rows_at + start, mask=taken[:, None] & inside[None, :], other=0.0)
             weight = tl.load(down_at + start, mask=inside[None, :], other=0.0)
         result = add_product(result, weight, x, WEIGHTS_FIRST)
-    if weight_scale is not None:
-        of_columns = tl.load(weight_scale + expert.to(tl.int64) * HIDDEN + read_columns)
-        result = scaled(result, of_columns, tl.load(row_scale + routed, mask=taken, other=0.0), WEIGHTS_FIRST)
     if WEIGHTS_FIRST:
         result = result.T
     if top_k_weights is not None:
@@ -144,26 +132,9 @@ def gelu_tanh(x):
 
 @triton.jit
 def add_product(total, weight, x, WEIGHTS_FIRST: tl.constexpr):
-    """total + x weight^T, or its transpose: x [TILE_ROWS, TILE_DEPTH], weight [TILE_WIDTH, TILE_DEPTH].
-
-    A weight of another dtype than x is converted to it in registers. Tensor cores add products of two FP8 factors with fewer
-    bits than float32 has, so that there each depth's sum is added to the total by itself.
-    """
-    if weight.dtype != x.dtype:
-        weight = weight.to(x.dtype)
-    imprecise: tl.constexpr = x.shape[1] if x.dtype == tl.float8e4nv else 0
+    """total + x weight^T, or its transpose: x [TILE_ROWS, TILE_DEPTH], weight [TILE_WIDTH, TILE_DEPTH]."""
     if WEIGHTS_FIRST:
-        total = tl.dot(weight, x.T, total, input_precision="ieee", max_num_imprecise_acc=imprecise)
+        total = tl.dot(weight, x.T, total, input_precision="ieee")
     else:
-        total = tl.dot(x, weight.T, total, input_precision="ieee", max_num_imprecise_acc=imprecise)
+        total = tl.dot(x, weight.T, total, input_precision="ieee")
     return total
-
-
-@triton.jit
-def scaled(product, of_columns, of_rows, WEIGHTS_FIRST: tl.constexpr):
-    """The product of quantised factors times the scales of both."""
-    if WEIGHTS_FIRST:
-        product = product * of_columns[:, None] * of_rows[None, :]
-    else:
-        product = product * of_columns[None, :] * of_rows[:, None]
-    return product

@@ -1,0 +1,136 @@
+"""How the kernels of packed experts are launched; `experts_packed` is the whole operator.
+
+See the package's docstring for its arguments, `plugins.moe.packed_kernel` for the kernels, and `plugins.moe.launch` for the
+stages that it shares with other weights.
+"""
+
+import torch
+from torch import Tensor
+
+from plugins.moe import launch, packed_kernel
+from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
+from plugins.moe.arranging import BLOCK
+from plugins.moe.launch import Tile
+from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
+from plugins.triton_launch import Launch, Wrap, unwrapped
+
+FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
+"""NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 261 + 141 µs; gate_up 64 wide, 2 stages: 259; down 128 wide: 143. A
+plain read of as many bytes by one kernel: 246 + 123. Not packed: 353 + 188."""
+
+SOME_ROWS = arranged_tile(64, 128, 4, 4)
+"""The same at 1024 rows: 297 + 165 µs, not packed 388 + 207; 64 wide: 301 + 177; 128 rows, 8 warps: 292 for gate_up. At 512
+rows 268 + 147, not packed 364 + 195."""
+
+MANY_ROWS = arranged_tile(128, 128, 4, 4)
+"""The same at 2048 rows: 373 + 235 µs, not packed 443 + 258; at 8192: 1169 + 758, not packed 1082 + 644. 3 stages: 385 + 246
+and 1128 + 711; 8 warps: 394 and 1195 for gate_up."""
+
+_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN}
+
+
+def choose_tile(num_rows: int, top_k: int, num_experts: int) -> Tile:
+    """The tile for `num_rows` rows; a number that is symbolic, because a program is being traced, gets the few rows' tile."""
+    if not isinstance(num_rows, int):
+        return FEW_ROWS
+    rows_of_an_expert = num_rows * top_k // num_experts
+    return MANY_ROWS if rows_of_an_expert >= 128 else SOME_ROWS if rows_of_an_expert >= 32 else FEW_ROWS
+
+
+def choose_down_tile(tile: Tile) -> Tile:
+    """The tile of the second product, next to that of the first; they have the same rows."""
+    return _DOWN_TILES.get(tile, tile)
+
+
+def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert: Tensor, top_k: int, tile: Tile) -> Launch:
+    """Outputs activated [N * k, F], F filled up to a multiple of 32."""
+    num_rows, hidden_size = hidden.shape
+    width = gate_up_proj.shape[1] * (BLOCK // 2)
+    return Launch(
+        kernel=packed_kernel.gate_up_packed_kernel,
+        grid=product_grid(gate_up_proj, tile_expert, tile),
+        inputs=(hidden, gate_up_proj, row_order, tile_expert),
+        scalars=(num_rows * top_k,),
+        outputs=(hidden.new_empty(num_rows * top_k, width),),
+        constants=product_constants(gate_up_proj, hidden_size, width, tile, TOP_K=top_k),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def down(
+    activated: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    row_order: Tensor,
+    tile_expert: Tensor,
+    hidden_size: int,
+    tile: Tile,
+) -> Launch:
+    """Outputs weighted [N * k, D]."""
+    num_routed, width = activated.shape
+    return Launch(
+        kernel=packed_kernel.down_packed_kernel,
+        grid=product_grid(down_proj, tile_expert, tile),
+        inputs=(activated, down_proj, top_k_weights, row_order, tile_expert),
+        scalars=(num_routed,),
+        outputs=(activated.new_empty(num_routed, hidden_size),),
+        constants=product_constants(down_proj, width, hidden_size, tile),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def experts_packed(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    tile: Tile | None = None,
+    down_tile: Tile | None = None,
+    wrap: Wrap = unwrapped,
+) -> Tensor:
+    """The operator as the package describes it, on the current stream; waits for nothing. Raises as `weighted_rows`."""
+    weights, tiles = (gate_up_proj, down_proj), {"tile": tile, "down_tile": down_tile}
+    weighted = weighted_rows(hidden * ROW_FACTOR, top_k_index, top_k_weights, *weights, **tiles, wrap=wrap)
+    (output,) = launch.combine(weighted, top_k_index.shape[1]).run(wrap)
+    return output
+
+
+def weighted_rows(
+    scaled: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    tile: Tile | None = None,
+    down_tile: Tile | None = None,
+    wrap: Wrap = unwrapped,
+) -> Tensor:
+    """The operator from its rows times `ROW_FACTOR`, without its sum over a row's experts: weighted [N * k, D].
+
+    Raises:
+        ValueError: rows that are not bfloat16, weights that are not packed or not contiguous.
+    """
+    if scaled.dtype != torch.bfloat16:
+        raise ValueError(f"experts_packed: got rows in {scaled.dtype}, expected torch.bfloat16, as packed weights are")
+    width = gate_up_proj.shape[1] * (BLOCK // 2)
+    expected = {"gate_up_proj": (2 * width, scaled.shape[1]), "down_proj": (scaled.shape[1], width)}
+    for name, weight in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
+        shape = packed_shape((gate_up_proj.shape[0], *expected[name]), halves=2 if name == "gate_up_proj" else 1)
+        if not is_packed(weight) or tuple(weight.shape) != shape or not weight.is_contiguous():
+            raise ValueError(
+                f"experts_packed: {name} is {list(weight.shape)} {weight.dtype} with strides {tuple(weight.stride())}, "
+                f"expected {list(shape)} torch.{PACKED_DTYPE}, contiguous; pack it when it is loaded"
+            )
+    (num_rows, hidden_size), top_k, num_experts = scaled.shape, top_k_index.shape[1], gate_up_proj.shape[0]
+    top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
+    tile = tile or choose_tile(num_rows, top_k, num_experts)
+    row_order, tile_expert = launch.align(top_k_index, num_experts, tile.rows).run(wrap)
+    (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k, tile).run(wrap)
+    down_tile = down_tile or choose_down_tile(tile)
+    (weighted,) = down(activated, down_proj, top_k_weights, row_order, tile_expert, hidden_size, down_tile).run(wrap)
+    return weighted

@@ -1,0 +1,59 @@
+"""The kernels of packed experts compile for Hopper at the real model's shapes, on a machine without a GPU.
+
+Run with `-s` to see registers, shared memory and instructions of each.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+
+from hopper import (
+    HOPPER,
+    check_compiles,
+    check_factors_stay_until_they_are_read,
+    check_weights_stay_in_their_threads,
+)
+
+from plugins.moe import launch, packed_launch
+from plugins.moe.packing import packed_shape
+from plugins.triton_launch import Launch
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
+
+
+def launches(rows: int) -> dict[str, Launch]:
+    """The products on meta tensors, the outputs of the first the inputs of the second."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tile = packed_launch.choose_tile(rows, TOP_K, EXPERTS)
+    routing = launch.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows).outputs
+    gate_up_proj = tensor(*packed_shape((EXPERTS, 2 * WIDTH, HIDDEN), 2), dtype=torch.int32)
+    down_proj = tensor(*packed_shape((EXPERTS, HIDDEN, WIDTH), 1), dtype=torch.int32)
+    gate_up = packed_launch.gate_up(tensor(rows, HIDDEN), gate_up_proj, *routing, TOP_K, tile)
+    top_k_weights = tensor(rows, TOP_K, dtype=torch.float32)
+    down_tile = packed_launch.choose_down_tile(tile)
+    down = packed_launch.down(*gate_up.outputs, down_proj, top_k_weights, *routing, HIDDEN, down_tile)
+    assert gate_up.outputs[0].shape == (rows * TOP_K, WIDTH)
+    assert down.outputs[0].shape == (rows * TOP_K, HIDDEN)
+    return {"gate_up": gate_up, "down": down}
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+@pytest.mark.parametrize("rows", [256, 1024, 16384])
+def test_compiles(rows, name, tmp_path):
+    described = launches(rows)[name]
+    instructions = check_compiles(described, tmp_path, f"{rows} rows")
+    assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
+    ptx = described.compile(HOPPER).asm["ptx"]
+    assert ptx.count("f32.bf16.bf16") == instructions["wgmma.mma_async"] > 0
+    check_weights_stay_in_their_threads(ptx)
+    check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
+
+
+def test_grids_at_the_real_sizes():
+    few, many = launches(256), launches(16384)
+    assert (few["gate_up"].grid, few["down"].grid) == ((11, 188), (44, 188))
+    assert (many["gate_up"].grid, many["down"].grid) == ((11, 1151), (22, 1151))
