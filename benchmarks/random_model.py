@@ -29,9 +29,9 @@ def read_text_model(checkpoint: Path) -> ModelConfig:
 
 def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
     """Scaled so that activations stay of order one: norms 1, embeddings and products by their fan-in, routers wide awake."""
-    weights = {}
-    bound = bound_weights(text_weights(config), config, build)
-    for name, shape in binding_shapes(text_weights(config)).items():
+    weights, shapes = {}, text_weights(config)
+    bound = bound_weights(shapes, config, build)
+    for name, shape in binding_shapes(shapes).items():
         if name in weights:  # a scale, made with its weight
             continue
         tensor = torch.empty(shape, dtype=getattr(torch, build.dtype), device=build.device)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from contract.manifest import Arrangement, BuildConfig
 from contract.model_config import ModelConfig
+from plugins.moe.arranging import HALVES
 from plugins.moe.formats import Format, dtype_in_format, shape_in_format
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -182,7 +183,7 @@ def bound_weights(shapes: Shapes, config: ModelConfig, build: BuildConfig) -> di
     bound, wanted = {}, experts_format(config, build)
     for name, shape in binding_shapes(shapes).items():
         if wanted and is_of_experts(name):
-            arrangement = Arrangement(format=wanted, halves=2 if name.endswith(_GATE_UP) else 1)
+            arrangement = Arrangement(format=wanted, halves=HALVES[name.rpartition(".")[2]])
             arranged = shape_in_format(shape, wanted, arrangement.halves)
             bound[name] = Bound(arranged, dtype_in_format(wanted), arrangement)
         else:

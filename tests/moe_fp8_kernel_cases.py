@@ -6,12 +6,12 @@ tensors with NaN, or the largest integer) and the scales of experts that no row 
 
 import pytest
 import torch
+from expert_formats import arranged
 from tolerances import assert_close
 from triton_interpreter import let_casts_know_e4m3, let_dot_read_bfloat16
 
 from plugins.moe import fp8_launch, launch
 from plugins.moe.arranged_launch import arranged_tile
-from plugins.moe.arranging import arrange
 from plugins.moe.fp8 import from_fp8, to_fp8
 from plugins.moe.fp8_reference import experts_fp8_reference
 from plugins.moe.kernel_reference import down_reference, gate_up_reference
@@ -40,11 +40,9 @@ def operands(rows: int, hidden_size: int, width: int, dtype: torch.dtype) -> lis
     return [torch.randn(rows, hidden_size).to(dtype), index, torch.rand(rows, TOP_K), gate_up, gate_up_scale, down, down_scale]
 
 
-def arranged(inputs: list[torch.Tensor], fp8_rows: bool) -> list[torch.Tensor]:
+def ready(inputs: list[torch.Tensor], fp8_rows: bool) -> list[torch.Tensor]:
     """The operands with weights as the kernels take them."""
-    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = inputs
-    gate_up, down = arrange(gate_up, 2, narrow=fp8_rows), arrange(down, 1, narrow=fp8_rows)
-    return [hidden, index, weights, gate_up, gate_up_scale, down, down_scale]
+    return [*inputs[:3], *arranged(inputs[3:], "narrow" if fp8_rows else "wide")]
 
 
 @pytest.mark.parametrize("fp8_rows", [False, True], ids=["rows as they are", "FP8 rows"])
@@ -54,7 +52,7 @@ def test_grouped_products(tile, hidden_size, width, dtype, fp8_rows):
     """Each on the same numbers as its reference: what rounding to FP8 in between makes of a difference is not measured here."""
     inputs = operands(17, hidden_size, width, dtype)
     hidden, index, weights, gate_up, gate_up_scale, down, down_scale = inputs
-    *_, ordered_gate_up, _, ordered_down, _ = arranged(inputs, fp8_rows)
+    *_, ordered_gate_up, _, ordered_down, _ = ready(inputs, fp8_rows)
     rows_in, tile = fp8_launch.row_dtype(dtype, fp8_rows), TILES[tile]
     routing = launch.align(index, EXPERTS, tile.rows).run()
 
@@ -76,7 +74,7 @@ def test_grouped_products(tile, hidden_size, width, dtype, fp8_rows):
 @pytest.mark.parametrize("rows", [1, 17])
 def test_the_kernels_together_are_the_operator(rows, dtype, fp8_rows):
     inputs = operands(rows, 40, 20, dtype)
-    actual = fp8_launch.experts_fp8(*arranged(inputs, fp8_rows), fp8_rows)
+    actual = fp8_launch.experts_fp8(*ready(inputs, fp8_rows), fp8_rows)
     assert actual.dtype == dtype
     assert_close(actual, experts_fp8_reference(*inputs, fp8_rows), dtype)
 
@@ -113,13 +111,13 @@ def test_no_rows():
     inputs = operands(1, 24, 12, torch.float32)
     hidden, index, weights = (each[:0] for each in inputs[:3])
     for fp8_rows in (False, True):
-        ready = arranged([hidden, index, weights, *inputs[3:]], fp8_rows)
-        assert fp8_launch.experts_fp8(*ready, fp8_rows).shape == (0, 24)
+        none = ready([hidden, index, weights, *inputs[3:]], fp8_rows)
+        assert fp8_launch.experts_fp8(*none, fp8_rows).shape == (0, 24)
 
 
 def test_weights_that_are_not_ready_are_refused():
     plain = operands(3, 24, 12, torch.float32)
-    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = arranged(plain, False)
+    hidden, index, weights, gate_up, gate_up_scale, down, down_scale = ready(plain, False)
     with pytest.raises(ValueError, match=r"gate_up_proj is \[6, 24, 24\] .*, expected \[6, 1, 4096\] .*arrange it when"):
         fp8_launch.experts_fp8(*plain, False)
     with pytest.raises(ValueError, match=r"down_proj is \[6, 1, 4096\] torch\.bfloat16, expected .*e4m3fn; quantize"):

@@ -25,9 +25,10 @@ from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.quantize import quantize_checkpoint
 from builder.targets import choose_expert_weights
-from builder.weights import all_weights, bound_weights, experts_format
+from builder.weights import all_weights, bound_weights, experts_format, is_of_experts
 from contract.manifest import Arrangement, BuildConfig, Manifest
 from contract.model_config import ModelConfig
+from plugins.moe.arranging import HALVES
 from plugins.moe.packing import pack, packed_shape, unpack
 
 SHAPE_26B = TINY.parent / "diffusiongemma-26B-A4B"
@@ -45,8 +46,8 @@ def with_rounded_experts(checkpoint, directory):
     shutil.copytree(checkpoint, directory)
     tensors = load_file(directory / "model.safetensors")
     for name, tensor in tensors.items():
-        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            halves = 2 if name.endswith("gate_up_proj") else 1
+        if is_of_experts(name):
+            halves = HALVES[name.rpartition(".")[2]]
             tensors[name] = unpack(pack(tensor.bfloat16(), halves), *tensor.shape[1:], halves).to(tensor.dtype)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory

@@ -13,12 +13,12 @@ from backend import weights as binding
 from backend.load_progress import bar, lines, show_progress
 from backend.weight_lanes import CudaCopies, HostLane, StagedLane
 from backend.weight_loading import Wanted, cut, load
-from backend.weights import bind_weights
+from backend.weights import bind_weights, transform_of
 from builder.config import read_model_config
 from builder.description import describe
 from builder.weights import bindings, text_weights
 from contract.checkpoint import Checkpoint, CheckpointError
-from contract.manifest import BuildConfig
+from contract.manifest import BuildConfig, Weight
 
 PIECE = 512
 SHAPES = {
@@ -51,7 +51,7 @@ def checkpoint(stored, tmp_path) -> Checkpoint:
 
 def wanted(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Wanted]:
     """Every tensor, its target full of NaN."""
-    transform = None if dtype == torch.bfloat16 else lambda stored, dtype: stored.to(dtype)
+    transform = None if dtype == torch.bfloat16 else transform_of(Weight(tensors=(), shape=(), dtype="", transform="cast"))
     return {
         name: Wanted(
             extent=checkpoint.extent(name),

@@ -17,4 +17,5 @@ the experts, the k largest, renormalised, times the experts' scale. Outputs top_
 weights are bfloat16 numbers in 12 bits, as int32 tensors (see `packing`); gate_up_proj is packed with its halves in turns.
 With FP8 weights, `experts_fp8`, the weights are float8_e4m3fn and each is followed by its scales, float32, one for an output
 channel: gate_up_proj_scale [E, 2 F] and down_proj_scale [E, D]. `fp8_rows` says what the products read of the rows: FP8 too,
-with a scale for each row, or the rows as they are."""
+with a scale for each row, or the rows as they are.
+"""

@@ -10,11 +10,10 @@ are the first factor, which a program loads into registers as it lies in memory,
 import triton
 import triton.language as tl
 
+from plugins.moe.packing import SIGNS, WHOLE
 from plugins.moe.product_kernel import gelu_tanh
 
-# Of two packed numbers in a word, as int32 has them: the bits of a number that is whole there; the signs.
-_WHOLE = tl.constexpr(0x87FF87FF - (1 << 32))
-_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
+_SIGNS, _WHOLE = tl.constexpr(SIGNS), tl.constexpr(WHOLE)
 
 
 @triton.jit

@@ -24,6 +24,9 @@ from torch import Tensor
 
 BLOCK = 64
 
+HALVES = {"gate_up_proj": 2, "down_proj": 1}
+"""Of each projection of a layer's experts."""
+
 # What a number's row and column are made of: sizes, as they follow in [64, 64] …
 _ROW = (4, 2, 8)  # warp, upper, lane_row
 _WIDE = (2, 2, 2, 4, 2)  # far, next, right, lane_column, odd

@@ -3,7 +3,8 @@
 import torch
 from torch.nn.functional import gelu, pad
 
-from plugins.moe.packing import BLOCK, is_packed, unpack
+from plugins.moe.arranging import BLOCK
+from plugins.moe.packing import is_packed, unpack
 
 # Rows that a matrix product takes at a time. With other small counts (1, 2, 3, with two threads 5 to 7, 9 and 10) MKL rounds
 # differently, and a row's result would depend on how many other rows share its expert, and so on the rest of the batch.

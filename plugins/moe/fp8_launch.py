@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plugins.moe import fp8_kernel, launch
 from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
-from plugins.moe.arranging import arranged_shape
+from plugins.moe.arranging import HALVES, arranged_shape
 from plugins.moe.launch import FLOAT32, Tile
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
@@ -26,24 +26,18 @@ MANY_ROWS, MANY_FP8_ROWS = arranged_tile(128, 128, 4, 4), arranged_tile(128, 64,
 """The same at 2048 rows: 316 + 212 / 275 + 192 µs, at 8192: 979 + 687 / 811 + 607. Rows in e4m3 have two totals, which
 128 wide would not fit the registers."""
 
-_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN}
-
 
 def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype, fp8_rows: bool) -> Tile:
     """The tile for `num_rows` rows, a number that is known; `dtype` is the model's."""
     if dtype == torch.float32:
         return FLOAT32
-    rows_of_an_expert = num_rows * top_k // num_experts
-    if rows_of_an_expert >= 128:
-        return MANY_FP8_ROWS if fp8_rows else MANY_ROWS
-    if rows_of_an_expert >= 32:
-        return SOME_FP8_ROWS if fp8_rows else SOME_ROWS
-    return FEW_ROWS
+    some, many = (SOME_FP8_ROWS, MANY_FP8_ROWS) if fp8_rows else (SOME_ROWS, MANY_ROWS)
+    return launch.by_rows_of_an_expert(num_rows * top_k // num_experts, FEW_ROWS, some, many)
 
 
 def choose_down_tile(tile: Tile) -> Tile:
     """The tile of the second product, next to that of the first; they have the same rows."""
-    return _DOWN_TILES.get(tile, tile)
+    return FEW_ROWS_DOWN if tile == FEW_ROWS else tile
 
 
 def scale_rows(rows: Tensor, dtype: torch.dtype) -> Launch:
@@ -165,10 +159,9 @@ def weighted_rows(
     """The operator from its rows as `scale_rows` makes them, without its sum over a row's experts: weighted [N * k, D] in
     `dtype`, the model's. Raises as `experts_fp8`."""
     (_, hidden_size), width = scaled[0].shape, gate_up_proj_scale.shape[1] // 2
-    expected = {"gate_up_proj": (2 * width, hidden_size, 2), "down_proj": (hidden_size, width, 1)}
+    expected = {"gate_up_proj": (2 * width, hidden_size), "down_proj": (hidden_size, width)}
     for name, weight in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
-        rows, columns, halves = expected[name]
-        shape = arranged_shape((gate_up_proj_scale.shape[0], rows, columns), halves)
+        shape = arranged_shape((gate_up_proj_scale.shape[0], *expected[name]), HALVES[name])
         if weight.dtype != torch.float8_e4m3fn or tuple(weight.shape) != shape:
             raise ValueError(
                 f"experts_fp8: {name} is {list(weight.shape)} {weight.dtype}, expected {list(shape)} torch.float8_e4m3fn; "

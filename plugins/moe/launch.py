@@ -59,8 +59,12 @@ def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype)
         return FLOAT32
     if not isinstance(num_rows, int):
         return FEW_ROWS
-    rows_of_an_expert = num_rows * top_k // num_experts
-    return MANY_ROWS if rows_of_an_expert >= 128 else SOME_ROWS if rows_of_an_expert >= 32 else FEW_ROWS
+    return by_rows_of_an_expert(num_rows * top_k // num_experts, FEW_ROWS, SOME_ROWS, MANY_ROWS)
+
+
+def by_rows_of_an_expert(rows: int, few: Tile, some: Tile, many: Tile) -> Tile:
+    """Of three tiles the one that is filled by the rows that an expert gets, evenly spread."""
+    return many if rows >= 128 else some if rows >= 32 else few
 
 
 def choose_down_tile(tile: Tile) -> Tile:

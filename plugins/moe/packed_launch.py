@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plugins.moe import launch, packed_kernel
 from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
-from plugins.moe.arranging import BLOCK
+from plugins.moe.arranging import BLOCK, HALVES
 from plugins.moe.launch import Tile
 from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
 from plugins.triton_launch import Launch, Wrap, unwrapped
@@ -26,20 +26,15 @@ MANY_ROWS = arranged_tile(128, 128, 4, 4)
 """The same at 2048 rows: 373 + 235 µs, not packed 443 + 258; at 8192: 1169 + 758, not packed 1082 + 644. 3 stages: 385 + 246
 and 1128 + 711; 8 warps: 394 and 1195 for gate_up."""
 
-_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN}
-
 
 def choose_tile(num_rows: int, top_k: int, num_experts: int) -> Tile:
-    """The tile for `num_rows` rows; a number that is symbolic, because a program is being traced, gets the few rows' tile."""
-    if not isinstance(num_rows, int):
-        return FEW_ROWS
-    rows_of_an_expert = num_rows * top_k // num_experts
-    return MANY_ROWS if rows_of_an_expert >= 128 else SOME_ROWS if rows_of_an_expert >= 32 else FEW_ROWS
+    """The tile for `num_rows` rows, a number that is known."""
+    return launch.by_rows_of_an_expert(num_rows * top_k // num_experts, FEW_ROWS, SOME_ROWS, MANY_ROWS)
 
 
 def choose_down_tile(tile: Tile) -> Tile:
     """The tile of the second product, next to that of the first; they have the same rows."""
-    return _DOWN_TILES.get(tile, tile)
+    return FEW_ROWS_DOWN if tile == FEW_ROWS else tile
 
 
 def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert: Tensor, top_k: int, tile: Tile) -> Launch:
@@ -120,7 +115,7 @@ def weighted_rows(
     width = gate_up_proj.shape[1] * (BLOCK // 2)
     expected = {"gate_up_proj": (2 * width, scaled.shape[1]), "down_proj": (scaled.shape[1], width)}
     for name, weight in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
-        shape = packed_shape((gate_up_proj.shape[0], *expected[name]), halves=2 if name == "gate_up_proj" else 1)
+        shape = packed_shape((gate_up_proj.shape[0], *expected[name]), HALVES[name])
         if not is_packed(weight) or tuple(weight.shape) != shape or not weight.is_contiguous():
             raise ValueError(
                 f"experts_packed: {name} is {list(weight.shape)} {weight.dtype} with strides {tuple(weight.stride())}, "

@@ -35,6 +35,9 @@ _ROW_POWER = 64
 ROW_FACTOR = 2.0**_ROW_POWER
 PACKED_DTYPE = "int32"
 
+SIGNS, WHOLE = (word - (1 << 32) for word in (0x80008000, 0x87FF87FF))
+"""Of two numbers in a word, as int32 has them: the signs; the bits of a number that is whole there."""
+
 _EXPONENTS = 15  # besides 0
 _MANTISSA_BITS = 7
 
@@ -94,15 +97,11 @@ def _numbers(words: Tensor) -> Tensor:
     """The inverse of `_words`."""
     *outer, depth_blocks, _, _ = words.shape
     first, second, third = words.unbind(-2)
-    fourth = first >> 4 & 0x07800780 | second >> 8 & 0x00780078 | third >> 12 & 0x00070007 | third << 4 & _SIGNS
-    pair = torch.stack([*(word & _WHOLE for word in (first, second, third)), fourth], dim=-1)
+    fourth = first >> 4 & 0x07800780 | second >> 8 & 0x00780078 | third >> 12 & 0x00070007 | third << 4 & SIGNS
+    pair = torch.stack([*(word & WHOLE for word in (first, second, third)), fourth], dim=-1)
     split = torch.stack([pair & 0xFFFF, pair >> 16 & 0xFFFF], dim=-1)
     split = split.view(*outer, depth_blocks, 4, 8, 4, 2, 2, 2, 2, 2)
     #                             -9 depth block, warp, lane_row, lane_column, upper, far, next, right, odd
     order = (-8, -5, -7, -9, -4, -3, -2, -6, -1)
     split = split.permute(*range(len(outer)), *(split.ndim + axis for axis in order))
     return split.reshape(*outer, BLOCK, depth_blocks * BLOCK)
-
-
-_SIGNS, _WHOLE = (word - (1 << 32) for word in (0x80008000, 0x87FF87FF))
-"""Of two numbers in a word, as int32 has them: the signs; the bits of a number that is whole there."""
