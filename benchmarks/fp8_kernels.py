@@ -86,7 +86,7 @@ def makers() -> Iterator[Maker]:
 
 
 def other_tiles(maker: Maker) -> Iterator[dict[str, object]]:
-    for tile in arranged_tiles(maker.args[0]):
+    for tile in arranged_tiles(*maker.args):
         yield {"tile": tile, "down_tile": tile}
 
 

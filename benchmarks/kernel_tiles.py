@@ -1,5 +1,6 @@
 """Tiles to try in a sweep, beside those that the product chooses."""
 
+import itertools
 from collections.abc import Iterator
 
 from plugins.attention.launch import Tile as AttentionTile
@@ -23,12 +24,15 @@ def plain_tiles(num_rows: int) -> Iterator[Tile]:
                 yield Tile(rows=rows, width=width, depth=64, num_warps=num_warps, num_stages=each, weights_first=weights_first)
 
 
-def arranged_tiles(num_rows: int) -> Iterator[Tile]:
-    """Of those with arranged weights, whose depth is fixed."""
+def arranged_tiles(num_rows: int, fp8_rows: bool = False) -> Iterator[Tile]:
+    """Of those with arranged weights. fp8_rows: see `plugins.moe.arranged_launch.arranged_tile`."""
+    depths = (64, 128) if fp8_rows else (64,)
     for width, num_warps, stages in ((64, 4, (2, 3, 4, 6)), (128, 4, (2, 3, 4, 6)), (128, 8, (3, 4)), (256, 8, (2, 3))):
+        if width == 256 and fp8_rows:
+            continue
         for rows in (32, 64, 128):
             if rows >= num_rows // 16 or rows == 128:
-                yield from (arranged_tile(rows, width, num_warps, each) for each in stages)
+                yield from (arranged_tile(rows, width, num_warps, *each) for each in itertools.product(stages, depths))
 
 
 def attention_tiles(head_dim: int) -> Iterator[AttentionTile]:

@@ -23,7 +23,8 @@ from triton.runtime.errors import OutOfResources
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
 from plugins.moe.launch import Tile as ExpertsTile
-from plugins.moe.launch import combine, experts
+from plugins.moe.launch import combine, experts, route
+from plugins.moe.packed_launch import choose_tile as packed_tile
 from plugins.moe.packed_launch import weighted_rows as packed_weighted_rows
 from plugins.moe.packing import ROW_FACTOR, pack
 from plugins.vocabulary.launch import vocabulary_pass
@@ -84,8 +85,11 @@ def experts_case(rows: int, packed: bool, **options: ExpertsTile) -> Case:
     if packed:
         scaled, projections = hidden * ROW_FACTOR, packed_weights()  # rows are made ready where they are normed
 
+        options = {"tile": packed_tile(rows, TOP_K, EXPERTS), **options}
+
         def run() -> torch.Tensor:
-            return combine(packed_weighted_rows(scaled, index, weights, *projections, **options), TOP_K).run()[0]
+            routing = route(index, weights, EXPERTS, options["tile"])
+            return combine(packed_weighted_rows(scaled, routing, *projections, **options), TOP_K).run()[0]
     else:
         run = partial(experts, hidden, index, weights, *projections, **options)
     weights_bytes = index.unique().numel() * sum(each[0].nbytes for each in projections)

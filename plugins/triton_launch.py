@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -91,3 +92,11 @@ class Launch:
             attrs={(place,): aligned for place, kind in enumerate(signature.values()) if kind.startswith("*")},
         )
         return triton.compile(source, target=target, options={"num_warps": self.num_warps, "num_stages": self.num_stages})
+
+
+def least(number: int | torch.SymInt) -> int:
+    """The largest power of two that a number, symbolic or not, is known to reach; 1 where nothing is known."""
+    bound = 1
+    while bound < 1 << 20 and statically_known_true(number >= 2 * bound):
+        bound *= 2
+    return bound

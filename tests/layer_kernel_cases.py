@@ -5,7 +5,7 @@ import torch
 from expert_formats import arranged
 from tolerances import assert_close
 from torch.nn.functional import gelu
-from triton_interpreter import let_casts_know_e4m3, let_casts_round_to_bfloat16, let_dot_read_bfloat16
+from triton_interpreter import let_casts_know_e4m3, let_casts_round_to_bfloat16, let_dot_read_bfloat16, let_empty_assembly_pass
 
 from plugins.feed_forward import launch
 from plugins.feed_forward.mlp_launch import FEW_ROWS, activate_launch, mlp_beside
@@ -13,6 +13,7 @@ from plugins.feed_forward.reference import feed_forward_reference, gated_mlp
 from plugins.heads.launch import heads_launch, normed_heads
 from plugins.heads.reference import heads_reference
 from plugins.moe import fp8_launch
+from plugins.moe import launch as moe_launch
 from plugins.moe.formats import Format
 from plugins.moe.fp8 import to_fp8
 from plugins.moe.kernel_reference import combine_reference
@@ -23,6 +24,7 @@ from plugins.rms_norm import rms_norm
 let_dot_read_bfloat16()
 let_casts_round_to_bfloat16()
 let_casts_know_e4m3()
+let_empty_assembly_pass()
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -167,18 +169,24 @@ def test_rows_for_the_experts(rows_dtype):
         assert all(torch.equal(other[each], plain[each]) for each in (0, 1, 4))
 
 
-def test_the_mlp_is_started_before_the_experts_and_waited_for_after_them():
+@pytest.mark.parametrize("mlp_first", [True, False])
+def test_the_mlp_is_started_before_the_router_or_after_it_and_waited_for_after_the_experts(mlp_first, monkeypatch):
     events = []
 
+    def noted(event: str, function):
+        return lambda *arguments, **options: (events.append(event), function(*arguments, **options))[1]
+
     def start(rows, gate_up, down):
-        events.append("start")
         result = gated_mlp(rows, gate_up, down)
         return lambda: events.append("wait") or result
 
     given = operands(3, 16, torch.float32)
-    output, _ = launch.feed_forward(*given, TOP_K, EPS, False, start_mlp=start)
-    assert events == ["start", "wait"]
-    assert torch.equal(output, launch.feed_forward(*given, TOP_K, EPS, False)[0])
+    expected, _ = launch.feed_forward(*given, TOP_K, EPS, False)
+    for name in ("route", "gate_up", "down"):
+        monkeypatch.setattr(moe_launch, name, noted(name, getattr(moe_launch, name)))
+    output, _ = launch.feed_forward(*given, TOP_K, EPS, False, start_mlp=noted("start", start), mlp_first=mlp_first)
+    assert events == [*(["start", "route"] if mlp_first else ["route", "start"]), "gate_up", "down", "wait"]
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize(

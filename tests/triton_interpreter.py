@@ -78,3 +78,19 @@ def let_casts_know_e4m3() -> None:
         return plain(self, source, dst_type, rounding_mode)
 
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def let_empty_assembly_pass() -> None:
+    """The interpreter has no inline assembly; of none at all, its operands are the results."""
+    from types import SimpleNamespace
+
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain = InterpreterBuilder.create_inline_asm
+
+    def create_inline_asm(self, assembly, constraints, values, *others):
+        if assembly:
+            return plain(self, assembly, constraints, values, *others)
+        return SimpleNamespace(get_result=values.__getitem__)
+
+    InterpreterBuilder.create_inline_asm = create_inline_asm

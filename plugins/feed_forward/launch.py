@@ -92,11 +92,13 @@ def feed_forward(
     *,
     tile: Tile | None = None,
     start_mlp: StartMlp = in_turn,
+    mlp_first: bool = True,
     wrap: Wrap = unwrapped,
 ) -> tuple[Tensor, Tensor]:
     """The operator, on the current stream; waits for nothing.
 
-    1. Sum and norms before. 2. The MLP is started. 3. The router. 4. The experts. 5. Norms and sums after, once all is there.
+    1. Sum and norms before. 2. The router, and what the experts need of it. 3. The experts. 4. Norms and sums after, once all
+    is there. The MLP is started before 2. if `mlp_first`, else before 3.
     """
     tile, kind = tile or choose_tile(hidden.shape[0], top_k, experts, hidden.dtype, fp8_rows), kind_of(experts, fp8_rows)
     router_scale, projection, per_expert_scale = router
@@ -105,13 +107,13 @@ def feed_forward(
     entering = enter_launch(hidden.contiguous(), attended.contiguous(), norms[:3], router_scale, form, eps)
     residual, dense_rows, expert_rows, row_scale, router_rows = entering.run(wrap)
     # 2.
-    from_dense = start_mlp(dense_rows, *dense)
-    # 3.
+    from_dense = start_mlp(dense_rows, *dense) if mlp_first else None
     logits = linear(router_rows, projection)
     top_k_weights, top_k_index = launch.router(logits, per_expert_scale, top_k).run(wrap)
+    routing = launch.route(top_k_index, top_k_weights, per_expert_scale.shape[0], tile, wrap)
+    # 3.
+    from_dense = from_dense or start_mlp(dense_rows, *dense)
+    weighted = kind.weighted_rows((expert_rows, row_scale), routing, experts, hidden.dtype, tile=tile, wrap=wrap)
     # 4.
-    rows, routing = (expert_rows, row_scale), (top_k_index, top_k_weights)
-    weighted = kind.weighted_rows(rows, routing, experts, hidden.dtype, tile=tile, wrap=wrap)
-    # 5.
     output, normed = leave_launch(residual, from_dense(), weighted, scalar, norms[3:], top_k, eps).run(wrap)
     return output, normed

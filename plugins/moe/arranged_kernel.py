@@ -33,6 +33,7 @@ def gate_up_arranged(
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -48,26 +49,51 @@ def gate_up_arranged(
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     taken = (routed >= 0) & (routed < num_routed)
-    first_block = tl.program_id(0) * BLOCKS
+    block = tl.program_id(0) * BLOCKS
     rows = hidden + (routed // TOP_K)[:, None].to(tl.int64) * DEPTH
     weights = gate_up_proj + expert.to(tl.int64) * (NUM_BLOCKS * STRIDE)
-    product = arranged_product(
-        rows, taken, weights, first_block, num_routed, NUM_BLOCKS, DEPTH, TILE_ROWS, BLOCKS, BLOCK, STRIDE
-    )
+    activated += routed[:, None].to(tl.int64) * WIDTH
+    of_rows = 1.0 if row_scale is None else tl.load(row_scale + routed // TOP_K, mask=taken, other=0.0)
+    weight_scale = None if weight_scale is None else weight_scale + expert.to(tl.int64) * (2 * WIDTH)
+    if hidden.dtype.element_ty == tl.float8e4nv:
+        first, second = narrow_products(
+            rows, taken, weights, block, NUM_BLOCKS, DEPTH, TILE_ROWS, TILE_DEPTH, BLOCKS, BLOCK, STRIDE
+        )
+        _store_activated(first, activated, taken, block, weight_scale, of_rows, factor, WIDTH, TILE_ROWS, 1, BLOCK)
+        if BLOCKS == 2:
+            _store_activated(second, activated, taken, block + 1, weight_scale, of_rows, factor, WIDTH, TILE_ROWS, 1, BLOCK)
+    else:
+        tl.static_assert(TILE_DEPTH == BLOCK)
+        product = wide_product(rows, taken, weights, block, NUM_BLOCKS, DEPTH, TILE_ROWS, BLOCKS, BLOCK, STRIDE)
+        _store_activated(product, activated, taken, block, weight_scale, of_rows, factor, WIDTH, TILE_ROWS, BLOCKS, BLOCK)
+
+
+@triton.jit
+def _store_activated(
+    product,
+    activated,
+    taken,
+    block,
+    weight_scale,
+    of_rows,
+    factor,
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """activated: pointers to the tile's rows [TILE_ROWS, 1]. block: the first one of the product."""
     pairs = tl.permute(tl.reshape(product, (BLOCKS * 4, 2, 8, TILE_ROWS)), (0, 2, 3, 1))
     gate, up = tl.split(pairs)
     gate = tl.reshape(gate, (BLOCKS * BLOCK // 2, TILE_ROWS))
     up = tl.reshape(up, (BLOCKS * BLOCK // 2, TILE_ROWS))
-    columns = first_block * (BLOCK // 2) + tl.arange(0, BLOCKS * BLOCK // 2)
+    columns = block * (BLOCK // 2) + tl.arange(0, BLOCKS * BLOCK // 2)
     if weight_scale is not None:
-        scale_at = weight_scale + expert.to(tl.int64) * (2 * WIDTH) + columns
-        of_rows = tl.load(row_scale + routed // TOP_K, mask=taken, other=0.0)[None, :]
-        gate = gate * tl.load(scale_at, mask=columns < WIDTH, other=0.0)[:, None] * of_rows
-        up = up * tl.load(scale_at + WIDTH, mask=columns < WIDTH, other=0.0)[:, None] * of_rows
+        gate = gate * tl.load(weight_scale + columns, mask=columns < WIDTH, other=0.0)[:, None] * of_rows[None, :]
+        up = up * tl.load(weight_scale + WIDTH + columns, mask=columns < WIDTH, other=0.0)[:, None] * of_rows[None, :]
     result = (gelu_tanh(gate) * up * factor).T
     stored = taken[:, None] & (columns < WIDTH)[None, :]
-    activated_at = activated + routed[:, None].to(tl.int64) * WIDTH + columns[None, :]
-    tl.store(activated_at, result.to(activated.dtype.element_ty), mask=stored)
+    tl.store(activated + columns[None, :], result.to(activated.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -86,6 +112,7 @@ def down_arranged(
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -97,29 +124,55 @@ def down_arranged(
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     taken = (routed >= 0) & (routed < num_routed)
-    first_block = tl.program_id(0) * BLOCKS
+    block = tl.program_id(0) * BLOCKS
     rows = activated + routed[:, None].to(tl.int64) * DEPTH
     weights = down_proj + expert.to(tl.int64) * (NUM_BLOCKS * STRIDE)
-    product = arranged_product(
-        rows, taken, weights, first_block, num_routed, NUM_BLOCKS, DEPTH, TILE_ROWS, BLOCKS, BLOCK, STRIDE
-    )
-    columns = first_block * BLOCK + tl.arange(0, BLOCKS * BLOCK)
-    if weight_scale is not None:
-        of_columns = tl.load(weight_scale + expert.to(tl.int64) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-        product = product * of_columns[:, None] * tl.load(row_scale + routed, mask=taken, other=0.0)[None, :]
-    result = product.T * tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)[:, None]
-    stored = taken[:, None] & (columns < WIDTH)[None, :]
-    weighted_at = weighted + routed[:, None].to(tl.int64) * WIDTH + columns[None, :]
-    tl.store(weighted_at, result.to(weighted.dtype.element_ty), mask=stored)
+    weighted += routed[:, None].to(tl.int64) * WIDTH
+    of_rows = tl.load(top_k_weights + routed, mask=taken, other=0.0).to(tl.float32)
+    scale_of_rows = 1.0 if row_scale is None else tl.load(row_scale + routed, mask=taken, other=0.0)
+    weight_scale = None if weight_scale is None else weight_scale + expert.to(tl.int64) * WIDTH
+    if activated.dtype.element_ty == tl.float8e4nv:
+        first, second = narrow_products(
+            rows, taken, weights, block, NUM_BLOCKS, DEPTH, TILE_ROWS, TILE_DEPTH, BLOCKS, BLOCK, STRIDE
+        )
+        _store_weighted(first, weighted, taken, block, weight_scale, scale_of_rows, of_rows, WIDTH, 1, BLOCK)
+        if BLOCKS == 2:
+            _store_weighted(second, weighted, taken, block + 1, weight_scale, scale_of_rows, of_rows, WIDTH, 1, BLOCK)
+    else:
+        tl.static_assert(TILE_DEPTH == BLOCK)
+        product = wide_product(rows, taken, weights, block, NUM_BLOCKS, DEPTH, TILE_ROWS, BLOCKS, BLOCK, STRIDE)
+        _store_weighted(product, weighted, taken, block, weight_scale, scale_of_rows, of_rows, WIDTH, BLOCKS, BLOCK)
 
 
 @triton.jit
-def arranged_product(
+def _store_weighted(
+    product,
+    weighted,
+    taken,
+    block,
+    weight_scale,
+    scale_of_rows,
+    of_rows,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """weighted: pointers to the tile's rows [TILE_ROWS, 1]. block: the first one of the product."""
+    columns = block * BLOCK + tl.arange(0, BLOCKS * BLOCK)
+    if weight_scale is not None:
+        of_columns = tl.load(weight_scale + columns, mask=columns < WIDTH, other=0.0)
+        product = product * of_columns[:, None] * scale_of_rows[None, :]
+    result = product.T * of_rows[:, None]
+    stored = taken[:, None] & (columns < WIDTH)[None, :]
+    tl.store(weighted + columns[None, :], result.to(weighted.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def wide_product(
     rows,
     taken,
     weights,
     first_block,
-    num_routed,
     NUM_BLOCKS: tl.constexpr,
     DEPTH: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -129,8 +182,8 @@ def arranged_product(
 ):
     """[BLOCKS * 64, TILE_ROWS] float32: the weight's rows from block `first_block` on, times the tile's rows.
 
-    rows: pointers to the tile's rows [TILE_ROWS, 1]. weights: pointer to the expert's first block; int32 are packed numbers,
-    which come with their scale."""
+    rows: pointers to the tile's rows [TILE_ROWS, 1], wider than FP8. weights: pointer to the expert's first block; int32 are
+    packed numbers, which come with their scale."""
     PACKED: tl.constexpr = weights.dtype.element_ty == tl.int32
     ITEMS: tl.constexpr = BLOCK * BLOCK * 3 // 8 if PACKED else BLOCK * BLOCK  # of 64 x 64 numbers
     blocks = first_block + tl.arange(0, BLOCKS)
@@ -138,10 +191,6 @@ def arranged_product(
     weights_at = weights + blocks[:, None].to(tl.int64) * STRIDE
     depth = tl.arange(0, BLOCK)
     product = tl.zeros((BLOCKS * BLOCK, TILE_ROWS), dtype=tl.float32)
-    # 1, which the compiler does not know. Because the total is multiplied by it, or added to, each step waits for its product:
-    # ptxas before CUDA 13.3 gives the registers of a product's first factor to others before they have been read, if the
-    # product is under way when the loop goes round (triton-lang/triton, issue 9433 and pull request 11781).
-    one = tl.minimum(num_routed, 1).to(tl.float32)
     for step in range((DEPTH + BLOCK - 1) // BLOCK):
         at = step * BLOCK + depth
         if DEPTH % BLOCK == 0:
@@ -151,14 +200,10 @@ def arranged_product(
         if PACKED:
             weight = packed_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
         else:
-            weight = fp8_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK, x.dtype == tl.float8e4nv)
+            weight = wide_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
-        if x.dtype == tl.float8e4nv:
-            # Products of FP8 numbers are summed with fewer bits than float32 has: only those of one step.
-            product += tl.dot(weight, x.T)
-        else:
-            product = tl.dot(weight, x.T, product * one, input_precision="ieee")
+        product = waited_for(tl.dot(weight, x.T, product, input_precision="ieee"))
     if PACKED:
         row = tl.arange(0, BLOCKS * BLOCK)
         row_block = first_block + row // BLOCK
@@ -166,6 +211,55 @@ def arranged_product(
         scale = tl.load(weights + row_block.to(tl.int64) * STRIDE + (STRIDE - BLOCK) + row % BLOCK)
         product *= scale.to(tl.float32, bitcast=True)[:, None]
     return product
+
+
+@triton.jit
+def waited_for(product):
+    """`product`, once it is there: what reads a product, even without an instruction, waits for it.
+
+    ptxas before CUDA 13.3 gives the registers of a product's first factor to others before they have been read, if the
+    product is under way when a loop goes round (triton-lang/triton, issue 9433 and pull request 11781).
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [product], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def narrow_products(
+    rows,
+    taken,
+    weights,
+    block,
+    NUM_BLOCKS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_DEPTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Two [64, TILE_ROWS] float32: the rows of a block of FP8 weights, and, if BLOCKS is 2, of the next one, times the tile's
+    FP8 rows.
+
+    Tensor cores sum products of FP8 numbers with fewer bits than float32 has: only those of TILE_DEPTH columns. So there are
+    two sums, and of two blocks not all fit the registers, but those of one after the other.
+    """
+    tl.static_assert(BLOCKS <= 2)
+    STEP: tl.constexpr = TILE_DEPTH * BLOCK  # of a block's numbers
+    first_at = weights + block.to(tl.int64) * STRIDE
+    second_at = weights + tl.minimum(block + 1, NUM_BLOCKS - 1).to(tl.int64) * STRIDE
+    depth = tl.arange(0, TILE_DEPTH)
+    first = tl.zeros((BLOCK, TILE_ROWS), dtype=tl.float32)
+    second = tl.zeros((BLOCK, TILE_ROWS), dtype=tl.float32)
+    for step in range((DEPTH + TILE_DEPTH - 1) // TILE_DEPTH):
+        at = step * TILE_DEPTH + depth
+        if DEPTH % TILE_DEPTH == 0:
+            x = tl.load(rows + at[None, :], mask=taken[:, None], other=0.0)
+        else:
+            x = tl.load(rows + at[None, :], mask=taken[:, None] & (at < DEPTH)[None, :], other=0.0)
+        first += tl.dot(narrow_numbers(first_at, step * STEP, TILE_DEPTH, BLOCK, STRIDE), x.T)
+        if BLOCKS == 2:
+            second += tl.dot(narrow_numbers(second_at, step * STEP, TILE_DEPTH, BLOCK, STRIDE), x.T)
+    return first, second
 
 
 @triton.jit
@@ -187,14 +281,23 @@ def packed_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fp8_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr):
-    """at: pointers [BLOCKS, 1] to 64 x 64 numbers. Returns [BLOCKS * 64, 64] as they are. NARROW: see
-    `plugins.moe.arranging`."""
+def wide_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """at: pointers [BLOCKS, 1] to 64 x 64 FP8 numbers, for a product of wider ones. Returns [BLOCKS * 64, 64] as they are."""
     number = tl.load(at + tl.arange(0, BLOCK * BLOCK)[None, :])
-    if NARROW:  # block, upper, warp, lane_row, lane_column, far, right, byte
-        number = tl.reshape(number, (BLOCKS, 2, 4, 8, 4, 2, 2, 4))
-        number = tl.permute(number, (0, 2, 1, 3, 5, 6, 4, 7))
-    else:  # block, upper, warp, lane_row, lane_column, far, next, right, odd
-        number = tl.reshape(number, (BLOCKS, 2, 4, 8, 4, 2, 2, 2, 2))
-        number = tl.permute(number, (0, 2, 1, 3, 5, 6, 7, 4, 8))
+    # block, upper, warp, lane_row, lane_column, far, next, right, odd
+    number = tl.reshape(number, (BLOCKS, 2, 4, 8, 4, 2, 2, 2, 2))
+    number = tl.permute(number, (0, 2, 1, 3, 5, 6, 7, 4, 8))
     return tl.reshape(number, (BLOCKS * BLOCK, BLOCK))
+
+
+@triton.jit
+def narrow_numbers(at, start, TILE_DEPTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """at: pointer to a block of FP8 numbers, for a product of such; start: how many of them come before. Returns
+    [64, TILE_DEPTH], zeros beyond the block's end."""
+    STEP: tl.constexpr = TILE_DEPTH * BLOCK
+    items = start + tl.arange(0, STEP)
+    number = tl.load(at + items) if STRIDE % STEP == 0 else tl.load(at + items, mask=items < STRIDE, other=0.0)
+    # 64 columns, upper, warp, lane_row, lane_column, far, right, byte
+    number = tl.reshape(number, (TILE_DEPTH // BLOCK, 2, 4, 8, 4, 2, 2, 4))
+    number = tl.permute(number, (2, 1, 3, 0, 5, 6, 4, 7))
+    return tl.reshape(number, (BLOCK, TILE_DEPTH))

@@ -6,8 +6,9 @@ from plugins.moe.arranging import BLOCK
 from plugins.moe.launch import Tile, ceil_div
 
 
-def arranged_tile(rows: int, width: int, num_warps: int, num_stages: int) -> Tile:
-    return Tile(rows=rows, width=width, depth=BLOCK, num_warps=num_warps, num_stages=num_stages, weights_first=True)
+def arranged_tile(rows: int, width: int, num_warps: int, num_stages: int, depth: int = BLOCK) -> Tile:
+    """width: a multiple of 64, of FP8 rows at most 128. depth: another multiple of 64 only with FP8 rows."""
+    return Tile(rows=rows, width=width, depth=depth, num_warps=num_warps, num_stages=num_stages, weights_first=True)
 
 
 def product_grid(weight: Tensor, tile_expert: Tensor, tile: Tile) -> tuple[int, int]:
@@ -19,4 +20,5 @@ def product_constants(weight: Tensor, depth: int, width: int, tile: Tile, **othe
     """depth: columns of the weight, and of the rows that it meets. width: columns of the result."""
     num_experts, num_blocks, stride = weight.shape
     sizes = {"NUM_EXPERTS": num_experts, "NUM_BLOCKS": num_blocks, "DEPTH": depth, "WIDTH": width, **others}
-    return sizes | {"TILE_ROWS": tile.rows, "BLOCKS": tile.width // BLOCK, "BLOCK": BLOCK, "STRIDE": stride}
+    of_tile = {"TILE_ROWS": tile.rows, "TILE_DEPTH": tile.depth, "BLOCKS": tile.width // BLOCK}
+    return sizes | of_tile | {"BLOCK": BLOCK, "STRIDE": stride}

@@ -12,19 +12,32 @@ from torch import Tensor
 from plugins.moe import fp8_kernel, launch
 from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
 from plugins.moe.arranging import HALVES, arranged_shape
-from plugins.moe.launch import FLOAT32, Tile
+from plugins.moe.launch import Routing, Tile
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 64, 4, 3), arranged_tile(32, 64, 4, 4)
-"""NVIDIA H100, Triton 3.6, gate_up + down at 256 rows in float16 / e4m3: 178 + 99 / 177 + 96 µs; 128 wide: 184 + 98 / 177 + 97;
-8 warps: 176 and 98 / 176 and 98. A plain read of as many bytes by one kernel: 164 + 82."""
+"""NVIDIA H100, Triton 3.6, gate_up + down at 256 rows in float16 / e4m3: 178 + 98 / 177 + 97 µs; 128 wide: 185 + 99 / 128 deep,
+too, 176 + 100. A plain read of as many bytes by one kernel: 164 + 82."""
 
-SOME_ROWS, SOME_FP8_ROWS = arranged_tile(64, 128, 4, 4), arranged_tile(64, 64, 4, 4)
-"""The same at 1024 rows: 220 + 134 / 210 + 136 µs; the other way round: 224 + 138 / 222 and 8 warps 215 + 139."""
+SOME_ROWS = arranged_tile(64, 128, 4, 4)
+"""The same in float16 at 512 / 1024 rows: 189 + 108 / 218 + 127 µs; 64 wide: 193 + 113 / 219 + 144."""
 
-MANY_ROWS, MANY_FP8_ROWS = arranged_tile(128, 128, 4, 4), arranged_tile(128, 64, 4, 4)
-"""The same at 2048 rows: 316 + 212 / 275 + 192 µs, at 8192: 979 + 687 / 811 + 607. Rows in e4m3 have two totals, which
-128 wide would not fit the registers."""
+SOME_FP8_ROWS, SOME_FP8_ROWS_DOWN = arranged_tile(64, 64, 4, 4, depth=128), arranged_tile(64, 128, 4, 3, depth=128)
+"""The same in e4m3: 186 + 104 / 194 + 123 µs; the other way round: 183 + 108 / 199 + 139; 64 deep, 64 wide: 188 + 108 / 210 +
+134."""
+
+MANY_ROWS = arranged_tile(128, 128, 4, 4)
+"""The same in float16 at 2048 / 4096 / 8192 / 16384 rows: 295 + 199 / 486 + 320 / 874 + 629 / 1676 + 1183 µs; 3 stages: 313 +
+211 / 492 + 335 / 895 + 615 / 1822 + 1194; 8 warps at 8192: 1240 + 874."""
+
+MANY_FP8_ROWS = arranged_tile(128, 128, 4, 3, depth=128)
+"""The same in e4m3: 240 + 183 / 350 + 287 / 602 + 501 / 1136 + 1007 µs; 64 deep, 4 stages: 261 + 186 / 407 + 299 / 719 + 524 /
+1413 + 1050; that 64 wide: 270 + 188 / 437 + 301 / 796 + 541 / 1549 + 1074; 8 warps at 8192: 858 + 724."""
+
+_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, SOME_FP8_ROWS: SOME_FP8_ROWS_DOWN}
+
+FLOAT32 = arranged_tile(32, 64, 4, 2)
+"""As `plugins.moe.launch.FLOAT32`."""
 
 
 def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype, fp8_rows: bool) -> Tile:
@@ -37,7 +50,7 @@ def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype,
 
 def choose_down_tile(tile: Tile) -> Tile:
     """The tile of the second product, next to that of the first; they have the same rows."""
-    return FEW_ROWS_DOWN if tile == FEW_ROWS else tile
+    return _DOWN_TILES.get(tile, tile)
 
 
 def scale_rows(rows: Tensor, dtype: torch.dtype) -> Launch:
@@ -135,17 +148,16 @@ def experts_fp8(
     num_experts, top_k = gate_up_proj.shape[0], top_k_index.shape[1]
     tile = tile or choose_tile(hidden.shape[0], top_k, num_experts, dtype, fp8_rows)
     scaled = scale_rows(hidden.contiguous(), rows_in).run(wrap)
+    routing = launch.route(top_k_index, top_k_weights, num_experts, tile, wrap)
     weights = (gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale)
-    choices = {"dtype": dtype, "tile": tile, "down_tile": down_tile}
-    weighted = weighted_rows(scaled, top_k_index, top_k_weights, *weights, **choices, wrap=wrap)
+    weighted = weighted_rows(scaled, routing, *weights, dtype=dtype, tile=tile, down_tile=down_tile, wrap=wrap)
     (output,) = launch.combine(weighted, top_k).run(wrap)
     return output
 
 
 def weighted_rows(
     scaled: tuple[Tensor, Tensor],
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    routing: Routing,
     gate_up_proj: Tensor,
     gate_up_proj_scale: Tensor,
     down_proj: Tensor,
@@ -156,8 +168,8 @@ def weighted_rows(
     down_tile: Tile | None = None,
     wrap: Wrap = unwrapped,
 ) -> Tensor:
-    """The operator from its rows as `scale_rows` makes them, without its sum over a row's experts: weighted [N * k, D] in
-    `dtype`, the model's. Raises as `experts_fp8`."""
+    """Both products, of rows as `scale_rows` makes them, without the sum over a row's experts: weighted [N * k, D] in `dtype`,
+    the model's. Raises as `experts_fp8`."""
     (_, hidden_size), width = scaled[0].shape, gate_up_proj_scale.shape[1] // 2
     expected = {"gate_up_proj": (2 * width, hidden_size), "down_proj": (hidden_size, width)}
     for name, weight in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
@@ -172,12 +184,12 @@ def weighted_rows(
         if not weight.is_contiguous():
             raise ValueError(f"experts_fp8: {name} has strides {tuple(weight.stride())}; make it contiguous when it is loaded")
     rows, row_scale = scaled
-    top_k, num_experts, down_tile = top_k_index.shape[1], gate_up_proj.shape[0], down_tile or choose_down_tile(tile)
-    top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    row_order, tile_expert = launch.align(top_k_index, num_experts, tile.rows).run(wrap)
+    row_order, tile_expert, top_k_weights = routing
+    top_k = top_k_weights.shape[1]
     first = gate_up(rows, row_scale, gate_up_proj, gate_up_proj_scale, row_order, tile_expert, top_k, tile, dtype)
     (activated,) = first.run(wrap)
     activated, row_scale = scale_rows(activated, rows.dtype).run(wrap)
+    down_tile = down_tile or choose_down_tile(tile)
     second = down(activated, row_scale, down_proj, down_proj_scale, top_k_weights, row_order, tile_expert, down_tile, dtype)
     (weighted,) = second.run(wrap)
     return weighted

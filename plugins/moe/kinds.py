@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plugins.moe import fp8_launch, launch, packed_launch
-from plugins.moe.launch import Tile
+from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import ROW_FACTOR, is_packed
 from plugins.triton_launch import Wrap
 
@@ -38,16 +38,16 @@ class Kind(Protocol):
     def weighted_rows(
         self,
         rows: tuple[Tensor, Tensor],
-        routing: tuple[Tensor, Tensor],
+        routing: Routing,
         experts: Sequence[Tensor],
         dtype: torch.dtype,
         *,
         tile: Tile,
         wrap: Wrap,
     ) -> Tensor:
-        """The operator without its sum over a row's experts: weighted [N * k, D] in the model's dtype.
+        """Both products, without the sum over a row's experts: weighted [N * k, D] in the model's dtype.
 
-        rows: made ready, with their scales. routing: top_k_index and top_k_weights.
+        rows: made ready, with their scales.
         """
 
 
@@ -59,7 +59,7 @@ class Plain:
         return launch.choose_tile(num_rows, top_k, num_experts, dtype)
 
     def weighted_rows(self, rows, routing, experts, dtype, *, tile: Tile, wrap: Wrap) -> Tensor:
-        return launch.weighted_rows(rows[0], *routing, *experts, tile=tile, wrap=wrap)
+        return launch.weighted_rows(rows[0], routing, *experts, tile=tile, wrap=wrap)
 
 
 class Packed:
@@ -70,7 +70,7 @@ class Packed:
         return packed_launch.choose_tile(num_rows, top_k, num_experts)
 
     def weighted_rows(self, rows, routing, experts, dtype, *, tile: Tile, wrap: Wrap) -> Tensor:
-        return packed_launch.weighted_rows(rows[0], *routing, *experts, tile=tile, wrap=wrap)
+        return packed_launch.weighted_rows(rows[0], routing, *experts, tile=tile, wrap=wrap)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Fp8:
         return fp8_launch.choose_tile(num_rows, top_k, num_experts, dtype, self.fp8_rows)
 
     def weighted_rows(self, rows, routing, experts, dtype, *, tile: Tile, wrap: Wrap) -> Tensor:
-        return fp8_launch.weighted_rows(rows, *routing, *experts, dtype=dtype, tile=tile, wrap=wrap)
+        return fp8_launch.weighted_rows(rows, routing, *experts, dtype=dtype, tile=tile, wrap=wrap)
 
 
 def kind_of(experts: Sequence[Tensor], fp8_rows: bool) -> Kind:

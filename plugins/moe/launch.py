@@ -6,6 +6,7 @@ describe and compile), and on CPU tensors in Triton's interpreter.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -198,35 +199,46 @@ def experts(
         ValueError: the weights are not of the dtype of `hidden`, or not contiguous (to copy them here would cost as much
             as the products).
     """
-    weighted = weighted_rows(
-        hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, tile=tile, down_tile=down_tile, wrap=wrap
-    )
-    (output,) = combine(weighted, top_k_index.shape[1]).run(wrap)
+    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
+    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
+    routing = route(top_k_index, top_k_weights, num_experts, tile, wrap)
+    weighted = weighted_rows(hidden, routing, gate_up_proj, down_proj, tile=tile, down_tile=down_tile, wrap=wrap)
+    (output,) = combine(weighted, top_k).run(wrap)
     return output
+
+
+class Routing(NamedTuple):
+    """Which rows go to which expert, in tiles (see `align`), and with what weights [N, k]."""
+
+    row_order: Tensor
+    tile_expert: Tensor
+    top_k_weights: Tensor
+
+
+def route(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, tile: Tile, wrap: Wrap = unwrapped) -> Routing:
+    """Of what the router chose; `tile` is that of the products."""
+    aligned = align(top_k_index.contiguous(), num_experts, tile.rows).run(wrap)
+    return Routing(*aligned, top_k_weights.contiguous())
 
 
 def weighted_rows(
     hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    routing: Routing,
     gate_up_proj: Tensor,
     down_proj: Tensor,
     *,
-    tile: Tile | None = None,
+    tile: Tile,
     down_tile: Tile | None = None,
     wrap: Wrap = unwrapped,
 ) -> Tensor:
-    """The operator without its sum over a row's experts: weighted [N * k, D], as `combine` takes them. Raises as `experts`."""
+    """Both products, without the sum over a row's experts: weighted [N * k, D], as `combine` takes it. Raises as `experts`."""
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if weight.dtype != hidden.dtype:
             raise ValueError(f"experts: {name} is {weight.dtype}, hidden is {hidden.dtype}; convert one when it is loaded")
         if not weight.is_contiguous():
             raise ValueError(f"experts: {name} has strides {tuple(weight.stride())}; make it contiguous when it is loaded")
-    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
-    hidden, top_k_index, top_k_weights = hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
-    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
-    row_order, tile_expert = align(top_k_index, num_experts, tile.rows).run(wrap)
-    (activated,) = gate_up(hidden, gate_up_proj, row_order, tile_expert, top_k, tile).run(wrap)
+    row_order, tile_expert, top_k_weights = routing
+    (activated,) = gate_up(hidden.contiguous(), gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
     down_tile = down_tile or choose_down_tile(tile)
     (weighted,) = down(activated, down_proj, top_k_weights, row_order, tile_expert, down_tile).run(wrap)
     return weighted

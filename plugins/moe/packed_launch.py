@@ -10,21 +10,23 @@ from torch import Tensor
 from plugins.moe import launch, packed_kernel
 from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
 from plugins.moe.arranging import BLOCK, HALVES
-from plugins.moe.launch import Tile
+from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
-"""NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 261 + 141 µs; gate_up 64 wide, 2 stages: 259; down 128 wide: 143. A
-plain read of as many bytes by one kernel: 246 + 123. Not packed: 353 + 188."""
+"""NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 263 + 141 µs; the other way round: 263 + 144. A plain read of as many
+bytes by one kernel: 246 + 123. Not packed: 353 + 188."""
 
 SOME_ROWS = arranged_tile(64, 128, 4, 4)
-"""The same at 1024 rows: 297 + 165 µs, not packed 388 + 207; 64 wide: 301 + 177; 128 rows, 8 warps: 292 for gate_up. At 512
-rows 268 + 147, not packed 364 + 195."""
+"""The same at 512 / 1024 rows: 277 + 151 / 294 + 163 µs, not packed 364 + 195 / 388 + 207; 64 wide: 276 + 149 / 299 + 172."""
 
-MANY_ROWS = arranged_tile(128, 128, 4, 4)
-"""The same at 2048 rows: 373 + 235 µs, not packed 443 + 258; at 8192: 1169 + 758, not packed 1082 + 644. 3 stages: 385 + 246
-and 1128 + 711; 8 warps: 394 and 1195 for gate_up."""
+MANY_ROWS, MANY_ROWS_DOWN = arranged_tile(128, 128, 8, 4), arranged_tile(128, 128, 4, 4)
+"""The same at 2048 / 4096 / 8192 / 16384 rows: 352 + 228 / 565 + 353 / 1094 + 621 / 2044 + 1331 µs, not packed at 2048 / 8192
+443 + 258 / 1082 + 644; gate_up in 4 warps: 368 / 592 / 1064 / 2021, down in 8 warps at 4096: 542; down in 3 stages: 239 / 364 /
+704 / 1300; 256 rows, 64 wide: 1132 + 739 / 2193 + 1466 at the last two."""
+
+_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, MANY_ROWS: MANY_ROWS_DOWN}
 
 
 def choose_tile(num_rows: int, top_k: int, num_experts: int) -> Tile:
@@ -34,7 +36,7 @@ def choose_tile(num_rows: int, top_k: int, num_experts: int) -> Tile:
 
 def choose_down_tile(tile: Tile) -> Tile:
     """The tile of the second product, next to that of the first; they have the same rows."""
-    return FEW_ROWS_DOWN if tile == FEW_ROWS else tile
+    return _DOWN_TILES.get(tile, tile)
 
 
 def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert: Tensor, top_k: int, tile: Tile) -> Launch:
@@ -88,24 +90,26 @@ def experts_packed(
     wrap: Wrap = unwrapped,
 ) -> Tensor:
     """The operator as the package describes it, on the current stream; waits for nothing. Raises as `weighted_rows`."""
-    weights, tiles = (gate_up_proj, down_proj), {"tile": tile, "down_tile": down_tile}
-    weighted = weighted_rows(hidden * ROW_FACTOR, top_k_index, top_k_weights, *weights, **tiles, wrap=wrap)
-    (output,) = launch.combine(weighted, top_k_index.shape[1]).run(wrap)
+    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
+    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts)
+    routing = launch.route(top_k_index, top_k_weights, num_experts, tile, wrap)
+    tiles = {"tile": tile, "down_tile": down_tile}
+    weighted = weighted_rows(hidden * ROW_FACTOR, routing, gate_up_proj, down_proj, **tiles, wrap=wrap)
+    (output,) = launch.combine(weighted, top_k).run(wrap)
     return output
 
 
 def weighted_rows(
     scaled: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    routing: Routing,
     gate_up_proj: Tensor,
     down_proj: Tensor,
     *,
-    tile: Tile | None = None,
+    tile: Tile,
     down_tile: Tile | None = None,
     wrap: Wrap = unwrapped,
 ) -> Tensor:
-    """The operator from its rows times `ROW_FACTOR`, without its sum over a row's experts: weighted [N * k, D].
+    """Both products, of rows times `ROW_FACTOR`, without the sum over a row's experts: weighted [N * k, D].
 
     Raises:
         ValueError: rows that are not bfloat16, weights that are not packed or not contiguous.
@@ -121,11 +125,9 @@ def weighted_rows(
                 f"experts_packed: {name} is {list(weight.shape)} {weight.dtype} with strides {tuple(weight.stride())}, "
                 f"expected {list(shape)} torch.{PACKED_DTYPE}, contiguous; pack it when it is loaded"
             )
-    (num_rows, hidden_size), top_k, num_experts = scaled.shape, top_k_index.shape[1], gate_up_proj.shape[0]
-    top_k_index, top_k_weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    tile = tile or choose_tile(num_rows, top_k, num_experts)
-    row_order, tile_expert = launch.align(top_k_index, num_experts, tile.rows).run(wrap)
-    (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k, tile).run(wrap)
+    row_order, tile_expert, top_k_weights = routing
+    (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
     down_tile = down_tile or choose_down_tile(tile)
-    (weighted,) = down(activated, down_proj, top_k_weights, row_order, tile_expert, hidden_size, down_tile).run(wrap)
+    second = down(activated, down_proj, top_k_weights, row_order, tile_expert, scaled.shape[1], down_tile)
+    (weighted,) = second.run(wrap)
     return weighted
