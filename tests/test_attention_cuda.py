@@ -33,14 +33,19 @@ class Layer(torch.nn.Module):
         return (attention_op.paged_attention(*inputs, True, 0),)
 
 
-def test_the_compiler_sees_the_kernel_and_that_it_writes_its_output_only(monkeypatch):
-    """What it believes to be written, it copies first: that would be the whole cache of the layer."""
+@pytest.mark.parametrize(
+    ("least_tokens", "written"), [(2, [["partial", "log_weights"], ["output"]]), (512, [["output"]])], ids=["few", "many"]
+)
+def test_the_compiler_sees_the_kernels_and_that_they_write_their_outputs_only(least_tokens, written, monkeypatch):
+    """What it believes to be written, it copies first: that would be the whole cache of the layer. Of so many tokens that the
+    tiles always fill the device, there is one kernel."""
     monkeypatch.setattr(triton.runtime.driver, "_active", HopperDriver())
+    tokens = 40 + least_tokens
     with FakeTensorMode(shape_env=ShapeEnv()):
-        inputs = described_inputs(kv_heads=2, head_dim=512, tokens=40, sequences=3, device="cuda")
-    tokens, sequences = {0: torch.export.Dim("tokens", min=2)}, torch.export.Dim("sequences", min=2)
+        inputs = described_inputs(kv_heads=2, head_dim=512, tokens=tokens, sequences=3, device="cuda")
+    rows, sequences = {0: torch.export.Dim("tokens", min=least_tokens)}, torch.export.Dim("sequences", min=2)
     table = {0: sequences, 1: torch.export.Dim("columns", min=2)}
-    dynamic = (tokens, tokens, None, table, {0: sequences}, {0: sequences + 1}, tokens)
+    dynamic = (rows, rows, None, table, {0: sequences}, {0: sequences + 1}, rows)
     program = torch.export.export(Layer(), inputs, dynamic_shapes={"inputs": dynamic})
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert calls == ["diffusiongemma.paged_attention.default"]
@@ -50,7 +55,7 @@ def test_the_compiler_sees_the_kernel_and_that_it_writes_its_output_only(monkeyp
     with fakes[0].fake_mode:
         traced, _ = aot_export_module(program.module(), fakes, trace_joint=False)
     kernels = [node for node in traced.graph.nodes if str(node.target) == "triton_kernel_wrapper_functional"]
-    assert [node.kwargs["tensors_to_clone"] for node in kernels] == [["partial", "log_weights"], ["output"]]
+    assert [node.kwargs["tensors_to_clone"] for node in kernels] == written
     calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
     assert not [call for call in calls if "clone" in call or "diffusiongemma" in call]
 

@@ -8,13 +8,14 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from hopper import check_compiles, check_factors_stay_until_they_are_read
+from hopper import check_compiles, check_exponentials_are_spread, check_factors_stay_until_they_are_read
 
 from plugins.attention.launch import (
     attention_launch,
     choose_num_splits,
     choose_tile,
     combine_launch,
+    never_splits,
     split_launch,
 )
 from plugins.vocabulary import launch as vocabulary
@@ -44,6 +45,7 @@ def test_attention_compiles(layer, causal, dtype, tmp_path):
     if dtype == torch.bfloat16:
         assert instructions["wgmma.mma_async"] and instructions["cp.async.cg"]
         check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
+        check_exponentials_are_spread(tmp_path / "kernel.cubin")
 
 
 def test_attention_of_the_vision_tower_compiles(tmp_path):
@@ -62,6 +64,7 @@ def test_split_attention_compiles(layer, causal, tmp_path):
     split = split_launch(attention_inputs(**sizes), causal, window, 4)
     check_compiles(split, tmp_path, f"{layer}, {'encode' if causal else 'denoise'}, split")
     check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
+    check_exponentials_are_spread(tmp_path / "kernel.cubin")
     check_compiles(combine_launch(*split.outputs, torch.bfloat16), tmp_path, layer)
 
 
@@ -111,6 +114,7 @@ def test_splits_fill_the_device(tokens, prefix, window, expected):
     """H200: 132 multiprocessors. A canvas has 16 tiles of 4 programs each."""
     inputs = attention_inputs(kv_heads=2, head_dim=512, tokens=tokens, columns=prefix // PAGE_SIZE)
     assert choose_num_splits(inputs, window, 132) == expected
+    assert never_splits(*inputs[:2], tokens, 132) == (tokens >= 512)
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "expected"), [(256, 65536, 4), (256, 256, 2), (1024, 65536, 1), (1, 65536, 4)])

@@ -158,7 +158,7 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
             "paged_attention_triton": layers - 1,
             "feed_forward_triton": layers - 1,
         },
-        "denoise": {"normed_heads_triton": layers, "paged_attention_triton": layers, "feed_forward": layers},
+        "denoise": {"normed_heads_triton": layers, "paged_attention": layers, "feed_forward": layers},
         "head": {},
         "vision": {"paged_attention_triton": model.vision.num_layers},
     }

@@ -50,15 +50,15 @@ def with_compiled_operators(program: TracedProgram) -> ExportedProgram:
 def opened(program: TracedProgram) -> ExportedProgram:
     """The program with plugin operators replaced by their kernels' launches, which the compiler sees through.
 
-    Of denoise, which is captured in CUDA graphs, the feed-forward operator stays a call: it branches, and what it costs the
-    host is paid at the capture alone.
+    Of denoise, which is captured in CUDA graphs, attention and the feed-forward operator stay calls: their launches depend on
+    sizes that are known at the capture, and what they cost the host is paid there alone.
     """
     from plugins.attention.cuda import CUDA_DECOMPOSITIONS as ATTENTION  # only here: they need triton
     from plugins.feed_forward.cuda import CUDA_DECOMPOSITIONS as FEED_FORWARD
     from plugins.heads.cuda import CUDA_DECOMPOSITIONS as HEADS
 
     captured = program.name == "denoise"
-    exported = program.exported.run_decompositions({**ATTENTION, **HEADS, **({} if captured else FEED_FORWARD)})
+    exported = program.exported.run_decompositions(HEADS if captured else {**ATTENTION, **FEED_FORWARD, **HEADS})
     _store_shared(exported)
     return exported
 

@@ -241,9 +241,12 @@ def _absorb(queries, base, slots, columns, to_values, loaded, visible, accumulat
     scores = tl.dot(queries, k, input_precision="ieee") * _LOG2_E
     scores = tl.where(visible, scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_largest[:, None])
     shrink = tl.exp2(largest - new_largest)
-    total = total * shrink + tl.sum(weights, 1)
+    # In this order ptxas puts the exponentials among the products by `shrink`, which other units compute, and the sum beside
+    # the matrix product. Where it did not, heads of 512 took 5 % longer over long prefixes.
+    accumulated = accumulated * shrink[:, None]
+    weights = tl.exp2(scores - new_largest[:, None])
     v = tl.load(base + (slots[:, None] + to_values[None, :]), mask=loaded[:, None], other=0.0)
-    accumulated = tl.dot(weights.to(v.dtype), v, accumulated * shrink[:, None], input_precision="ieee")
+    accumulated = tl.dot(weights.to(v.dtype), v, accumulated, input_precision="ieee")
+    total = total * shrink + tl.sum(weights, 1)
     return accumulated, new_largest, total

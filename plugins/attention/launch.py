@@ -143,13 +143,23 @@ def choose_num_splits(inputs: tuple[Tensor, ...], window: int, num_multiprocesso
     device. The page table's width bounds the prefixes: their lengths are on the device. Of symbolic sizes: symbolic.
     """
     query, new_kv, kv_pages, page_table, *_ = inputs
-    tile = choose_tile(query.shape[2], query.dtype)
-    tokens = tile.rows // (query.shape[1] // new_kv.shape[2])
-    num_programs = torch.sym_max(query.shape[0] // tokens, 1) * new_kv.shape[2] * (query.shape[2] // tile.columns)
+    num_programs = _num_programs(query, new_kv, query.shape[0])
     max_prefix = page_table.shape[1] * kv_pages.shape[1]
     max_keys = (torch.sym_min(max_prefix, window) if window else max_prefix) + query.shape[0]
     useful = torch.sym_min(max_keys // _MIN_SPLIT_KEYS, MAX_SPLITS)
     return torch.sym_max(1, torch.sym_min(num_multiprocessors // num_programs, useful))
+
+
+def never_splits(query: Tensor, new_kv: Tensor, num_tokens: int, num_multiprocessors: int) -> bool:
+    """Whether `choose_num_splits` gives 1 for so many tokens, and for more."""
+    return num_multiprocessors // _num_programs(query, new_kv, num_tokens) <= 1
+
+
+def _num_programs(query: Tensor, new_kv: Tensor, num_tokens: int) -> int:
+    """That compute the tiles of so many tokens, when none of them share a tile's keys."""
+    tile = choose_tile(query.shape[2], query.dtype)
+    tokens = tile.rows // (query.shape[1] // new_kv.shape[2])
+    return torch.sym_max(num_tokens // tokens, 1) * new_kv.shape[2] * (query.shape[2] // tile.columns)
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
@@ -157,7 +167,7 @@ def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(f"attention kernel: got head_dim {head_dim}, expected a power of two of at least 16")
     if dtype == torch.float32:
-        return Tile(rows=FLOAT32_ROWS, keys=16, columns=min(head_dim, 256), num_warps=4, num_stages=1)
+        return Tile(rows=FLOAT32_ROWS, keys=16, columns=min(head_dim, 256), num_warps=8, num_stages=1)
     if dtype != torch.bfloat16:
         raise ValueError(f"attention kernel: got {dtype}, expected torch.bfloat16 or torch.float32")
     if head_dim > 256:
