@@ -187,18 +187,22 @@ class Bench:
 
     def encode(self) -> None:
         times = {}
-        with self.sequences([512]) as slots:
-            tables, prefix = self.cache.tables(slots), torch.tensor([512], dtype=torch.int32)
         for tokens in (each for each in (256, 2048, 8192) if each <= self.build.max_encode_tokens):
-            ids = torch.randint(self.model.vocab_size, (tokens,), dtype=torch.int32)
-            positions = torch.arange(512, 512 + tokens, dtype=torch.int32)
-            starts = torch.tensor([0, tokens], dtype=torch.int32)
-            new_kv = self.session.encode(ids, positions, starts, prefix, tables)
-            finite = all(bool(kv.isfinite().all()) for kv in new_kv)
-            ms = milliseconds(lambda a=(ids, positions, starts): self.session.encode(*a, prefix, tables))
+            with self.sequences([512]) as slots:
+                run = self.encode_pass(tokens, slots)
+                finite = all(bool(kv.isfinite().all()) for kv in run())
+                ms = milliseconds(run)
             times[f"{tokens} tokens"] = round(ms, 3)
             print(f"  encode {tokens} tokens: {ms:.3f} ms, finite {finite}", flush=True)
         self.results["encode_ms"] = times
+
+    def encode_pass(self, tokens: int, slots: list[int]) -> Callable[[], list[torch.Tensor]]:
+        """A pass of so many random tokens after the 512 of one sequence."""
+        tables, prefix = self.cache.tables(slots), torch.tensor([512], dtype=torch.int32)
+        ids = torch.randint(self.model.vocab_size, (tokens,), dtype=torch.int32)
+        positions = torch.arange(512, 512 + tokens, dtype=torch.int32)
+        starts = torch.tensor([0, tokens], dtype=torch.int32)
+        return lambda: self.session.encode(ids, positions, starts, prefix, tables)
 
     def canvas(self) -> None:
         """One canvas of 48 fixed steps after a prompt of 128 tokens, for 1, 4 and 8 requests, through the scheduler."""
@@ -238,23 +242,30 @@ class Bench:
             self.note("step_ms_of_64", round(self.time_steps(loop, slots, 3), 3))
 
     def profile(self) -> None:
-        """Where a replayed step's time goes, by kernel."""
-        table = self.results["profile_us"] = {}
+        """Where the time of a replayed step goes, and that of the longest encode pass, by kernel."""
         loop = self.loops["graph"]
-        for batch, prefix in ((1, 512), (4, 8192)):
+        for batch, prefix in ((1, 512), (4, 8192), (64, 512)):
+            if batch > self.build.max_sequences:
+                continue
             with self.sequences([prefix] * batch) as slots:
                 self.start(loop, slots)
-                self.time_steps(loop, slots, 1)
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                    for _ in range(3):
-                        loop.step(slots)
-                    torch.cuda.synchronize()
-            rows = [(each.key[:90], each.count / 3, each.self_device_time_total / 3) for each in profiler.key_averages()]
-            rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
-            print(f"  batch {batch}, prefix {prefix}: {sum(row[2] for row in rows) / 1e3:.3f} ms in kernels")
-            for name, count, us in rows[:45]:
-                print(f"    {us:9.1f} us  {count:6.1f} x  {name}", flush=True)
-            table[f"batch {batch}, prefix {prefix}"] = rows[:80]
+                self.profile_of(f"batch {batch}, prefix {prefix}", lambda slots=slots: loop.step(slots))
+        tokens = self.build.max_encode_tokens
+        with self.sequences([512]) as slots:
+            self.profile_of(f"encode {tokens} tokens", self.encode_pass(tokens, slots))
+
+    def profile_of(self, case: str, run: Callable[[], object]) -> None:
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(3):
+                run()
+            torch.cuda.synchronize()
+        rows = [(each.key[:90], each.count / 3, each.self_device_time_total / 3) for each in profiler.key_averages()]
+        rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+        print(f"  {case}: {sum(row[2] for row in rows) / 1e3:.3f} ms in kernels")
+        for name, count, us in rows[:45]:
+            print(f"    {us:9.1f} us  {count:6.1f} x  {name}", flush=True)
+        self.results.setdefault("profile_us", {})[case] = rows[:80]
 
     def transformers(self) -> None:
         from transformers_step import time_transformers
