@@ -25,23 +25,10 @@ priority: 455 / 741 / 1298 / 2449 / 4739; in turn: 462 / 727 / 1315 / 2480 / 464
 router, with priority: 241 / 311."""
 
 
-def feed_forward_cuda(
-    hidden: Tensor,
-    attended: Tensor,
-    norms: Sequence[Tensor],
-    scalar: Tensor,
-    dense: Sequence[Tensor],
-    router: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    top_k: int,
-    eps: float,
-    fp8_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `feed_forward`, the MLP beside the experts."""
-    weights = (norms, scalar, dense, router, experts)
+def feed_forward_cuda(hidden: Tensor, *others) -> tuple[Tensor, Tensor]:
+    """As `feed_forward`, the MLP beside the experts. others: the operator's, in order."""
     few = hidden.shape[0] < MANY_ROWS
-    start_mlp = partial(beside, priority=-1 if few else 0)
-    return feed_forward(hidden, attended, *weights, top_k, eps, fp8_rows, start_mlp=start_mlp, mlp_first=few)
+    return feed_forward(hidden, *others, start_mlp=partial(beside, priority=-1 if few else 0), mlp_first=few)
 
 
 def beside(rows: Tensor, gate_up: Tensor, down: Tensor, priority: int) -> Callable[[], Tensor]:
