@@ -106,14 +106,8 @@ class CanvasLoop:
     def step(self, slots: Sequence[int]) -> list[bool]:
         """One denoising step of each of `slots`; returns which of their canvases are finished."""
         rows = torch.tensor(slots, device=self._session.device)
-        canvas = self._canvas[rows]
         # 1.
-        hidden = self._session.denoise(
-            canvas.int(),
-            self._soft_embeds[rows],
-            torch.tensor([self._cache.length[slot] for slot in slots], dtype=torch.int32, device=rows.device),
-            self._cache.tables(slots),
-        )
+        hidden = self._denoise(slots, rows)
         # 2. and 5.
         argmax, sampled, entropy = self._vocabulary(slots, rows, hidden)
         # 3. and 4.
@@ -123,6 +117,15 @@ class CanvasLoop:
         self._stable_steps[rows] = stable_steps
         self._step[rows] += 1
         return (converged | (self._step[rows] >= self._num_steps[rows])).tolist()
+
+    def _denoise(self, slots: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the rows' canvases [B, C, D]."""
+        lengths = torch.tensor([self._cache.length[slot] for slot in slots], dtype=torch.int32, device=rows.device)
+        return self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], lengths, self._cache.tables(slots))
+
+    def _noise(self, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The Gumbel noise of canvas positions, each of the slot beside it: [R, V] float32."""
+        return gumbel_noise_rows(self._seed[slot], self._canvas_index[slot], self._step[slot], position, self._model.vocab_size)
 
     def _advance(
         self, rows: torch.Tensor, argmax: torch.Tensor, sampled: torch.Tensor, entropy: torch.Tensor
@@ -163,11 +166,7 @@ class CanvasLoop:
             chunk = slice(begin, min(begin + self._chunk_rows, slot.numel()))
             each = slot[chunk]
             extras = list(self._extras_within(slots, chunk))
-            noise = None
-            if not all_greedy:
-                noise = gumbel_noise_rows(
-                    self._seed[each], self._canvas_index[each], self._step[each], position[chunk], self._model.vocab_size
-                )
+            noise = None if all_greedy else self._noise(each, position[chunk])
             result = sampler.vocabulary_pass(
                 self._session.head(hidden[chunk]),
                 cap=self._model.final_logit_softcapping,

@@ -9,6 +9,9 @@ their own. Nothing in a step depends on the host but the rows and their prefix l
 The host waits for the first only: while the second runs it reads the results and prepares the next step. The definitions are
 those of `canvas_loop`, the arithmetic is that of `plugins.vocabulary`. On CPU tensors, in Triton's interpreter, a step runs
 uncaptured.
+
+Of rows with extras the denoising pass is captured, when it is first needed; what follows is the plain loop's, with noise from a
+kernel.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +24,12 @@ from tqdm import tqdm
 
 from backend import sampler
 from backend.canvas_loop import CanvasLoop
+from backend.graphs import Graphs
 from backend.kv_cache import PagedKVCache
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 from plugins.vocabulary.feedback import soft_embeddings
-from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
+from plugins.vocabulary.launch import accept_and_renoise, gumbel_noise, vocabulary_pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +42,30 @@ class _Results:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What the graphs of one bucket are given."""
+
+    staged: Tensor  # on the host, what goes to `on_device`
+    on_device: Tensor  # [2, B] int64: rows of the state, prefix lengths
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Step:
     """A step of one bucket, ready to run: fill `inputs`, run `first`, then `second`; `results` are there after `first`."""
 
-    staged: Tensor  # on the host, what goes to `inputs`
-    inputs: Tensor  # [2, B] int64: rows of the state, prefix lengths
+    inputs: _Inputs
     results: _Results
     first: Callable[[], object]
     second: Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """A denoising pass of one bucket, ready to run: fill `inputs`, `run`, and the result is in `hidden`."""
+
+    inputs: _Inputs
+    hidden: Tensor  # [B, C, D]
+    run: Callable[[], object]
 
 
 def buckets(max_sequences: int) -> tuple[int, ...]:
@@ -77,11 +97,11 @@ class CapturedLoop(CanvasLoop):
         self._buckets = buckets(max_step_sequences or len(cache.length))
         self._idle = len(cache.length)
         self._steps: dict[int, _Step] = {}
+        self._passes: dict[int, _Pass] = {}
         self._results: dict[int, tuple[_Results, int]] = {}  # slot → where the host has its last results
         self._on_gpu = session.device.type == "cuda"
-        self._capture = capture and self._on_gpu
+        self._graphs = Graphs() if capture and self._on_gpu else None
         if self._on_gpu:
-            self._pool = torch.cuda.graph_pool_handle()
             self._first_done = torch.cuda.Event()
             self._other_stream = torch.cuda.Stream(session.device)
         # The idle row computes like any other: its temperature must be a number, and without noise it costs least.
@@ -100,14 +120,9 @@ class CapturedLoop(CanvasLoop):
             for slot in slots:
                 self._results.pop(slot, None)
             return super().step(slots)
-        size = next(bucket for bucket in self._buckets if bucket >= len(slots))
+        size = self._bucket(slots)
         step = self._steps.get(size) or self._prepare(size)
-        padding = [self._idle] * (size - len(slots))
-        self._cache.upload_tables()
-        lengths = [self._cache.length[slot] for slot in slots] + [0] * len(padding)
-        # The last copy from here is over: the results of its step have been waited for.
-        step.staged.copy_(torch.tensor([[*slots, *padding], lengths]))
-        step.inputs.copy_(step.staged, non_blocking=True)
+        self._fill(step.inputs, slots)
         step.first()
         if self._on_gpu:
             self._first_done.record()
@@ -142,41 +157,64 @@ class CapturedLoop(CanvasLoop):
             if size not in self._steps:
                 self._prepare(size)
 
-    def _prepare(self, size: int) -> _Step:
-        pinned = {"pin_memory": self._on_gpu}
-        staged = torch.zeros(2, size, dtype=torch.int64, **pinned)
+    def _denoise(self, slots: Sequence[int], rows: Tensor) -> Tensor:
+        """See `CanvasLoop._denoise`. What it returns is overwritten by the next call."""
+        size = self._bucket(slots)
+        denoise = self._passes.get(size) or self._prepare_pass(size)
+        self._fill(denoise.inputs, slots)
+        denoise.run()
+        return denoise.hidden[: len(slots)]
+
+    def _noise(self, slot: Tensor, position: Tensor) -> Tensor:
+        """See `CanvasLoop._noise`; the numbers are its, to rounding."""
+        return gumbel_noise(self._seed[slot], self._canvas_index[slot], self._step[slot], position, self._model.vocab_size)
+
+    def _bucket(self, slots: Sequence[int]) -> int:
+        return next(size for size in self._buckets if size >= len(slots))
+
+    def _fill(self, inputs: _Inputs, slots: Sequence[int]) -> None:
+        """The last copy from `staged` must be over: what was made of it has been waited for."""
+        padding = [self._idle] * (inputs.staged.shape[1] - len(slots))
+        self._cache.upload_tables()
+        lengths = [self._cache.length[slot] for slot in slots] + [0] * len(padding)
+        inputs.staged.copy_(torch.tensor([[*slots, *padding], lengths]))
+        inputs.on_device.copy_(inputs.staged, non_blocking=True)
+
+    def _idle_inputs(self, size: int) -> _Inputs:
+        staged = torch.zeros(2, size, dtype=torch.int64, pin_memory=self._on_gpu)
         staged[0] = self._idle
-        inputs = staged.to(self._session.device, copy=True)
+        return _Inputs(staged=staged, on_device=staged.to(self._session.device, copy=True))
+
+    def _prepare(self, size: int) -> _Step:
+        pinned, inputs = {"pin_memory": self._on_gpu}, self._idle_inputs(size)
         results = _Results(
             finished=torch.zeros(size, dtype=torch.bool, **pinned),
             argmax=torch.zeros(size, self._model.canvas_length, dtype=torch.int64, **pinned),
             steps=torch.zeros(size, dtype=torch.int64, **pinned),
         )
-        first, second = (self._captured if self._capture else self._uncaptured)(inputs, results)
-        self._steps[size] = _Step(staged=staged, inputs=inputs, results=results, first=first, second=second)
+        pending: list[Callable[[], None]] = []
+        first, second = self._ready(
+            lambda: pending.append(self._update_canvases(inputs.on_device, results)), lambda: pending.pop()()
+        )
+        self._steps[size] = _Step(inputs=inputs, results=results, first=first, second=second)
         return self._steps[size]
 
-    def _uncaptured(self, inputs: Tensor, results: _Results) -> tuple[Callable[[], object], Callable[[], object]]:
-        pending: list[Callable[[], None]] = []
-        return lambda: pending.append(self._update_canvases(inputs, results)), lambda: pending.pop()()
+    def _prepare_pass(self, size: int) -> _Pass:
+        inputs = self._idle_inputs(size)
+        shape = (size, self._model.canvas_length, self._model.hidden_size)
+        hidden = torch.empty(shape, dtype=self._session.dtype, device=self._session.device)
 
-    def _captured(self, inputs: Tensor, results: _Results) -> tuple[Callable[[], object], Callable[[], object]]:
-        """Runs the step once, so that kernels are loaded and libraries have their workspaces, then captures its two parts.
+        @torch.no_grad()
+        def denoise() -> None:
+            hidden.copy_(self._hidden(inputs.on_device))
 
-        The graphs share one pool of memory: they run one after the other, and nothing in it outlives a step.
-        """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._update_canvases(inputs, results)()
-        torch.cuda.current_stream().wait_stream(stream)
-        stream.synchronize()
-        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(first, pool=self._pool, stream=stream):
-            feed_back = self._update_canvases(inputs, results)
-        with torch.cuda.graph(second, pool=self._pool, stream=stream):
-            feed_back()
-        return first.replay, second.replay
+        (run,) = self._ready(denoise)
+        self._passes[size] = _Pass(inputs=inputs, hidden=hidden, run=run)
+        return self._passes[size]
+
+    def _ready(self, *parts: Callable[[], object]) -> Sequence[Callable[[], object]]:
+        """As graphs, or as they are where nothing is captured."""
+        return self._graphs.captured(*parts) if self._graphs else parts
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -192,11 +230,15 @@ class CapturedLoop(CanvasLoop):
         if self._on_gpu:
             torch.cuda.current_stream().wait_stream(self._other_stream)
 
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        rows, prefix_lengths = inputs[0], inputs[1].int()
+        tables = {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}
+        return self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
+
     @torch.no_grad()
     def _update_canvases(self, inputs: Tensor, results: _Results) -> Callable[[], None]:
         """The first part of a step; returns its second part. The numbers are those of `canvas_loop`."""
-        rows, prefix_lengths = inputs[0], inputs[1].int()
-        length = self._model.canvas_length
+        rows, length = inputs[0], self._model.canvas_length
         # 1. Beside it goes what 2. needs to know of the rows: many kernels, all of them tiny.
         with self._beside():
             seed, canvas_index, step = self._seed[rows], self._canvas_index[rows], self._step[rows]
@@ -210,9 +252,7 @@ class CapturedLoop(CanvasLoop):
             }
             each = {name: value.repeat_interleave(length) for name, value in each.items()}
             each["positions"] = self._within.repeat(rows.numel())
-        tables = {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}
-        hidden = self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
-        hidden = hidden.flatten(0, 1)
+        hidden = self._hidden(inputs).flatten(0, 1)
         # 2.
         self._join()
         cap, passes, soft_embeds = self._model.final_logit_softcapping, [], torch.empty_like(hidden)

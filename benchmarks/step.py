@@ -6,18 +6,17 @@ fails prints why and the next one runs; the exit status is then 1. The last line
 
 import argparse
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import triton.testing
 from random_model import open_sequences, random_cache, random_session, random_weights, read_text_model
 from step_pieces import pieces_of
+from step_timing import kernel_times, milliseconds, time_row, time_steps
 from tokenizers import Tokenizer
 
 from backend.captured_loop import CapturedLoop
@@ -28,15 +27,17 @@ from contract.manifest import BuildConfig
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 DEFAULTS = GenerationDefaults.from_json({"eos_token_id": []})
-FIXED_STEPS = SamplingConfig(max_tokens=256, max_denoising_steps=48, confidence_threshold=0, ignore_eos=True, seed=1)
+SAMPLING = {"max_tokens": 256, "max_denoising_steps": 48, "confidence_threshold": 0, "ignore_eos": True, "seed": 1}
+FIXED_STEPS = SamplingConfig(**SAMPLING)
 CACHED_TOKENS = 32 * 65536 + 64 * 512
 DEVICE = "cuda"
-PHASES = ("ceilings", "weights", "compile", "check", "step", "pieces", "encode", "canvas", "memory", "profile", "transformers")
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """On the device, median."""
-    return triton.testing.do_bench(run, return_mode="median")
+EXTRAS = {
+    "logprobs": {"logprobs": True, "top_logprobs": 5},
+    "logit_bias": {"logit_bias": {5: 1.0}},
+    "top_k": {"top_k": 64},
+    "top_p": {"top_p": 0.95},
+}
+PHASES = tuple("ceilings weights compile check step extras pieces encode canvas memory profile transformers".split())
 
 
 class Bench:
@@ -98,9 +99,9 @@ class Bench:
             for slot in slots:
                 self.cache.close(slot)
 
-    def start(self, loop: CapturedLoop, slots: list[int]) -> None:
+    def start(self, loop: CapturedLoop, slots: list[int], sampling: SamplingConfig = FIXED_STEPS) -> None:
         for slot in slots:
-            loop.start_canvas(slot, 0, FIXED_STEPS.resolve(DEFAULTS))
+            loop.start_canvas(slot, 0, sampling.resolve(DEFAULTS))
 
     # -- Phases
 
@@ -149,33 +150,20 @@ class Bench:
                         self.start(loop, slots)
                         count = 10 if batch * prefix < 100_000 else 3
                         case = f"{name}, batch {batch}, prefix {prefix}"
-                        alone, in_a_row = self.time_steps(loop, slots, count), self.time_row(loop, slots, 2 * count)
+                        alone = time_steps(loop, slots, count)
+                        in_a_row = time_row(loop, slots, 2 * count, partial(self.start, loop, slots))
                         times[case], times[f"{case}, in a row"] = round(alone, 3), round(in_a_row, 3)
                         print(f"  {case}: {alone:.3f} ms, in a row {in_a_row:.3f} ms", flush=True)
 
-    def time_steps(self, loop: CapturedLoop, slots: list[int], count: int) -> float:
-        """Milliseconds, median, after one step that warms up."""
-        each = []
-        for _ in range(1 + count):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            loop.step(slots)
-            torch.cuda.synchronize()
-            each.append(1e3 * (time.perf_counter() - started))
-        return statistics.median(each[1:])
-
-    def time_row(self, loop: CapturedLoop, slots: list[int], count: int) -> float:
-        """Milliseconds of a step, `count` of them in a row: the median of three rows."""
-        each = []
-        for _ in range(3):
-            self.start(loop, slots)
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            for _ in range(count):
-                loop.step(slots)
-            torch.cuda.synchronize()
-            each.append(1e3 * (time.perf_counter() - started) / count)
-        return statistics.median(each)
+    def extras(self) -> None:
+        """A step of requests that ask for what is not captured, after 512 tokens."""
+        loop, times = self.loops["graph"], {}
+        for batch in (1, 4):
+            with self.sequences([512] * batch) as slots:
+                for name, extra in EXTRAS.items():
+                    self.start(loop, slots, SamplingConfig(**SAMPLING, **extra))
+                    times[f"{name}, batch {batch}"] = round(time_steps(loop, slots, 5), 3)
+        self.note("extras_ms", times)
 
     def pieces(self) -> None:
         """What a step is made of, each alone."""
@@ -239,7 +227,7 @@ class Bench:
             sizes = {"before": before, "peak": torch.cuda.max_memory_allocated(), "pages": pages}
             sizes["reserved"] = torch.cuda.memory_reserved()
             self.note("memory_gb", {name: round(size / 1e9, 2) for name, size in sizes.items()})
-            self.note("step_ms_of_64", round(self.time_steps(loop, slots, 3), 3))
+            self.note("step_ms_of_64", round(time_steps(loop, slots, 3), 3))
 
     def profile(self) -> None:
         """Where the time of a replayed step goes, and that of the longest encode pass, by kernel."""
@@ -255,13 +243,7 @@ class Bench:
             self.profile_of(f"encode {tokens} tokens", self.encode_pass(tokens, slots))
 
     def profile_of(self, case: str, run: Callable[[], object]) -> None:
-        run()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            for _ in range(3):
-                run()
-            torch.cuda.synchronize()
-        rows = [(each.key[:90], each.count / 3, each.self_device_time_total / 3) for each in profiler.key_averages()]
-        rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+        rows = kernel_times(run)
         print(f"  {case}: {sum(row[2] for row in rows) / 1e3:.3f} ms in kernels")
         for name, count, us in rows[:45]:
             print(f"    {us:9.1f} us  {count:6.1f} x  {name}", flush=True)

@@ -79,13 +79,16 @@ SAMPLINGS = (
 )
 
 
-def run(session, loop, slots) -> list[tuple]:
-    """Steps of three rows that join one after the other and leave when they are finished; what the loop says of each."""
+def run(session, loop, slots, extras=({}, {}, {})) -> list[tuple]:
+    """Steps of three rows that join one after the other and leave when they are finished; what the loop says of each.
+
+    extras: what each asks for beyond `SAMPLINGS`.
+    """
     defaults = GenerationDefaults.from_json({"eos_token_id": []})
     active, seen = [], []
     for tick in range(9):
         if tick < len(slots):
-            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick]).resolve(defaults))
+            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick], **extras[tick]).resolve(defaults))
             assert loop.num_steps(slots[tick]) == 0
             active.append(slots[tick])
         if not active:
@@ -119,6 +122,32 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
     assert sizes == [3, 2, 1]
     assert run(session, loop, slots) == plain
     assert sizes == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        ({"logprobs": True, "top_logprobs": 2}, {"logit_bias": {5: 3.0}}, {"top_k": 7, "top_p": 0.8, "min_p": 0.01}),
+        ({}, {"logit_bias": {5: 3.0}}, {"top_k": 7}),
+    ],
+    ids=["all rows", "two of three"],
+)
+def test_rows_with_extras_are_those_of_the_plain_loop(session, extras, monkeypatch):
+    """Their denoising pass is that of a bucket, prepared once; the others' steps are captured."""
+    prefixes = [30, 5, 41]
+    plain_loop, slots = loop_of(CanvasLoop, session, prefixes)
+    plain = run(session, plain_loop, slots, extras)
+    loop, slots = loop_of(CapturedLoop, session, prefixes)
+    passes, steps, prepare_pass, prepare = [], [], loop._prepare_pass, loop._prepare
+    monkeypatch.setattr(loop, "_prepare_pass", lambda size: passes.append(size) or prepare_pass(size))
+    monkeypatch.setattr(loop, "_prepare", lambda size: steps.append(size) or prepare(size))
+    assert run(session, loop, slots, extras) == plain
+    some = not all(extras)
+    assert (sorted(passes), sorted(steps)) == (([1, 2], [1]) if some else ([1, 2, 4], []))
+    if not some:
+        for own, expected in zip(loop.logprobs(slots[0]), plain_loop.logprobs(slots[0]), strict=True):
+            assert own.logprob == pytest.approx(expected.logprob, abs=1e-5)
+            assert [token for token, _ in own.top] == [token for token, _ in expected.top]
 
 
 def test_rows_that_the_kernels_cannot_do_take_the_plain_path(session, monkeypatch):

@@ -79,6 +79,11 @@ def test_vocabulary_pass_compiles(dtype, tmp_path):
     check_compiles(vocabulary.merge_launch(*tile.outputs), tmp_path, str(dtype))
 
 
+def test_noise_compiles(tmp_path):
+    rows = (torch.empty(CANVAS_LENGTH, dtype=torch.int64, device="meta"),) * 4
+    check_compiles(vocabulary.noise_launch(rows, VOCAB_SIZE), tmp_path, "noise")
+
+
 def test_acceptance_compiles(tmp_path):
     def sequences(*length: int, of: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(4, *length, dtype=of, device="meta")

@@ -47,6 +47,20 @@ def test_float32_tokens_are_those_of_the_uncompiled_network(engines, max_sequenc
     assert [result.num_steps for result in actual] == [result.num_steps for result in expected]
 
 
+def test_float32_tokens_of_requests_with_extras_are_those_of_the_uncompiled_network(engines, render, held_out):
+    """Denoising passes are captured, noise is a kernel's. Some requests have no extras, and are in the same batches."""
+    prompts = [render(question) for question in held_out]
+    extras = ({"logprobs": True, "top_logprobs": 2}, {"logit_bias": {5: 1.0}}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}, {})
+    configs = [SamplingConfig(seed=seed, **SAMPLING, **extras[seed % 4]) for seed in range(len(prompts))]
+    expected = uncompiled("float32", max_sequences=5).generate(prompts, configs)
+    actual = LLM(engines / "float32", max_sequences=5).generate(prompts, configs)
+    assert [result.token_ids for result in actual] == [result.token_ids for result in expected]
+    assert [result.num_steps for result in actual] == [result.num_steps for result in expected]
+    for own, others in zip(actual, expected, strict=True):
+        logprobs = [[each.logprob for each in result.logprobs or ()] for result in (own, others)]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+
+
 def test_float32_image_features_are_those_of_the_network_on_the_cpu(engines):
     session, network = Session.load(engines / "float32"), network_session(TINY, dtype="float32")
     for num_soft_tokens in (1, 70, 257):

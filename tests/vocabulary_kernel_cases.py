@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from backend import noise, sampler
-from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
+from plugins.vocabulary.launch import accept_and_renoise, gumbel_noise, vocabulary_pass
 from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words
 
 # numpy's, about tokens that have no chance: a bound of infinity is meant, and so is no bound where every token is forbidden.
@@ -69,6 +69,14 @@ def test_noise_has_the_bits_of_the_plain_noise(first_lane):
         assert torch.equal(words, expected[lanes % 4, torch.arange(64)])
         whole = noise.gumbel_noise_rows(*drawn.values(), position, first_lane + 64)
         torch.testing.assert_close(values, whole[0, first_lane:], **GUMBEL_TOLERANCE)
+
+
+@pytest.mark.parametrize("vocab_size", [3, *VOCAB_SIZES])
+def test_noise_of_rows(vocab_size):
+    drawn, positions = draws(5), torch.tensor([0, 255, 7, 8, 9])
+    expected = noise.gumbel_noise_rows(*drawn.values(), positions, vocab_size)
+    actual = gumbel_noise(*drawn.values(), positions, vocab_size)
+    torch.testing.assert_close(actual, expected, **GUMBEL_TOLERANCE)
 
 
 def test_gumbel_values_of_the_extreme_words():

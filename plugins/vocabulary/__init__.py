@@ -15,6 +15,11 @@ length.
 | seeds, canvas_indices, steps, positions | [R] int64 | what the noise depends on; seeds hold the 64 bits of the unsigned seed |
 | → argmax, sampled, entropy | [R] int64, int64, float32 | nats |
 
+| noise | shape, dtype | meaning |
+|---|---|---|
+| seeds, canvas_indices, steps, positions | [R] int64 | as above |
+| → noise | [R, V] float32 | what the vocabulary pass adds, for rows that it cannot sample |
+
 | acceptance | shape, dtype | meaning |
 |---|---|---|
 | entropy, argmax, sampled | [B, C] float32, int64, int64 | of this step |

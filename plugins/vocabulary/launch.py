@@ -12,12 +12,14 @@ from torch import Tensor
 from plugins.triton_launch import Launch
 from plugins.vocabulary.acceptance_kernel import acceptance_kernel
 from plugins.vocabulary.kernel import vocabulary_merge_kernel, vocabulary_tile_kernel
+from plugins.vocabulary.noise_kernel import gumbel_noise_kernel
 
 # A warp works alone, so that its many reductions need no barrier. NVIDIA H200, Triton 3.6, 256 rows of 262,144 columns: 208 µs;
 # tiles of 128 blocks: 203, of 32: 212; 512 columns, 32 blocks, 1 warp: 238, 2 warps: 227, 4 warps: 247; 1024 columns, 4 warps:
 # 238; 2048 columns, 16 blocks, 4 warps: 276. 128 blocks would leave few programs for fewer rows.
 _BLOCK_COLUMNS, _TILE_BLOCKS, _TILE_WARPS = 256, 64, 1
 _OTHERS = 32
+_NOISE_BLOCK = 2048
 
 
 class VocabularyResult(NamedTuple):
@@ -73,6 +75,13 @@ def accept_and_renoise(
     state = (previous_argmax, stable_steps, stability_threshold)
     inputs = (*of_the_step, *state, seeds, canvas_indices, steps)
     return AcceptanceResult(*acceptance_launch(tuple(each.contiguous() for each in inputs), vocab_size).run())
+
+
+def gumbel_noise(seeds: Tensor, canvas_indices: Tensor, steps: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """The Gumbel noise that `vocabulary_pass` adds to rows, all of it: [R, vocab_size] float32."""
+    inputs = (seeds, canvas_indices, steps, positions)
+    (noise,) = noise_launch(tuple(each.contiguous() for each in inputs), vocab_size).run()
+    return noise
 
 
 def tile_launch(inputs: tuple[Tensor, ...], cap: float | None) -> Launch:
@@ -138,6 +147,22 @@ def acceptance_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
             "BLOCK_OTHERS": _OTHERS,
         },
         num_warps=8,
+        num_stages=1,
+    )
+
+
+def noise_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
+    """inputs: seeds, canvas_indices, steps, positions. Outputs noise."""
+    (num_rows,) = inputs[0].shape
+    columns = min(_NOISE_BLOCK, _power_of_two(max(vocab_size, 16)))
+    return Launch(
+        kernel=gumbel_noise_kernel,
+        grid=(num_rows, -(-vocab_size // columns)),
+        inputs=inputs,
+        scalars=(),
+        outputs=(inputs[0].new_empty(num_rows, vocab_size, dtype=torch.float32),),
+        constants={"VOCAB_SIZE": vocab_size, "BLOCK": columns},
+        num_warps=4,
         num_stages=1,
     )
 
