@@ -15,7 +15,7 @@ Rows are independent: each has its own step, temperature, bound, seed and limits
 The state of a row is a few tensors of canvas size; logits live only inside a chunk of rows of the head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,10 +27,13 @@ from backend.pass_memory import LOGITS_COPIES
 from backend.row_extras import RowExtras
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
+from contract.model_config import LayerType
 
 
 class CanvasLoop:
     """The canvases of all slots of a KV cache. One owner, one thread."""
+
+    _gumbel_noise = staticmethod(gumbel_noise_rows)
 
     def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20):
         """`workspace_bytes` bounds the memory of the head and the sampler, however many rows there are."""
@@ -121,11 +124,13 @@ class CanvasLoop:
     def _denoise(self, slots: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
         """Hidden states of the rows' canvases [B, C, D]."""
         lengths = torch.tensor([self._cache.length[slot] for slot in slots], dtype=torch.int32, device=rows.device)
-        return self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], lengths, self._cache.tables(slots))
+        return self._hidden(rows, lengths, self._cache.tables(slots))
 
-    def _noise(self, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """The Gumbel noise of canvas positions, each of the slot beside it: [R, V] float32."""
-        return gumbel_noise_rows(self._seed[slot], self._canvas_index[slot], self._step[slot], position, self._model.vocab_size)
+    def _hidden(
+        self, rows: torch.Tensor, prefix_lengths: torch.Tensor, tables: Mapping[LayerType, torch.Tensor]
+    ) -> torch.Tensor:
+        """One denoising pass over the rows' canvases, given their prefixes' lengths and page tables: [B, C, D]."""
+        return self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
 
     def _advance(
         self, rows: torch.Tensor, argmax: torch.Tensor, sampled: torch.Tensor, entropy: torch.Tensor
@@ -166,7 +171,10 @@ class CanvasLoop:
             chunk = slice(begin, min(begin + self._chunk_rows, slot.numel()))
             each = slot[chunk]
             extras = list(self._extras_within(slots, chunk))
-            noise = None if all_greedy else self._noise(each, position[chunk])
+            noise = None
+            if not all_greedy:
+                drawn = (self._seed[each], self._canvas_index[each], self._step[each], position[chunk])
+                noise = self._gumbel_noise(*drawn, self._model.vocab_size)
             result = sampler.vocabulary_pass(
                 self._session.head(hidden[chunk]),
                 cap=self._model.final_logit_softcapping,

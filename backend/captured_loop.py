@@ -79,6 +79,8 @@ def buckets(max_sequences: int) -> tuple[int, ...]:
 class CapturedLoop(CanvasLoop):
     """As `CanvasLoop`. Every tensor that a graph reads or writes lives as long as the loop."""
 
+    _gumbel_noise = staticmethod(gumbel_noise)  # the plain loop's numbers, to rounding
+
     def __init__(
         self,
         session: Session,
@@ -165,10 +167,6 @@ class CapturedLoop(CanvasLoop):
         denoise.run()
         return denoise.hidden[: len(slots)]
 
-    def _noise(self, slot: Tensor, position: Tensor) -> Tensor:
-        """See `CanvasLoop._noise`; the numbers are its, to rounding."""
-        return gumbel_noise(self._seed[slot], self._canvas_index[slot], self._step[slot], position, self._model.vocab_size)
-
     def _bucket(self, slots: Sequence[int]) -> int:
         return next(size for size in self._buckets if size >= len(slots))
 
@@ -206,7 +204,7 @@ class CapturedLoop(CanvasLoop):
 
         @torch.no_grad()
         def denoise() -> None:
-            hidden.copy_(self._hidden(inputs.on_device))
+            hidden.copy_(self._hidden_of(inputs.on_device))
 
         (run,) = self._ready(denoise)
         self._passes[size] = _Pass(inputs=inputs, hidden=hidden, run=run)
@@ -230,10 +228,10 @@ class CapturedLoop(CanvasLoop):
         if self._on_gpu:
             torch.cuda.current_stream().wait_stream(self._other_stream)
 
-    def _hidden(self, inputs: Tensor) -> Tensor:
+    def _hidden_of(self, inputs: Tensor) -> Tensor:
         rows, prefix_lengths = inputs[0], inputs[1].int()
         tables = {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}
-        return self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
+        return self._hidden(rows, prefix_lengths, tables)
 
     @torch.no_grad()
     def _update_canvases(self, inputs: Tensor, results: _Results) -> Callable[[], None]:
@@ -252,7 +250,7 @@ class CapturedLoop(CanvasLoop):
             }
             each = {name: value.repeat_interleave(length) for name, value in each.items()}
             each["positions"] = self._within.repeat(rows.numel())
-        hidden = self._hidden(inputs).flatten(0, 1)
+        hidden = self._hidden_of(inputs).flatten(0, 1)
         # 2.
         self._join()
         cap, passes, soft_embeds = self._model.final_logit_softcapping, [], torch.empty_like(hidden)

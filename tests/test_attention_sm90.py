@@ -15,7 +15,6 @@ from plugins.attention.launch import (
     choose_num_splits,
     choose_tile,
     combine_launch,
-    never_splits,
     split_launch,
 )
 from plugins.vocabulary import launch as vocabulary
@@ -119,7 +118,6 @@ def test_splits_fill_the_device(tokens, prefix, window, expected):
     """H200: 132 multiprocessors. A canvas has 16 tiles of 4 programs each."""
     inputs = attention_inputs(kv_heads=2, head_dim=512, tokens=tokens, columns=prefix // PAGE_SIZE)
     assert choose_num_splits(inputs, window, 132) == expected
-    assert never_splits(*inputs[:2], tokens, 132) == (tokens >= 512)
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "expected"), [(256, 65536, 4), (256, 256, 2), (1024, 65536, 1), (1, 65536, 4)])

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from plugins.attention.launch import HOPPER_MULTIPROCESSORS, attention, choose_num_splits, never_splits
+from plugins.attention.launch import HOPPER_MULTIPROCESSORS, attention, choose_num_splits
 from plugins.library import LIBRARY
-from plugins.triton_launch import least
 
 
 @triton_op("diffusiongemma::paged_attention_triton", mutates_args={})
@@ -31,13 +30,9 @@ def paged_attention_triton(
     causal: bool,
     window: int,
 ) -> Tensor:
-    """As `paged_attention`, open to compilers. With symbolic shapes the number of splits is an expression of them, or 1 where
-    the fewest tokens that there can be fill the device."""
+    """As `paged_attention`, open to compilers. With symbolic shapes the number of splits is an expression of them."""
     inputs = (query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids)
-    if never_splits(query, new_kv, least(query.shape[0]), HOPPER_MULTIPROCESSORS):
-        num_splits = 1
-    else:
-        num_splits = choose_num_splits(inputs, window, HOPPER_MULTIPROCESSORS)
+    num_splits = choose_num_splits(inputs, window, HOPPER_MULTIPROCESSORS)
     return attention(*inputs, causal, window, num_splits=num_splits, wrap=wrap_triton)
 
 

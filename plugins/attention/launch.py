@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plugins.attention.kernel import paged_attention_kernel
 from plugins.attention.split_kernel import combine_kernel, paged_attention_split_kernel
-from plugins.triton_launch import Launch, Wrap, unwrapped
+from plugins.triton_launch import Launch, Wrap, least, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,26 +140,23 @@ def choose_num_splits(inputs: tuple[Tensor, ...], window: int, num_multiprocesso
     """As many splits as fill the device once, none of much less than 256 keys.
 
     A split costs 8 bytes an element of the output, written and read again, so none is made where the tiles alone fill the
-    device. The page table's width bounds the prefixes: their lengths are on the device. Of symbolic sizes: symbolic.
+    device. The page table's width bounds the prefixes: their lengths are on the device. Of symbolic sizes: symbolic, but
+    1 where the fewest tokens that there can be fill the device.
     """
     query, new_kv, kv_pages, page_table, *_ = inputs
-    num_programs = _num_programs(query, new_kv, query.shape[0])
+    tile = choose_tile(query.shape[2], query.dtype)
+    tokens = tile.rows // (query.shape[1] // new_kv.shape[2])
+
+    def room(num_tokens: int) -> int:
+        num_programs = torch.sym_max(num_tokens // tokens, 1) * new_kv.shape[2] * (query.shape[2] // tile.columns)
+        return num_multiprocessors // num_programs
+
+    if room(least(query.shape[0])) <= 1:
+        return 1
     max_prefix = page_table.shape[1] * kv_pages.shape[1]
     max_keys = (torch.sym_min(max_prefix, window) if window else max_prefix) + query.shape[0]
     useful = torch.sym_min(max_keys // _MIN_SPLIT_KEYS, MAX_SPLITS)
-    return torch.sym_max(1, torch.sym_min(num_multiprocessors // num_programs, useful))
-
-
-def never_splits(query: Tensor, new_kv: Tensor, num_tokens: int, num_multiprocessors: int) -> bool:
-    """Whether `choose_num_splits` gives 1 for so many tokens, and for more."""
-    return num_multiprocessors // _num_programs(query, new_kv, num_tokens) <= 1
-
-
-def _num_programs(query: Tensor, new_kv: Tensor, num_tokens: int) -> int:
-    """That compute the tiles of so many tokens, when none of them share a tile's keys."""
-    tile = choose_tile(query.shape[2], query.dtype)
-    tokens = tile.rows // (query.shape[1] // new_kv.shape[2])
-    return torch.sym_max(num_tokens // tokens, 1) * new_kv.shape[2] * (query.shape[2] // tile.columns)
+    return torch.sym_max(1, torch.sym_min(room(query.shape[0]), useful))
 
 
 def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:

@@ -93,7 +93,7 @@ def tile_launch(inputs: tuple[Tensor, ...], cap: float | None) -> Launch:
     if cap is not None and cap <= 0:
         raise ValueError(f"vocabulary kernel: got soft cap {cap}, expected a number above 0, or None")
     num_rows, vocab_size = raw_logits.shape
-    columns = min(_BLOCK_COLUMNS, _power_of_two(max(vocab_size, 16)))
+    columns = _block_columns(_BLOCK_COLUMNS, vocab_size)
     num_tiles = -(-vocab_size // (columns * _TILE_BLOCKS))
     return Launch(
         kernel=vocabulary_tile_kernel,
@@ -154,7 +154,7 @@ def acceptance_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
 def noise_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
     """inputs: seeds, canvas_indices, steps, positions. Outputs noise."""
     (num_rows,) = inputs[0].shape
-    columns = min(_NOISE_BLOCK, _power_of_two(max(vocab_size, 16)))
+    columns = _block_columns(_NOISE_BLOCK, vocab_size)
     return Launch(
         kernel=gumbel_noise_kernel,
         grid=(num_rows, -(-vocab_size // columns)),
@@ -165,6 +165,11 @@ def noise_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
         num_warps=4,
         num_stages=1,
     )
+
+
+def _block_columns(most: int, vocab_size: int) -> int:
+    """Of a block: `most`, or fewer that hold the vocabulary; whole groups of the noise's lanes."""
+    return min(most, _power_of_two(max(vocab_size, 16)))
 
 
 def _power_of_two(number: int) -> int:
