@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
 
+from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
 from plugins.moe.launch import Tile as ExpertsTile
@@ -136,20 +137,23 @@ def attention_case(
     head_dim: int,
     window: int,
     heads: int = 16,
+    hopper: bool = False,
     tile: AttentionTile | None = None,
     num_splits: int | None = None,
 ) -> Case:
     problems, seen, expected = attention_problem(batch, prefix, kv_heads, head_dim, window, heads)
     num_multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     splits = num_splits or choose_num_splits(problems[0], window, num_multiprocessors)
-    options = {"num_splits": splits, "tile": tile}
-    result = attention(*problems[0], False, window, **options)
+    if hopper:
+        calls = [partial(hopper_attention, problem, False, window, splits, tile) for problem in problems]
+    else:
+        calls = [partial(attention, *problem, False, window, num_splits=splits, tile=tile) for problem in problems]
     return Case(
-        name=f"attention {head_dim}, batch {batch}, prefix {prefix}, {splits} splits",
-        calls=[partial(attention, *problem, False, window, **options) for problem in problems],
+        name=f"attention {head_dim}, batch {batch}, prefix {prefix}, {splits} splits" + ", for Hopper" * hopper,
+        calls=calls,
         flops=4 * batch * heads * CANVAS * (seen + CANVAS) * head_dim,
         bytes=2 * batch * (2 * CANVAS * heads * head_dim + 2 * (seen + CANVAS) * kv_heads * head_dim),
-        error=relative_error(result[:CANVAS], expected),
+        error=relative_error(calls[0]()[:CANVAS], expected),
     )
 
 
@@ -214,8 +218,9 @@ def makers() -> Iterator[Maker]:
         for packed in (False, True):
             yield partial(experts_case, rows, packed)
     for batch, prefix in ((1, 512), (1, 8192), (1, 65536), (4, 8192), (16, 2048)):
-        yield partial(attention_case, batch, prefix, kv_heads=8, head_dim=256, window=1024)
-        yield partial(attention_case, batch, prefix, kv_heads=2, head_dim=512, window=0)
+        for hopper in (False, True):
+            yield partial(attention_case, batch, prefix, kv_heads=8, head_dim=256, window=1024, hopper=hopper)
+            yield partial(attention_case, batch, prefix, kv_heads=2, head_dim=512, window=0, hopper=hopper)
     for rows in (256, 1024):
         yield partial(vocabulary_case, rows)
 
@@ -227,7 +232,7 @@ def other_tiles(maker: Maker) -> Iterator[dict[str, object]]:
         for tile in arranged_tiles(num_rows) if packed else plain_tiles(num_rows):
             yield {"tile": tile, "down_tile": tile}
     elif maker.func is attention_case:
-        for tile in attention_tiles(maker.keywords["head_dim"]):
+        for tile in attention_tiles(maker.keywords["head_dim"], maker.keywords["hopper"]):
             for num_splits in (1, 2, 3, 4) if maker.args[0] == 1 else (1, 2):
                 yield {"tile": tile, "num_splits": num_splits}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 Wrap = Callable[[object], object]
 """Makes a kernel callable where it is launched: `unwrapped`, or `torch.library.wrap_triton` where PyTorch traces."""
@@ -85,7 +86,8 @@ class Launch:
         """
         signature = self.signature()
         aligned = [["tt.divisibility", 16]]
-        source = ASTSource(
+        kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = kind(
             self.kernel,
             signature | dict.fromkeys(self.constants, "constexpr"),
             constexprs=self.constants,

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from backend import noise, sampler
 from plugins import attention_op
 from plugins.attention.cuda import CUDA_DECOMPOSITIONS
+from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import attention
 from plugins.attention.reference import paged_attention_reference
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
@@ -70,9 +71,44 @@ def test_attention_on_the_device(layer, causal, dtype):
     expected = paged_attention_reference(*inputs, causal, sizes["window"])
     on_device = [each.cuda() for each in inputs]
     assert_close(attention_op.paged_attention(*on_device, causal, sizes["window"]).cpu(), expected, dtype)
-    if not sizes["window"]:
-        for num_splits in (2, 7):
-            assert_close(attention(*on_device, causal, 0, num_splits=num_splits).cpu(), expected, dtype)
+    for num_splits in (1, 2, 7):
+        assert_close(attention(*on_device, causal, sizes["window"], num_splits=num_splits).cpu(), expected, dtype)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("page_size", [8, 32, 128])
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_attention_for_hopper_on_the_device(layer, causal, page_size):
+    """Slots without a token hold NaN. Some split has no key, some sequence no prefix; some prefixes end within blocks."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper device")
+    sizes = {**LAYERS[layer], "page_size": page_size}
+    inputs = attention_inputs(
+        prefixes=[3000, 0, 1023, 64], counts=[257, 1, 63, 256], **sizes, images=causal, dtype=torch.bfloat16
+    )
+    inputs[0].mul_(0.1)
+    expected = paged_attention_reference(*inputs, causal, sizes["window"])
+    on_device = tuple(each.cuda() for each in inputs)
+    for num_splits in (1, 2, 7):
+        actual = hopper_attention(on_device, causal, sizes["window"], num_splits)
+        assert_close(actual.cpu(), expected, torch.bfloat16)
+        assert torch.equal(hopper_attention(on_device, causal, sizes["window"], num_splits), actual)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+def test_made_up_indices_stay_inside_on_the_device(causal):
+    """As a builder that times a kernel passes them: the results mean nothing, but there are some."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper device")
+    sizes = LAYERS["full"]
+    inputs = attention_inputs(prefixes=[300, 0], counts=[20, 40], **sizes, images=causal, dtype=torch.bfloat16)
+    tensors, indices = inputs[:3], inputs[3:]
+    for made_up in (-(2**31), -7, 2**20, 2**31 - 1):
+        others = tuple(torch.full_like(each, made_up).cuda() for each in indices)
+        hopper_attention((*(each.cuda() for each in tensors), *others), causal, sizes["window"], 2)
+    torch.cuda.synchronize()
 
 
 @on_a_gpu

@@ -8,8 +8,14 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from hopper import check_compiles, check_exponentials_are_spread, check_factors_stay_until_they_are_read
+from hopper import (
+    check_compiles,
+    check_exponentials_are_spread,
+    check_factors_stay_until_they_are_read,
+    check_loops_spill_nothing,
+)
 
+from plugins.attention import hopper_launch
 from plugins.attention.launch import (
     attention_launch,
     choose_num_splits,
@@ -23,12 +29,14 @@ LAYERS = {"sliding": {"kv_heads": 8, "head_dim": 256, "window": 1024}, "full": {
 HEADS, PAGE_SIZE, CANVAS_LENGTH, VOCAB_SIZE = 16, 32, 256, 262144
 
 
-def attention_inputs(*, kv_heads, head_dim, tokens=256, sequences=1, columns=256, dtype=torch.bfloat16, device="meta"):
+def attention_inputs(
+    *, kv_heads, head_dim, tokens=256, sequences=1, columns=256, page_size=PAGE_SIZE, dtype=torch.bfloat16, device="meta"
+):
     def tensor(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device=device)
 
     new_kv = tensor(tokens, 2, kv_heads, head_dim, of=dtype)
-    kv_pages = tensor(sequences * columns, PAGE_SIZE, 2, kv_heads, head_dim, of=dtype)
+    kv_pages = tensor(sequences * columns, page_size, 2, kv_heads, head_dim, of=dtype)
     lengths = (tensor(sequences, columns), tensor(sequences), tensor(sequences + 1))
     return (tensor(tokens, HEADS, head_dim, of=dtype), new_kv, kv_pages, *lengths, tensor(tokens))
 
@@ -65,6 +73,35 @@ def test_split_attention_compiles(layer, causal, tmp_path):
     check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
     check_exponentials_are_spread(tmp_path / "kernel.cubin")
     check_compiles(combine_launch(*split.outputs, torch.bfloat16), tmp_path, layer)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_attention_for_hopper_compiles(layer, causal, num_splits, tmp_path):
+    sizes = dict(LAYERS[layer])
+    window = sizes.pop("window")
+    launch = hopper_launch.hopper_launch(attention_inputs(**sizes), causal, window, num_splits)
+    title = f"{layer}, {'encode' if causal else 'denoise'}, {num_splits} splits"
+    instructions = check_compiles(launch, tmp_path, title, groups=3, stack=16)
+    assert instructions["wgmma.mma_async"] and instructions["cp.async.cg"]
+    check_loops_spill_nothing(tmp_path / "kernel.cubin")
+    check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_attention_for_hopper_compiles_for_other_pages(page_size, tmp_path):
+    inputs = attention_inputs(kv_heads=2, head_dim=512, page_size=page_size)
+    check_compiles(hopper_launch.hopper_launch(inputs, False, 0, 1), tmp_path, f"pages of {page_size}", groups=3, stack=16)
+
+
+def test_layers_with_a_kernel_for_hopper():
+    def has_kernel(head_dim=256, page_size=32, dtype=torch.bfloat16):
+        return hopper_launch.has_kernel(attention_inputs(kv_heads=8, head_dim=head_dim, page_size=page_size, dtype=dtype))
+
+    assert all(has_kernel(head_dim=head_dim, page_size=size) for head_dim in (256, 512) for size in (8, 16, 32, 256))
+    assert not has_kernel(head_dim=128) and not has_kernel(dtype=torch.float32)
+    assert not has_kernel(page_size=4) and not has_kernel(page_size=24)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

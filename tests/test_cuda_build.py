@@ -155,7 +155,7 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
         # Of the last layer an encode pass keeps keys and values only.
         "encode": {
             "normed_heads_triton": layers,
-            "paged_attention_triton": layers - 1,
+            "paged_attention": layers - 1,
             "feed_forward_triton": layers - 1,
         },
         "denoise": {"normed_heads_triton": layers, "paged_attention": layers, "feed_forward": layers},

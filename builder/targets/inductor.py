@@ -50,15 +50,20 @@ def with_compiled_operators(program: TracedProgram) -> ExportedProgram:
 def opened(program: TracedProgram) -> ExportedProgram:
     """The program with plugin operators replaced by their kernels' launches, which the compiler sees through.
 
-    Of denoise, which is captured in CUDA graphs, attention and the feed-forward operator stay calls: their launches depend on
-    sizes that are known at the capture, and what they cost the host is paid there alone.
+    Of the text model attention stays a call, which finds the kernel for the device. Of denoise, which is captured in CUDA
+    graphs, so does the feed-forward operator: its launches depend on sizes that are known at the capture, and what it costs the
+    host is paid there alone.
     """
     from plugins.attention.cuda import CUDA_DECOMPOSITIONS as ATTENTION  # only here: they need triton
     from plugins.feed_forward.cuda import CUDA_DECOMPOSITIONS as FEED_FORWARD
     from plugins.heads.cuda import CUDA_DECOMPOSITIONS as HEADS
 
-    captured = program.name == "denoise"
-    exported = program.exported.run_decompositions(HEADS if captured else {**ATTENTION, **FEED_FORWARD, **HEADS})
+    kernels = dict(HEADS)
+    if program.name == "vision":
+        kernels |= ATTENTION
+    if program.name != "denoise":
+        kernels |= FEED_FORWARD
+    exported = program.exported.run_decompositions(kernels)
     _store_shared(exported)
     return exported
 

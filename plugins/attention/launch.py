@@ -71,11 +71,7 @@ def attention(
 
     tile: another than `choose_tile`'s, to compare them.
     """
-    if not kv_pages.is_contiguous():
-        raise ValueError(f"kv_pages: got strides {kv_pages.stride()}, expected a contiguous tensor (it is too large to copy)")
-    per_token = (query.contiguous(), new_kv.contiguous())
-    indices = (page_table, prefix_lengths, sequence_starts, image_block_ids)
-    inputs = (*per_token, kv_pages, *(each.contiguous() for each in indices))
+    inputs = contiguous((query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids))
     if isinstance(num_splits, int) and num_splits == 1:
         (output,) = attention_launch(inputs, causal, window, tile).run(wrap)
         return output
@@ -84,11 +80,19 @@ def attention(
     return output
 
 
+def contiguous(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The operator's tensors as its kernels take them."""
+    kv_pages = inputs[2]
+    if not kv_pages.is_contiguous():
+        raise ValueError(f"kv_pages: got strides {kv_pages.stride()}, expected a contiguous tensor (it is too large to copy)")
+    return tuple(each.contiguous() for each in inputs)
+
+
 def attention_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile | None = None) -> Launch:
     """inputs: the operator's seven tensors, contiguous. Outputs [T, H, D]."""
     query, _, kv_pages, page_table, *_ = inputs
     tile = tile or choose_tile(query.shape[2], query.dtype)
-    grid, constants = _tiling(inputs, causal, window, tile)
+    grid, constants = tiling(inputs, causal, window, tile)
     return Launch(
         kernel=paged_attention_kernel,
         grid=grid,
@@ -105,7 +109,7 @@ def split_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, num_spli
     """Outputs partial [splits, T, H, D] and log_weights [splits, T, H], float32, for `combine_launch`."""
     query, _, kv_pages, page_table, *_ = inputs
     tile = tile or choose_tile(query.shape[2], query.dtype)
-    grid, constants = _tiling(inputs, causal, window, tile)
+    grid, constants = tiling(inputs, causal, window, tile)
     partial = query.new_empty(num_splits, *query.shape, dtype=torch.float32)
     return Launch(
         kernel=paged_attention_split_kernel,
@@ -172,7 +176,7 @@ def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(rows=NARROW_ROWS, keys=NARROW_KEYS, columns=head_dim, num_warps=NARROW_WARPS, num_stages=NARROW_STAGES)
 
 
-def _tiling(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile) -> tuple[tuple[int, int], dict[str, int]]:
+def tiling(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile) -> tuple[tuple[int, int], dict[str, int]]:
     """Programs along rows and along heads and columns; the kernel's constants."""
     query, new_kv, kv_pages, page_table, *_ = inputs
     num_tokens, num_heads, head_dim = query.shape

@@ -1,0 +1,56 @@
+"""How the kernel for Hopper is launched, and for which layers there is one.
+
+`hopper_attention` is the operator, as `launch.attention` is on other devices.
+"""
+
+import torch
+from torch import Tensor
+
+from plugins.attention.hopper_kernel import hopper_attention_kernel
+from plugins.attention.launch import Tile, combine_launch, tiling
+from plugins.triton_launch import Launch
+
+_HEAD_DIMS = (256, 512)
+_COPIED = 8  # tokens that the kernel copies together, which must lie in one page
+
+
+def has_kernel(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the kernel takes the operator's inputs: bfloat16, heads of 256 or 512, pages of 8, 16, 32 … tokens."""
+    query, _, kv_pages, *_ = inputs
+    page_size = kv_pages.shape[1]
+    whole = page_size >= _COPIED and page_size & (page_size - 1) == 0
+    return whole and query.dtype == torch.bfloat16 and query.shape[2] in _HEAD_DIMS
+
+
+def hopper_attention(
+    inputs: tuple[Tensor, ...], causal: bool, window: int, num_splits: int, tile: Tile | None = None
+) -> Tensor:
+    """The operator. inputs: its seven tensors, contiguous; there must be a kernel for them."""
+    result, log_weights = hopper_launch(inputs, causal, window, num_splits, tile).run()
+    if num_splits == 1:
+        return result[0]
+    (output,) = combine_launch(result, log_weights, inputs[0].dtype).run()
+    return output
+
+
+def hopper_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, num_splits: int, tile: Tile | None = None) -> Launch:
+    """Outputs result [splits, T, H, D], float32 or, of one split, as the query; and log_weights [splits, T, H] float32."""
+    query, _, kv_pages, page_table, *_ = inputs
+    tile = tile or choose_tile(query.shape[2], causal)
+    grid, constants = tiling(inputs, causal, window, tile)
+    result = query.new_empty(num_splits, *query.shape, dtype=query.dtype if num_splits == 1 else torch.float32)
+    return Launch(
+        kernel=hopper_attention_kernel,
+        grid=(*grid, num_splits),
+        inputs=inputs,
+        scalars=(*page_table.shape, query.shape[0], kv_pages.shape[0], num_splits),
+        outputs=(result, query.new_empty(result.shape[:-1], dtype=torch.float32)),
+        constants=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def choose_tile(head_dim: int, causal: bool) -> Tile:
+    """num_warps: of each of the three groups."""
+    return Tile(rows=128, keys=64 if head_dim == 256 and not causal else 32, columns=256, num_warps=4, num_stages=2)
