@@ -82,20 +82,19 @@ def _copy_block(buffer, bases, first_column, low, high, PART: gl.constexpr, STRI
 @gluon.jit
 def compute(
     INDEX: gl.constexpr,
-    queries,
+    rows,
     buffers,
     blocks,
     segments,
     tile,
-    query,
-    outputs,
     CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr,
     NUM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """INDEX: the group's. queries [BLOCK_ROWS, D]: room in shared memory. query: the tile's first row. outputs: where its
-    results begin, and the logarithms of its sums. tile: see the kernel. GROUP: query heads that share a key/value head."""
+    """INDEX: the group's. rows: room for them in shared memory [BLOCK_ROWS, D]; the tile's first one; where the tile's results
+    begin, and the logarithms of its sums. tile: see the kernel. GROUP: query heads that share a key/value head."""
+    queries, query, outputs = rows
     keys, values, keys_full, keys_empty, values_full, values_empty = buffers
     num_tokens, _, _, image_ids = tile
     STAGES: gl.constexpr = keys.shape[0]
@@ -107,13 +106,11 @@ def compute(
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [GROUP_WARPS, 1], [16, BLOCK_VALUES, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [GROUP_WARPS, 1], [1, 0])
-    STORED: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [2, 16], [GROUP_WARPS, 1], [1, 0]
-    )  # another: no address lives through the loop
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [GROUP_WARPS, 1], [1, 0])
 
     own_queries = queries.slice(INDEX * _ROWS, _ROWS, 0)
-    rows = INDEX * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, LOADED))
-    offsets, valid = _row_offsets(rows, num_tokens, NUM_HEADS, GROUP, TOKENS)
+    lanes = INDEX * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, LOADED))
+    offsets, valid = _row_offsets(lanes, num_tokens, NUM_HEADS, GROUP, TOKENS)
     columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LOADED))
     own_queries.store(gl.load(query + offsets[:, None] * HEAD_DIM + columns[None, :], mask=valid[:, None], other=0.0))
     tokens = (INDEX * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, SCORES))) // GROUP
@@ -162,17 +159,18 @@ def compute(
     log_weight = gl.where(empty, float("-inf"), largest + gl.log2(gl.where(empty, 1.0, total)))
     total = gl.convert_layout(gl.where(empty, 1.0, total), gl.SliceLayout(1, VALUES))
     mean = (accumulated / total[:, None]).to(outputs[0].dtype.element_ty)
-    if outputs[0].dtype.element_ty == queries.dtype:  # through shared memory, to write whole lines
+    # Through shared memory, to write whole lines; in another layout than the queries', whose addresses the compiler would keep.
+    if outputs[0].dtype.element_ty == queries.dtype:
         written = own_queries.slice(0, BLOCK_VALUES, 1)
         written.store(mean)
         mean = written.load(STORED)
-    rows = INDEX * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, mean.type.layout))
-    offsets, valid = _row_offsets(rows, num_tokens, NUM_HEADS, GROUP, TOKENS)
+    lanes = INDEX * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, mean.type.layout))
+    offsets, valid = _row_offsets(lanes, num_tokens, NUM_HEADS, GROUP, TOKENS)
     columns = gl.arange(0, BLOCK_VALUES, gl.SliceLayout(0, mean.type.layout))
     gl.store(outputs[0] + offsets[:, None] * HEAD_DIM + columns[None, :], mean, mask=valid[:, None])
     # The programs of a head's other columns write the same numbers.
-    rows = INDEX * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, SCORES))
-    offsets, valid = _row_offsets(rows, num_tokens, NUM_HEADS, GROUP, TOKENS)
+    lanes = INDEX * _ROWS + gl.arange(0, _ROWS, gl.SliceLayout(1, SCORES))
+    offsets, valid = _row_offsets(lanes, num_tokens, NUM_HEADS, GROUP, TOKENS)
     gl.store(outputs[1] + offsets, log_weight, mask=valid)
 
 

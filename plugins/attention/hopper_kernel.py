@@ -101,9 +101,8 @@ def hopper_attention_kernel(
         keys_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
         values_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
         values_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(
-            _STAGES
-        ):  # every copying thread says that it is full, each computing group that it is empty
+        # Every thread that copies says that a buffer is full, each group that computes that it is empty.
+        for stage in gl.static_range(_STAGES):
             mbarrier.init(keys_full.index(stage), count=32 * GROUP_WARPS)
             mbarrier.init(keys_empty.index(stage), count=2)
             mbarrier.init(values_full.index(stage), count=32 * GROUP_WARPS)
@@ -116,21 +115,16 @@ def hopper_attention_kernel(
         cache = (kv_pages + kv_head * HEAD_DIM, own_pages, num_pages, begin_cached)
         own_kv = new_kv + (begin.to(gl.int64) * 2 * NUM_KV_HEADS + kv_head) * HEAD_DIM
         to_values = NUM_KV_HEADS * HEAD_DIM + first_column
-        own_queries = query + first_row * HEAD_DIM
+        own_query = query + first_row * HEAD_DIM
         outputs = (result + first_output * HEAD_DIM + first_column, log_weights + first_output)
         # Counted from the tile's first token: how many there are, where the cached and the new keys begin, of which images.
         tile = (num_new - first_token, first_token + prefix - begin_cached, first_new - first_token, image_ids + first_token)
+        rows = (queries, own_query, outputs)
         gl.warp_specialize(
             [
                 (copy, (buffers, blocks, segments, cache, own_kv, to_values, PAGE_SIZE, 2 * NUM_KV_HEADS * HEAD_DIM)),
-                (
-                    compute,
-                    (0, queries, buffers, blocks, segments, tile, own_queries, outputs, CAUSAL, WINDOW, NUM_HEADS, GROUP),
-                ),
-                (
-                    compute,
-                    (1, queries, buffers, blocks, segments, tile, own_queries, outputs, CAUSAL, WINDOW, NUM_HEADS, GROUP),
-                ),
+                (compute, (0, rows, buffers, blocks, segments, tile, CAUSAL, WINDOW, NUM_HEADS, GROUP)),
+                (compute, (1, rows, buffers, blocks, segments, tile, CAUSAL, WINDOW, NUM_HEADS, GROUP)),
             ],
             [GROUP_WARPS, GROUP_WARPS],
             [232, 232] if HEAD_DIM == 256 else [224, 224],  # registers of a thread that computes; those that copy get the rest

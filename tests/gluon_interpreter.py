@@ -1,0 +1,295 @@
+"""Runs kernels written in Gluon on the CPU, which Triton's interpreter does not know: program by program, as Python.
+
+A kernel's functions are called as they are written, with stand-ins for Gluon's operations on PyTorch tensors. The groups of
+warps of a program are threads, which wait for each other at barriers as on the device. What runs beside the program happens as
+late as the program allows, and what is not there yet is NaN:
+
+- a copy to shared memory fills its target with NaN at once, and with the data when it is waited for, or arrives at a barrier;
+- a matrix product that is not waited for reads its factors when it is, and there is no result before;
+- new shared memory is NaN.
+
+Loads and stores outside of a tensor are errors, and so is a wait that nobody ends.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import FunctionType, ModuleType, SimpleNamespace
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.runtime.jit import JITFunction
+
+_PATIENCE = 60  # seconds until a wait counts as one that nobody ends
+_TURN = 1e-4  # seconds that the others have after an arrival: what is released too early is overwritten then
+_THREADS_A_WARP = 32
+
+
+class Tile(torch.Tensor):
+    """A tensor, or a scalar of no dimension, with the integer arithmetic of devices."""
+
+    @property
+    def type(self) -> SimpleNamespace:
+        return SimpleNamespace(layout=None)
+
+    def __floordiv__(self, other: object) -> "Tile":
+        return torch.div(self, other, rounding_mode="trunc")
+
+    def __mod__(self, other: object) -> "Tile":
+        return torch.fmod(self, other)
+
+
+class Pointer:
+    """Into a tensor: one place, or one for each lane."""
+
+    def __init__(self, tensor: torch.Tensor, offset: object = 0) -> None:
+        self.tensor, self.offset = tensor.view(-1), _tile(offset).long()
+        self.dtype = SimpleNamespace(element_ty=tensor.dtype)
+
+    def __add__(self, offset: object) -> "Pointer":
+        return Pointer(self.tensor, self.offset + offset)
+
+    def places(self, mask: object) -> tuple[Tile, Tile]:
+        """Of each lane: its place, 0 where the mask is off; and the mask."""
+        mask = torch.ones_like(self.offset, dtype=torch.bool) if mask is None else _tile(mask).expand(self.offset.shape)
+        places = torch.where(mask, self.offset, 0)
+        if mask.any() and not 0 <= int(places.min()) <= int(places.max()) < self.tensor.numel():
+            raise IndexError(f"places {int(places.min())} to {int(places.max())} of a tensor of {self.tensor.numel()} elements")
+        return places, mask
+
+
+class Shared:
+    """Shared memory, or a part of it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.shape, self.dtype = tensor, list(tensor.shape), tensor.dtype
+
+    def index(self, index: object) -> "Shared":
+        return Shared(self.tensor[int(index)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
+        return Shared(self.tensor.narrow(dim, start, length))
+
+    def permute(self, order: tuple[int, ...]) -> "Shared":
+        return Shared(self.tensor.permute(order))
+
+    def load(self, layout: object) -> Tile:
+        return _tile(self.tensor.clone())
+
+    def store(self, value: Tile) -> None:
+        self.tensor.copy_(value)
+
+
+class Product:
+    """A matrix product that was not waited for."""
+
+    def __init__(self, compute: Callable[[], Tile]) -> None:
+        self.compute, self.result = compute, None
+
+
+class Barrier:
+    def __init__(self, count: int) -> None:
+        self.count = self.pending = count
+        self.phase = 0
+
+    def arrive(self, count: int) -> None:
+        assert count <= self.pending, "more arrivals than the barrier expects"
+        self.pending -= count
+        if not self.pending:
+            self.phase, self.pending = self.phase ^ 1, self.count
+
+
+class _Program:
+    """One program's barriers, and what each of its threads has under way."""
+
+    def __init__(self, program_id: tuple[int, ...]) -> None:
+        self.program_id, self.barriers, self.changed, self.errors = program_id, {}, threading.Condition(), []
+        self.under_way = threading.local()
+
+    def copies(self) -> list[tuple[Shared, Tile]]:
+        return self.under_way.__dict__.setdefault("copies", [])
+
+    def products(self) -> list[Product]:
+        return self.under_way.__dict__.setdefault("products", [])
+
+    def arrive(self, barrier: Shared, count: int) -> None:
+        with self.changed:
+            self.barriers[barrier.tensor.data_ptr()].arrive(count)
+            self.changed.notify_all()
+        time.sleep(_TURN)
+
+    def wait(self, barrier: Shared, phase: object) -> None:
+        with self.changed:
+            state = self.barriers[barrier.tensor.data_ptr()]
+            passed = self.changed.wait_for(lambda: self.errors or state.phase != int(phase), timeout=_PATIENCE)
+        assert passed and not self.errors, "another group of warps failed" if self.errors else "nobody ends this wait"
+
+    def deliver(self) -> None:
+        for target, data in self.copies():
+            target.store(data)
+        self.copies().clear()
+
+    def finish(self, num_outstanding: int) -> None:
+        while len(self.products()) > num_outstanding:
+            product = self.products().pop(0)
+            product.result = product.compute()
+
+    def run(self, groups: Iterable[tuple[Callable[..., None], tuple[object, ...]]]) -> None:
+        def guarded(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+            try:
+                function(*arguments)
+                assert not self.copies() and not self.products(), "something is under way at the end"
+            except BaseException as error:
+                with self.changed:
+                    self.errors.append(error)
+                    self.changed.notify_all()
+
+        threads = [threading.Thread(target=guarded, args=group) for group in groups]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.errors:
+            raise self.errors[0]
+
+
+_program: _Program | None = None
+
+
+class InterpretedKernel:
+    """Launched as the kernel is: `kernel[grid](…)`."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel, self.body = kernel, _interpreted(kernel, {})
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: object, num_warps: int, num_stages: int, **constants: int) -> None:
+            global _program
+            given = [Pointer(each) if isinstance(each, torch.Tensor) else _tile(each).int() for each in arguments]
+            for x, y, z in torch.cartesian_prod(*(torch.arange(size) for size in (*grid, 1, 1)[:3])).tolist():
+                _program = _Program((x, y, z))
+                self.body(*given, **constants)
+
+        return launch
+
+
+def _interpreted(function: JITFunction, known: dict[JITFunction, FunctionType]) -> FunctionType:
+    """The function, and all that it calls, with stand-ins."""
+    if function not in known:
+        names: dict[str, object] = {}
+        known[function] = FunctionType(function.fn.__code__, names, function.fn.__name__, function.fn.__defaults__)
+        for name, value in function.fn.__globals__.items():
+            if isinstance(value, JITFunction):
+                names[name] = _interpreted(value, known)
+            elif isinstance(value, gl.constexpr):
+                names[name] = value.value
+            elif isinstance(value, ModuleType) and value in _MODULES:
+                names[name] = _MODULES[value]
+            else:
+                names[name] = _FUNCTIONS.get(value, value) if callable(value) else value
+    return known[function]
+
+
+def _tile(value: object) -> Tile:
+    return torch.as_tensor(value).as_subclass(Tile)
+
+
+def _load(pointer: Pointer, mask: object = None, other: float = 0) -> Tile:
+    places, mask = pointer.places(mask)
+    return torch.where(mask, _tile(pointer.tensor[places]), _tile(other).to(pointer.tensor.dtype))
+
+
+def _store(pointer: Pointer, value: Tile, mask: object = None) -> None:
+    places, mask = pointer.places(mask)
+    pointer.tensor[places[mask]] = value.expand(places.shape)[mask].to(pointer.tensor.dtype)
+
+
+def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
+    return Shared(torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+
+
+def _copy(target: Shared, pointers: Pointer, mask: object = None) -> None:
+    _program.copies().append((target, _load(pointers, mask)))
+    target.tensor.fill_(float("nan"))
+
+
+def _arrive_with_copies(barrier: Shared, increment_count: bool) -> None:
+    assert not increment_count
+    _program.deliver()
+    _program.arrive(barrier, _THREADS_A_WARP * 4)
+
+
+def _wait_group(num_outstanding: int) -> None:
+    assert num_outstanding == 0
+    _program.deliver()
+
+
+def _init(barrier: Shared, count: int) -> None:
+    _program.barriers[barrier.tensor.data_ptr()] = Barrier(count)
+
+
+def _mma(a: Shared | Tile, b: Shared, accumulator: Tile, *, use_acc: bool = True, is_async: bool = False) -> Tile | Product:
+    def compute() -> Tile:
+        left = a.tensor if isinstance(a, Shared) else a
+        product = _tile(left.float() @ b.tensor.float())
+        return accumulator + product if use_acc else product
+
+    if is_async:
+        product = Product(compute)
+        _program.products().append(product)
+        return product
+    _program.finish(0)
+    return compute()
+
+
+def _mma_wait(num_outstanding: int, deps: list[Tile | Product]) -> object:
+    _program.finish(num_outstanding)
+    results = tuple(each.result if isinstance(each, Product) else each for each in deps)
+    assert all(each is not None for each in results), "a result is used whose product may still be computed"
+    return results if len(results) > 1 else results[0]
+
+
+def _either(choose: Callable[[Tile, Tile], Tile]) -> Callable[[object, object], Tile]:
+    return lambda a, b: choose(_tile(a), _tile(b))
+
+
+_LAYOUTS = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout")
+_LANGUAGE = SimpleNamespace(
+    **{name: getattr(torch, name) for name in ("bfloat16", "float32", "int32", "int64")},
+    **{name: lambda *_: None for name in _LAYOUTS},
+    constexpr=gl.constexpr,
+    static_range=range,
+    program_id=lambda axis: _tile(_program.program_id[axis]).int(),
+    arange=lambda start, stop, layout: _tile(torch.arange(start, stop, dtype=torch.int32)),
+    zeros=lambda shape, dtype, layout: _tile(torch.zeros(shape, dtype=dtype)),
+    full=lambda shape, value, dtype, layout: _tile(torch.full(shape, value, dtype=dtype)),
+    load=_load,
+    store=_store,
+    where=lambda condition, a, b: torch.where(_tile(condition), _tile(a), _tile(b)),
+    minimum=_either(torch.minimum),
+    maximum=_either(torch.maximum),
+    max=lambda value, axis: value.amax(axis),
+    sum=lambda value, axis: value.sum(axis, dtype=value.dtype),
+    cdiv=lambda a, b: (_tile(a) + b - 1) // b,
+    exp2=torch.exp2,
+    log2=torch.log2,
+    convert_layout=lambda value, layout: value,
+    allocate_shared_memory=_allocate,
+    warp_specialize=lambda groups, num_warps, registers: _program.run(groups),
+)
+_BARRIERS = SimpleNamespace(
+    MBarrierLayout=lambda: None,
+    init=_init,
+    arrive=lambda barrier, count: _program.arrive(barrier, count),
+    wait=lambda barrier, phase: _program.wait(barrier, phase),
+)
+_COPIES = SimpleNamespace(async_copy_global_to_shared=_copy, mbarrier_arrive=_arrive_with_copies, wait_group=_wait_group)
+_MODULES = {gl: _LANGUAGE, mbarrier: _BARRIERS, async_copy: _COPIES}
+_FUNCTIONS = {fence_async_shared: lambda: None, warpgroup_mma: _mma, warpgroup_mma_wait: _mma_wait}
