@@ -84,6 +84,22 @@ def test_blocks(causal, keys):
     check(inputs, causal, 70, keys=keys)
 
 
+def test_every_place_of_a_window_in_its_blocks():
+    """Every key weighs the same and has a column of its own, so that each one that is seen by mistake, or is not, shows."""
+    sizes = {"heads": 2, "kv_heads": 1, "head_dim": 256, "page_size": 32}
+    for window in range(96, 128):
+        inputs = attention_inputs(prefixes=[70], counts=[186], window=window, **sizes, dtype=torch.bfloat16)
+        query, new_kv, kv_pages, page_table, *_ = inputs
+        own = torch.eye(256, dtype=torch.bfloat16)
+        query.zero_()
+        for position in range(70):
+            value = kv_pages[page_table[0, position // 32], position % 32, 1, 0]
+            if not value.isnan().any():  # else it left the window
+                value.copy_(own[position])
+        new_kv[:, 1, 0] = own[70:]
+        check(inputs, True, window)
+
+
 @pytest.mark.parametrize("window", [0, 8])
 def test_images_see_each_other_beyond_their_tile_and_the_window(window):
     """The first image spans tiles of query rows and is longer than the window; another sequence reuses its number."""

@@ -127,7 +127,7 @@ def compute(
     scores = warpgroup_mma(own_queries, keys.index(0).permute((1, 0)), nothing, use_acc=False)
     mbarrier.arrive(keys_empty.index(0), count=1)
     weights, shrink, largest, total = _softmax(
-        scores, blocks[0], segments, tile, tokens, images, largest, total, CAUSAL, WINDOW
+        INDEX, scores, blocks[0], segments, tile, tokens, images, largest, total, CAUSAL, WINDOW, GROUP
     )
     factor = gl.convert_layout(weights.to(gl.bfloat16), FACTOR)
     for block in range(blocks[0] + 1, blocks[1]):
@@ -143,7 +143,7 @@ def compute(
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(keys_empty.index(stage), count=1)
         weights, shrink, largest, total = _softmax(
-            scores, block, segments, tile, tokens, images, largest, total, CAUSAL, WINDOW
+            INDEX, scores, block, segments, tile, tokens, images, largest, total, CAUSAL, WINDOW, GROUP
         )
         accumulated, factor = warpgroup_mma_wait(0, deps=[accumulated, factor])
         mbarrier.arrive(values_empty.index(last_stage), count=1)
@@ -175,29 +175,40 @@ def compute(
 
 
 @gluon.jit
-def _softmax(scores, block, segments, tile, tokens, images, largest, total, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+def _softmax(
+    INDEX: gl.constexpr,
+    scores,
+    block,
+    segments,
+    tile,
+    tokens,
+    images,
+    largest,
+    total,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    GROUP: gl.constexpr,
+):
     """A block's weights, before they are divided by their sum; what shrinks all before it; the new maximum and sum."""
-    LAYOUT: gl.constexpr = scores.type.layout
     BLOCK_KEYS: gl.constexpr = scores.shape[1]
-    keys = gl.arange(0, BLOCK_KEYS, gl.SliceLayout(0, LAYOUT))
+    keys = gl.arange(0, BLOCK_KEYS, gl.SliceLayout(0, scores.type.layout))
     place, low, high = _extent(block, segments, BLOCK_KEYS)
-    _, to_cached, to_new, image_ids = tile
     if CAUSAL:
-        if block < segments[0]:
-            if WINDOW:
-                hidden = keys[None, :] <= (tokens + (to_cached - WINDOW - place))[:, None]
-                scores = gl.where(hidden | (keys >= high)[None, :], float("-inf"), scores)
-            else:
-                scores = gl.where((keys >= high)[None, :], float("-inf"), scores)
-        else:
-            place += to_new
+        FIRST: gl.constexpr = INDEX * _ROWS // GROUP
+        LAST: gl.constexpr = (INDEX * _ROWS + _ROWS - 1) // GROUP
+        _, to_cached, to_new, image_ids = tile
+        place = gl.where(block < segments[0], place - to_cached, place + to_new)  # from here on from the tile's first token
+        hides = (high < BLOCK_KEYS) | (place + BLOCK_KEYS - 1 > FIRST)
+        if WINDOW:
+            hides = hides | (place <= LAST - WINDOW)
+        if hides:  # some key from some row
             diagonal = (tokens - place)[:, None]
             hidden = keys[None, :] > diagonal
             if WINDOW:
                 hidden = hidden | (keys[None, :] <= diagonal - WINDOW)
-            key_images = gl.load(image_ids + place + keys, mask=keys < high, other=-1)
+            key_images = gl.load(image_ids + place + keys, mask=(keys < high) & (block >= segments[0]), other=-1)
             hidden = hidden & ((images[:, None] != key_images[None, :]) | (images < 0)[:, None])
-            scores = gl.where(hidden, float("-inf"), scores)
+            scores = gl.where(hidden | (keys >= high)[None, :], float("-inf"), scores)
     else:
         if (low > 0) | (high < BLOCK_KEYS):
             scores = gl.where(((keys >= low) & (keys < high))[None, :], scores, float("-inf"))
