@@ -162,9 +162,8 @@ def converged(
     confidence_threshold: [B] float32, nats. The caller owns the state, one entry a row, so rows join and leave at any step: the
     argmax canvas of the step before and `stable_steps` from there. A row's first step starts from NO_CANVAS everywhere and 0.
 
-    1. stable: the argmax canvas equals those of the `stability_threshold` steps before. That they are all equal is the same
-    as each
-       equalling the one before it, so a count replaces the history.
+    1. stable: the argmax canvas equals those of the `stability_threshold` steps before. They are all equal where each equals
+       the one before it, so a count replaces the history.
     2. confident: the mean entropy is below `confidence_threshold`.
     """
     repeated = (argmax_canvas == previous_argmax_canvas).all(dim=-1)

@@ -19,11 +19,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from plugins.attention.kernel import LOG2_E, LOWEST
+
 GROUP_WARPS = gl.constexpr(4)
 _ROWS = gl.constexpr(64)  # of a group that computes, as of one matrix instruction
 _COPIED = gl.constexpr(8)  # rows that are copied together: after as many the order of shared memory repeats
-_LOG2_E = gl.constexpr(1.4426950408889634)
-_LOWEST = gl.constexpr(-1e30)  # as in `kernel.py`
 
 
 @gluon.jit
@@ -118,7 +118,7 @@ def compute(
     if CAUSAL:
         images = gl.load(image_ids + tokens, mask=tokens < num_tokens, other=-1)
 
-    largest = gl.full([_ROWS], _LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    largest = gl.full([_ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, SCORES))
     accumulated = gl.zeros([_ROWS, BLOCK_VALUES], gl.float32, VALUES)
     nothing = gl.zeros([_ROWS, BLOCK_KEYS], gl.float32, SCORES)
@@ -212,9 +212,9 @@ def _softmax(
     else:
         if (low > 0) | (high < BLOCK_KEYS):
             scores = gl.where(((keys >= low) & (keys < high))[None, :], scores, float("-inf"))
-    new_largest = gl.maximum(largest, gl.max(scores, 1) * _LOG2_E)
+    new_largest = gl.maximum(largest, gl.max(scores, 1) * LOG2_E)
     shrink = gl.exp2(largest - new_largest)
-    weights = gl.exp2(scores * _LOG2_E - new_largest[:, None])
+    weights = gl.exp2(scores * LOG2_E - new_largest[:, None])
     return weights, shrink, new_largest, total * shrink + gl.sum(weights, 1)
 
 

@@ -28,9 +28,9 @@ The arguments are in the order that TensorRT's ahead-of-time plugins pass them: 
 import triton
 import triton.language as tl
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Where the running maximum starts: below every score, and finite, so that blocks without a visible key need no special case.
-_LOWEST = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-1e30)
 SEARCHED = tl.constexpr(64)  # sequences looked at together in 1.
 NEVER = tl.constexpr(1 << 30)  # stands for the start of a sequence that does not exist, in 1.
 
@@ -164,7 +164,7 @@ def attend(
     query += begin * NUM_HEADS * HEAD_DIM
     queries = tl.load(query + offsets[:, None] * HEAD_DIM + columns[None, :], mask=valid[:, None], other=0.0)
 
-    largest = tl.full([BLOCK_ROWS], _LOWEST, tl.float32)
+    largest = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     accumulated = tl.zeros([BLOCK_ROWS, BLOCK_VALUES], tl.float32)
     to_values = NUM_KV_HEADS * HEAD_DIM + first_column + tl.arange(0, BLOCK_VALUES)
@@ -238,7 +238,7 @@ def attend(
 def _absorb(queries, base, slots, columns, to_values, loaded, visible, accumulated, largest, total):
     """One block of keys into the online softmax. slots: [keys] pointers; columns, to_values: where in a slot to read."""
     k = tl.load(base + (slots[None, :] + columns[:, None]), mask=loaded[None, :], other=0.0)
-    scores = tl.dot(queries, k, input_precision="ieee") * _LOG2_E
+    scores = tl.dot(queries, k, input_precision="ieee") * LOG2_E
     scores = tl.where(visible, scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     shrink = tl.exp2(largest - new_largest)
