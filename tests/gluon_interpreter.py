@@ -12,7 +12,6 @@ Loads and stores outside of a tensor are errors, and so is a wait that nobody en
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType, SimpleNamespace
 
@@ -28,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.runtime.jit import JITFunction
 
 _PATIENCE = 60  # seconds until a wait counts as one that nobody ends
-_TURN = 1e-4  # seconds that the others have after an arrival: what is released too early is overwritten then
 _THREADS_A_WARP = 32
 
 
@@ -123,7 +121,6 @@ class _Program:
         with self.changed:
             self.barriers[barrier.tensor.data_ptr()].arrive(count)
             self.changed.notify_all()
-        time.sleep(_TURN)
 
     def wait(self, barrier: Shared, phase: object) -> None:
         with self.changed:

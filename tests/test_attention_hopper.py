@@ -29,6 +29,15 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def one_thread_an_operation():
+    """The groups of warps are threads already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def interpreted(inputs, causal, window, num_splits=1, keys=None):
     tile = choose_tile(inputs[0].shape[2], causal)
     launch = hopper_launch(inputs, causal, window, num_splits, dataclasses.replace(tile, keys=keys or tile.keys))
