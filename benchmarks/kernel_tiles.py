@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
+from plugins.attention.hopper_launch import choose_tile as hopper_tile
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.launch import Tile
@@ -35,13 +37,15 @@ def arranged_tiles(num_rows: int, fp8_rows: bool = False) -> Iterator[Tile]:
                 yield from (arranged_tile(rows, width, num_warps, *each) for each in itertools.product(stages, depths))
 
 
-def attention_tiles(head_dim: int, hopper: bool = False) -> Iterator[AttentionTile]:
-    """hopper: of the kernel for it, which has its own warps and stages."""
+def attention_tiles(head_dim: int, hopper: bool) -> Iterator[AttentionTile]:
+    """hopper: of the kernel for it, of which only the keys of a block can be chosen."""
+    if hopper:
+        for keys in (32, 64) if head_dim == 256 else (32,):
+            yield replace(hopper_tile(head_dim, causal=False), keys=keys)
+        return
     tiles = {
         256: ((64, 16, 256, 4, 4), (64, 32, 256, 4, 3), (128, 32, 256, 8, 3), (128, 64, 256, 8, 2)),
         512: ((128, 16, 256, 8, 3), (128, 32, 256, 8, 2), (64, 32, 256, 4, 3)),
     }
-    if hopper:
-        tiles = {256: ((128, 32, 256, 4, 2), (128, 64, 256, 4, 2)), 512: ((128, 32, 256, 4, 2),)}
     for rows, keys, columns, num_warps, stages in tiles[head_dim]:
         yield AttentionTile(rows=rows, keys=keys, columns=columns, num_warps=num_warps, num_stages=stages)

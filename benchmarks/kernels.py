@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
 
-from plugins.attention.hopper_launch import hopper_attention
+from plugins.attention.hopper_launch import HOPPER, hopper_attention
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
 from plugins.moe.launch import Tile as ExpertsTile
@@ -218,7 +218,7 @@ def makers() -> Iterator[Maker]:
         for packed in (False, True):
             yield partial(experts_case, rows, packed)
     for batch, prefix in ((1, 512), (1, 8192), (1, 65536), (4, 8192), (16, 2048)):
-        for hopper in (False, True):
+        for hopper in (False, True) if torch.cuda.get_device_capability() == HOPPER else (False,):
             yield partial(attention_case, batch, prefix, kv_heads=8, head_dim=256, window=1024, hopper=hopper)
             yield partial(attention_case, batch, prefix, kv_heads=2, head_dim=512, window=0, hopper=hopper)
     for rows in (256, 1024):

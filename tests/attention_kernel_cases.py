@@ -17,13 +17,7 @@ let_dot_read_bfloat16()
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 16, "page_size": 16}
 
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """PyTorch's deterministic mode fills new tensors with NaN, or the largest integer: the kernels' outputs and scratch."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def check(inputs, causal, window, dtype, **options):

@@ -19,13 +19,7 @@ VOCAB_SIZES = (97, 448, 5000)
 
 let_casts_round_to_bfloat16()
 
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """PyTorch's deterministic mode fills new tensors with NaN, or the largest integer: the kernels' outputs and scratch."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("cap", [30.0, None])

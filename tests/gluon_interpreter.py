@@ -107,9 +107,9 @@ class Barrier:
 class _Program:
     """One program's barriers, and what each of its threads has under way."""
 
-    def __init__(self, program_id: tuple[int, ...]) -> None:
+    def __init__(self, program_id: tuple[int, ...], num_warps: int) -> None:
         self.program_id, self.barriers, self.changed, self.errors = program_id, {}, threading.Condition(), []
-        self.under_way = threading.local()
+        self.num_warps, self.under_way = num_warps, threading.local()
 
     def copies(self) -> list[tuple[Shared, Tile]]:
         return self.under_way.__dict__.setdefault("copies", [])
@@ -171,7 +171,7 @@ class InterpretedKernel:
             global _program
             given = [Pointer(each) if isinstance(each, torch.Tensor) else _tile(each).int() for each in arguments]
             for x, y, z in torch.cartesian_prod(*(torch.arange(size) for size in (*grid, 1, 1)[:3])).tolist():
-                _program = _Program((x, y, z))
+                _program = _Program((x, y, z), num_warps)
                 self.body(*given, **constants)
 
         return launch
@@ -220,7 +220,7 @@ def _copy(target: Shared, pointers: Pointer, mask: object = None) -> None:
 def _arrive_with_copies(barrier: Shared, increment_count: bool) -> None:
     assert not increment_count
     _program.deliver()
-    _program.arrive(barrier, _THREADS_A_WARP * 4)
+    _program.arrive(barrier, _THREADS_A_WARP * _program.num_warps)
 
 
 def _wait_group(num_outstanding: int) -> None:

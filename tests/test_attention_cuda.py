@@ -17,12 +17,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from backend import noise, sampler
 from plugins import attention_op
 from plugins.attention.cuda import CUDA_DECOMPOSITIONS
-from plugins.attention.hopper_launch import hopper_attention
+from plugins.attention.hopper_launch import HOPPER, hopper_attention
 from plugins.attention.launch import attention
 from plugins.attention.reference import paged_attention_reference
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs a Hopper device"
+)
 LAYERS = {
     "sliding": {"heads": 16, "kv_heads": 8, "head_dim": 256, "page_size": 32, "window": 1024},
     "full": {"heads": 16, "kv_heads": 2, "head_dim": 512, "page_size": 32, "window": 0},
@@ -75,14 +78,12 @@ def test_attention_on_the_device(layer, causal, dtype):
         assert_close(attention(*on_device, causal, sizes["window"], num_splits=num_splits).cpu(), expected, dtype)
 
 
-@on_a_gpu
+@on_hopper
 @pytest.mark.parametrize("page_size", [8, 32, 128])
 @pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_attention_for_hopper_on_the_device(layer, causal, page_size):
     """Slots without a token hold NaN. Some split has no key, some sequence no prefix; some prefixes end within blocks."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper device")
     sizes = {**LAYERS[layer], "page_size": page_size}
     inputs = attention_inputs(
         prefixes=[3000, 0, 1023, 64], counts=[257, 1, 63, 256], **sizes, images=causal, dtype=torch.bfloat16
@@ -96,12 +97,10 @@ def test_attention_for_hopper_on_the_device(layer, causal, page_size):
         assert torch.equal(hopper_attention(on_device, causal, sizes["window"], num_splits), actual)
 
 
-@on_a_gpu
+@on_hopper
 @pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
 def test_made_up_indices_stay_inside_on_the_device(causal):
     """As a builder that times a kernel passes them: the results mean nothing, but there are some."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper device")
     sizes = LAYERS["full"]
     inputs = attention_inputs(prefixes=[300, 0], counts=[20, 40], **sizes, images=causal, dtype=torch.bfloat16)
     tensors, indices = inputs[:3], inputs[3:]

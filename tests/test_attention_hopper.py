@@ -20,13 +20,7 @@ from plugins.attention.reference import paged_attention_reference
 SLIDING = {"heads": 4, "kv_heads": 2, "head_dim": 256, "page_size": 32}
 FULL = {"heads": 8, "kv_heads": 1, "head_dim": 512, "page_size": 32}
 
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """PyTorch's deterministic mode fills new tensors with NaN: the kernel's outputs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,10 @@ from plugins.vocabulary.launch import accept_and_renoise, gumbel_noise, vocabula
 from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words
 
 # numpy's, about tokens that have no chance: a bound of infinity is meant, and so is no bound where every token is forbidden.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered"),
+]
 
 VOCAB_SIZES = (97, 448, 5000)
 # Sums over the vocabulary of float32 terms, whose total is at most ln(V), taken in another order: a few roundings of it.
@@ -34,14 +37,6 @@ def gumbel_kernel(seed, canvas_index, step, position, first_lane, words, values,
 @triton.jit
 def from_words_kernel(words, values, BLOCK: tl.constexpr):
     tl.store(values + tl.arange(0, BLOCK), gumbel_from_words(tl.load(words + tl.arange(0, BLOCK)).to(tl.uint32)))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs():
-    """PyTorch's deterministic mode fills new tensors with NaN, or the largest integer: the kernels' outputs and scratch."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draws(num_rows: int) -> dict[str, torch.Tensor]:

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from plugins.attention.hopper_launch import has_kernel, hopper_attention
-from plugins.attention.launch import HOPPER_MULTIPROCESSORS, attention, choose_num_splits, contiguous
+from plugins.attention.hopper_launch import HOPPER, has_kernel, hopper_attention
+from plugins.attention.launch import HOPPER_MULTIPROCESSORS, attention, choose_num_splits
 from plugins.library import LIBRARY
-
-_HOPPER = (9, 0)
-"""The compute capability for which the other kernel is compiled: its instructions are not on later devices."""
 
 
 @triton_op("diffusiongemma::paged_attention_triton", mutates_args={})
@@ -54,10 +51,10 @@ def paged_attention_cuda(
     window: int,
 ) -> Tensor:
     """On the current stream, without waiting for the device."""
-    inputs = contiguous((query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids))
+    inputs = (query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids)
     device = torch.cuda.get_device_properties(query.device)
     num_splits = choose_num_splits(inputs, window, device.multi_processor_count)
-    if (device.major, device.minor) == _HOPPER and has_kernel(inputs):
+    if (device.major, device.minor) == HOPPER and has_kernel(inputs):
         return hopper_attention(inputs, causal, window, num_splits)
     return attention(*inputs, causal, window, num_splits=num_splits)
 

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from plugins.attention.hopper_kernel import hopper_attention_kernel
-from plugins.attention.launch import Tile, combine_launch, tiling
+from plugins.attention.launch import Tile, combine_launch, contiguous, tiled_launch
 from plugins.triton_launch import Launch
+
+HOPPER = (9, 0)
+"""The compute capability for which the kernel is compiled: its instructions are not on later devices."""
 
 _HEAD_DIMS = (256, 512)
 _COPIED = 8  # tokens that the kernel copies together, which must lie in one page
@@ -25,8 +28,8 @@ def has_kernel(inputs: tuple[Tensor, ...]) -> bool:
 def hopper_attention(
     inputs: tuple[Tensor, ...], causal: bool, window: int, num_splits: int, tile: Tile | None = None
 ) -> Tensor:
-    """The operator. inputs: its seven tensors, contiguous; there must be a kernel for them."""
-    result, log_weights = hopper_launch(inputs, causal, window, num_splits, tile).run()
+    """The operator. inputs: its seven tensors; there must be a kernel for them."""
+    result, log_weights = hopper_launch(contiguous(inputs), causal, window, num_splits, tile).run()
     if num_splits == 1:
         return result[0]
     (output,) = combine_launch(result, log_weights, inputs[0].dtype).run()
@@ -35,20 +38,11 @@ def hopper_attention(
 
 def hopper_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, num_splits: int, tile: Tile | None = None) -> Launch:
     """Outputs result [splits, T, H, D], float32 or, of one split, as the query; and log_weights [splits, T, H] float32."""
-    query, _, kv_pages, page_table, *_ = inputs
+    query = inputs[0]
     tile = tile or choose_tile(query.shape[2], causal)
-    grid, constants = tiling(inputs, causal, window, tile)
     result = query.new_empty(num_splits, *query.shape, dtype=query.dtype if num_splits == 1 else torch.float32)
-    return Launch(
-        kernel=hopper_attention_kernel,
-        grid=(*grid, num_splits),
-        inputs=inputs,
-        scalars=(*page_table.shape, query.shape[0], kv_pages.shape[0], num_splits),
-        outputs=(result, query.new_empty(result.shape[:-1], dtype=torch.float32)),
-        constants=constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    outputs = (result, query.new_empty(result.shape[:-1], dtype=torch.float32))
+    return tiled_launch(hopper_attention_kernel, inputs, causal, window, tile, outputs, num_splits)
 
 
 def choose_tile(head_dim: int, causal: bool) -> Tile:

@@ -90,37 +90,18 @@ def contiguous(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def attention_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile | None = None) -> Launch:
     """inputs: the operator's seven tensors, contiguous. Outputs [T, H, D]."""
-    query, _, kv_pages, page_table, *_ = inputs
+    query = inputs[0]
     tile = tile or choose_tile(query.shape[2], query.dtype)
-    grid, constants = tiling(inputs, causal, window, tile)
-    return Launch(
-        kernel=paged_attention_kernel,
-        grid=grid,
-        inputs=inputs,
-        scalars=(*page_table.shape, query.shape[0], kv_pages.shape[0]),
-        outputs=(torch.empty_like(query),),
-        constants=constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    return tiled_launch(paged_attention_kernel, inputs, causal, window, tile, (torch.empty_like(query),))
 
 
 def split_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, num_splits: int, tile: Tile | None = None) -> Launch:
     """Outputs partial [splits, T, H, D] and log_weights [splits, T, H], float32, for `combine_launch`."""
-    query, _, kv_pages, page_table, *_ = inputs
+    query = inputs[0]
     tile = tile or choose_tile(query.shape[2], query.dtype)
-    grid, constants = tiling(inputs, causal, window, tile)
     partial = query.new_empty(num_splits, *query.shape, dtype=torch.float32)
-    return Launch(
-        kernel=paged_attention_split_kernel,
-        grid=(*grid, num_splits),
-        inputs=inputs,
-        scalars=(*page_table.shape, query.shape[0], kv_pages.shape[0], num_splits),
-        outputs=(partial, query.new_empty(partial.shape[:-1], dtype=torch.float32)),
-        constants=constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    outputs = (partial, query.new_empty(partial.shape[:-1], dtype=torch.float32))
+    return tiled_launch(paged_attention_split_kernel, inputs, causal, window, tile, outputs, num_splits)
 
 
 def combine_launch(partial: Tensor, log_weights: Tensor, dtype: torch.dtype) -> Launch:
@@ -176,8 +157,16 @@ def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(rows=NARROW_ROWS, keys=NARROW_KEYS, columns=head_dim, num_warps=NARROW_WARPS, num_stages=NARROW_STAGES)
 
 
-def tiling(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile) -> tuple[tuple[int, int], dict[str, int]]:
-    """Programs along rows and along heads and columns; the kernel's constants."""
+def tiled_launch(
+    kernel: object,
+    inputs: tuple[Tensor, ...],
+    causal: bool,
+    window: int,
+    tile: Tile,
+    outputs: tuple[Tensor, ...],
+    num_splits: int | None = None,
+) -> Launch:
+    """Programs along rows, along heads and columns and, of a kernel that knows splits, along these."""
     query, new_kv, kv_pages, page_table, *_ = inputs
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = new_kv.shape[2]
@@ -199,4 +188,14 @@ def tiling(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile) ->
         "BLOCK_VALUES": tile.columns,
     }
     grid = (num_tokens // (tile.rows // group) + page_table.shape[0], num_kv_heads * (head_dim // tile.columns))
-    return grid, constants
+    splits = () if num_splits is None else (num_splits,)
+    return Launch(
+        kernel=kernel,
+        grid=(*grid, *splits),
+        inputs=inputs,
+        scalars=(*page_table.shape, num_tokens, kv_pages.shape[0], *splits),
+        outputs=outputs,
+        constants=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
