@@ -26,10 +26,11 @@ class HopperDriver:
         return HOPPER
 
 
-def check_compiles(launch: Launch, directory: Path, title: str, groups: int = 1) -> dict[str, int]:
+def check_compiles(launch: Launch, directory: Path, title: str, groups: int = 1, spilled: int = 0) -> dict[str, int]:
     """Compiles, prints what it uses, checks that it can run as declared. Returns counts of the PTX's instructions.
 
-    groups: of warps, where a program's warps have different roles; the launch declares the warps of one.
+    groups: of warps, where a program's warps have different roles; the launch declares the warps of one. spilled: bytes of a
+    thread's registers that may be in memory.
     """
     compiled = launch.compile(HOPPER)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
@@ -38,7 +39,7 @@ def check_compiles(launch: Launch, directory: Path, title: str, groups: int = 1)
     instructions = {each: count for each in INSTRUCTIONS if (count := ptx.count(each))}
     print(f"\n{title}: {launch.kernel.__name__}, {used}, shared {metadata.shared} bytes, {instructions}")
 
-    assert used["STACK"] == used["LOCAL"] == 0, "registers spilled"
+    assert used["LOCAL"] == 0 and used["STACK"] <= spilled, "registers spilled"
     assert used["REG"] <= MAX_REGISTERS
     assert metadata.shared <= MAX_SHARED_BYTES
     assert metadata.num_warps == groups * launch.num_warps

@@ -74,11 +74,14 @@ def test_split_attention_compiles(layer, causal, tmp_path):
 @pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_attention_for_hopper_compiles(layer, causal, num_splits, tmp_path):
+    """Threads that encode with heads of 256 have ten numbers too many, of which a turn of a loop, 840 instructions, stores and
+    loads five. On an H200, with Triton 3.6, that takes four fifths of the time of blocks of 32 keys, which need no memory."""
     sizes = dict(LAYERS[layer])
     window = sizes.pop("window")
     launch = hopper_launch.hopper_launch(attention_inputs(**sizes), causal, window, num_splits)
     title = f"{layer}, {'encode' if causal else 'denoise'}, {num_splits} splits"
-    instructions = check_compiles(launch, tmp_path, title, groups=3)
+    spilled = 40 if causal and layer == "sliding" else 0
+    instructions = check_compiles(launch, tmp_path, title, groups=3, spilled=spilled)
     assert instructions["wgmma.mma_async"] and instructions["cp.async.cg"]
     check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
 
