@@ -47,7 +47,8 @@ test: $(INSTALLED) ## Run the tests
 
 test-gpu: $(INSTALLED) ## Prove what needs an H100 or H200 (and, for plans, pip install '.[tensorrt]'); see docs/tensorrt.md
 	$(BIN)/python -m pytest -rs tests/test_tensorrt_ptx_gpu.py tests/test_tensorrt_gpu.py tests/test_attention_cuda.py \
-		tests/test_feed_forward_cuda.py tests/test_captured_loop_cuda.py tests/test_sampling_devices.py tests/test_weight_loading.py
+		tests/test_feed_forward_cuda.py tests/test_extras_cuda.py tests/test_captured_loop_cuda.py tests/test_sampling_devices.py \
+		tests/test_weight_loading.py
 
 lint: $(INSTALLED) ## Check style
 	$(BIN)/ruff check .

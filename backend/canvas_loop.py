@@ -33,8 +33,6 @@ from contract.model_config import LayerType
 class CanvasLoop:
     """The canvases of all slots of a KV cache. One owner, one thread."""
 
-    _gumbel_noise = staticmethod(gumbel_noise_rows)
-
     def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20):
         """`workspace_bytes` bounds the memory of the head and the sampler, however many rows there are."""
         model, device = session.manifest.model, session.device
@@ -83,6 +81,9 @@ class CanvasLoop:
         self._confidence[slot] = sampling.confidence_threshold
         self._stability[slot] = sampling.stability_threshold
         self._greedy[slot] = sampling.greedy
+        self._start_extras(slot, sampling)
+
+    def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:
         self._extras.pop(slot, None)
         extras = RowExtras.of(sampling, self._model.canvas_length, self._model.vocab_size, self._session.device)
         if extras:
@@ -100,11 +101,6 @@ class CanvasLoop:
         """Those of `argmax_canvas`, if the request asks for them."""
         extras = self._extras.get(slot)
         return extras.logprobs.tolist() if extras and extras.logprobs else None
-
-    def with_extras(self, slots: Sequence[int]) -> list[int]:
-        """Those of `slots` that have extras, which only this class's arithmetic knows of. The others must not get it for their
-        sake: it rounds differently, and a request's tokens are those that it gives alone."""
-        return [slot for slot in slots if slot in self._extras]
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         """One denoising step of each of `slots`; returns which of their canvases are finished."""
@@ -174,7 +170,7 @@ class CanvasLoop:
             noise = None
             if not all_greedy:
                 drawn = (self._seed[each], self._canvas_index[each], self._step[each], position[chunk])
-                noise = self._gumbel_noise(*drawn, self._model.vocab_size)
+                noise = gumbel_noise_rows(*drawn, self._model.vocab_size)
             result = sampler.vocabulary_pass(
                 self._session.head(hidden[chunk]),
                 cap=self._model.final_logit_softcapping,

@@ -10,11 +10,11 @@ The host waits for the first only: while the second runs it reads the results an
 those of `canvas_loop`, the arithmetic is that of `plugins.vocabulary`. On CPU tensors, in Triton's interpreter, a step runs
 uncaptured.
 
-Of rows with extras the denoising pass is captured, when it is first needed; what follows is the plain loop's, with noise from a
-kernel.
+What requests ask for beyond the plain step is in tables that the same kernels read (`extras_tables`): every row is in the same
+step, whatever it asks for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,12 +24,16 @@ from tqdm import tqdm
 
 from backend import sampler
 from backend.canvas_loop import CanvasLoop
+from backend.extras_tables import ExtrasTables
 from backend.graphs import Graphs
+from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 from plugins.vocabulary.feedback import soft_embeddings
-from plugins.vocabulary.launch import accept_and_renoise, gumbel_noise, vocabulary_pass
+from plugins.vocabulary.filters import filter_samples
+from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
+from plugins.vocabulary.logprobs import record_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +64,13 @@ class _Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """A denoising pass of one bucket, ready to run: fill `inputs`, `run`, and the result is in `hidden`."""
+class _Chunk:
+    """Rows that the head and the vocabulary pass are over with; their logits are there until they are fed back."""
 
-    inputs: _Inputs
-    hidden: Tensor  # [B, C, D]
-    run: Callable[[], object]
+    rows: slice
+    logits: Tensor
+    argmax: Tensor
+    processing: Mapping[str, object]  # what makes the processed logits of them: cap, temperature, bias
 
 
 def buckets(max_sequences: int) -> tuple[int, ...]:
@@ -79,8 +84,6 @@ def buckets(max_sequences: int) -> tuple[int, ...]:
 class CapturedLoop(CanvasLoop):
     """As `CanvasLoop`. Every tensor that a graph reads or writes lives as long as the loop."""
 
-    _gumbel_noise = staticmethod(gumbel_noise)  # the plain loop's numbers, to rounding
-
     def __init__(
         self,
         session: Session,
@@ -93,14 +96,14 @@ class CapturedLoop(CanvasLoop):
         """`workspace_bytes` bounds the logits of a chunk, the one thing of the vocabulary's size. `max_step_sequences`: the
         most that one step is given; None: all. Without `capture`, as on the CPU, the same operations run one by one."""
         super().__init__(session, cache, workspace_bytes=workspace_bytes)
+        # More than the plain loop's: a step keeps the logits and nothing else of their size.
         fitting = workspace_bytes // (self._model.vocab_size * session.dtype.itemsize)
-        # Of a captured step; a plain one has more tensors of this size, and smaller chunks.
-        self._captured_chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
+        self._chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
         self._buckets = buckets(max_step_sequences or len(cache.length))
         self._idle = len(cache.length)
         self._steps: dict[int, _Step] = {}
-        self._passes: dict[int, _Pass] = {}
         self._results: dict[int, tuple[_Results, int]] = {}  # slot → where the host has its last results
+        self._tables = ExtrasTables(self._idle + 1, self._model.canvas_length, self._model.vocab_size, session.device)
         self._on_gpu = session.device.type == "cuda"
         self._graphs = Graphs() if capture and self._on_gpu else None
         if self._on_gpu:
@@ -113,15 +116,6 @@ class CapturedLoop(CanvasLoop):
 
     def step(self, slots: Sequence[int]) -> list[bool]:
         """See `CanvasLoop.step`. Waits for the device until the results are there, not until the step is over."""
-        apart = self.with_extras(slots)
-        if apart and len(apart) < len(slots):
-            captured = [slot for slot in slots if slot not in apart]
-            finished = dict(zip([*captured, *apart], [*self.step(captured), *self.step(apart)], strict=True))
-            return [finished[slot] for slot in slots]
-        if apart:
-            for slot in slots:
-                self._results.pop(slot, None)
-            return super().step(slots)
         size = self._bucket(slots)
         step = self._steps.get(size) or self._prepare(size)
         self._fill(step.inputs, slots)
@@ -138,6 +132,13 @@ class CapturedLoop(CanvasLoop):
         """See `CanvasLoop.start_canvas`."""
         self._results.pop(slot, None)
         super().start_canvas(slot, canvas_index, sampling)
+
+    def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:
+        self._tables.start(slot, sampling)
+
+    def logprobs(self, slot: int) -> list[TokenLogprob] | None:
+        """See `CanvasLoop.logprobs`."""
+        return self._tables.logprobs(slot)
 
     def argmax_canvas(self, slot: int) -> list[int]:
         """See `CanvasLoop.argmax_canvas`. Does not wait for the device."""
@@ -158,14 +159,6 @@ class CapturedLoop(CanvasLoop):
         for size in tqdm(self._buckets[::-1], desc="capturing steps", disable=None):
             if size not in self._steps:
                 self._prepare(size)
-
-    def _denoise(self, slots: Sequence[int], rows: Tensor) -> Tensor:
-        """See `CanvasLoop._denoise`. What it returns is overwritten by the next call."""
-        size = self._bucket(slots)
-        denoise = self._passes.get(size) or self._prepare_pass(size)
-        self._fill(denoise.inputs, slots)
-        denoise.run()
-        return denoise.hidden[: len(slots)]
 
     def _bucket(self, slots: Sequence[int]) -> int:
         return next(size for size in self._buckets if size >= len(slots))
@@ -196,19 +189,6 @@ class CapturedLoop(CanvasLoop):
         )
         self._steps[size] = _Step(inputs=inputs, results=results, first=first, second=second)
         return self._steps[size]
-
-    def _prepare_pass(self, size: int) -> _Pass:
-        inputs = self._idle_inputs(size)
-        shape = (size, self._model.canvas_length, self._model.hidden_size)
-        hidden = torch.empty(shape, dtype=self._session.dtype, device=self._session.device)
-
-        @torch.no_grad()
-        def denoise() -> None:
-            hidden.copy_(self._hidden_of(inputs.on_device))
-
-        (run,) = self._ready(denoise)
-        self._passes[size] = _Pass(inputs=inputs, hidden=hidden, run=run)
-        return self._passes[size]
 
     def _ready(self, *parts: Callable[[], object]) -> Sequence[Callable[[], object]]:
         """As graphs, or as they are where nothing is captured."""
@@ -243,6 +223,7 @@ class CapturedLoop(CanvasLoop):
             num_steps = self._num_steps[rows]
             each = {
                 "temperature": sampler.temperature_schedule(self._t_min[rows], self._t_max[rows], num_steps - step, num_steps),
+                "slots": rows,
                 "greedy": self._greedy[rows],
                 "seeds": seed,
                 "canvas_indices": canvas_index,
@@ -253,29 +234,39 @@ class CapturedLoop(CanvasLoop):
         hidden = self._hidden_of(inputs).flatten(0, 1)
         # 2.
         self._join()
-        cap, passes, soft_embeds = self._model.final_logit_softcapping, [], torch.empty_like(hidden)
+        passes, soft_embeds = [], torch.empty_like(hidden)
 
-        def pass_over(chunk: slice) -> tuple[slice, Tensor, Tensor]:
+        def pass_over(chunk: slice) -> _Chunk:
             logits = self._session.head(hidden[chunk])
-            passes.append(vocabulary_pass(logits, cap=cap, **{name: value[chunk] for name, value in each.items()}))
-            return chunk, logits, passes[-1].argmax
+            drawn = {name: each[name][chunk] for name in ("seeds", "canvas_indices", "steps", "positions")}
+            processing = {
+                "cap": self._model.final_logit_softcapping,
+                "temperature": each["temperature"][chunk],
+                "bias": self._tables.bias(each["slots"][chunk]),
+            }
+            result = vocabulary_pass(logits, greedy=each["greedy"][chunk], **processing, **drawn)
+            likeliest = {"argmax": result.argmax, **processing}
+            filter_samples(logits, result.sampled, self._tables.filters, **likeliest, **drawn)
+            positions, tables = drawn["positions"], self._tables.logprob_tables
+            record_logprobs(logits, tables, logprob=result.logprob, positions=positions, **likeliest)
+            passes.append((result.argmax, result.sampled, result.entropy))
+            return _Chunk(rows=chunk, logits=logits, argmax=result.argmax, processing=processing)
 
-        def feed_back(chunk: slice, logits: Tensor, argmax: Tensor) -> None:  # 5.
-            soft_embeds[chunk] = soft_embeddings(
-                logits,
-                cap=cap,
-                temperature=each["temperature"][chunk],
-                argmax=argmax,
+        def feed_back(chunk: _Chunk) -> None:  # 5.
+            soft_embeds[chunk.rows] = soft_embeddings(
+                chunk.logits,
+                argmax=chunk.argmax,
                 embedding=self._session.embedding,
                 embed_scale=self._embed_scale,
+                **chunk.processing,
             )
 
-        held = None  # what `feed_back` needs of the last chunk: its logits are gone before the next are there
-        for begin in range(0, hidden.shape[0], self._captured_chunk_rows):
+        held = None  # the last chunk: its logits are gone before the next are there
+        for begin in range(0, hidden.shape[0], self._chunk_rows):
             if held:
-                feed_back(*held)
+                feed_back(held)
                 held = None
-            held = pass_over(slice(begin, begin + self._captured_chunk_rows))
+            held = pass_over(slice(begin, begin + self._chunk_rows))
         argmax, sampled, entropy = (torch.cat(parts).view(-1, length) for parts in zip(*passes, strict=True))
         # 3. and 4.
         accepted = accept_and_renoise(
@@ -306,7 +297,7 @@ class CapturedLoop(CanvasLoop):
 
         @torch.no_grad()
         def last() -> None:
-            feed_back(*held)
+            feed_back(held)
             self._soft_embeds.index_copy_(0, rows, soft_embeds.view(rows.numel(), length, -1))
 
         return last

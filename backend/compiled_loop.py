@@ -33,6 +33,11 @@ class CompiledLoop(CanvasLoop):
             self._model.vocab_size,
         )
 
+    def with_extras(self, slots: Sequence[int]) -> list[int]:
+        """Those of `slots` that have extras, which only the plain loop's arithmetic knows of. The others must not get it for
+        their sake: it rounds differently, and a request's tokens are those that it gives alone."""
+        return [slot for slot in slots if slot in self._extras]
+
     def _vocabulary(self, slots: Sequence[int], rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         apart = self.with_extras(slots)
         if apart and len(apart) < len(slots):

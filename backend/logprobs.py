@@ -24,11 +24,13 @@ class CanvasLogprobs:
             self._token_ids[positions], self._top[positions] = token_ids, values
 
     def tolist(self) -> list[TokenLogprob]:
-        alternatives = [
-            list(zip(token_ids, values, strict=True))
-            for token_ids, values in zip(self._token_ids.tolist(), self._top.tolist(), strict=True)
-        ]
-        return [TokenLogprob(*each) for each in zip(self._logprob.tolist(), alternatives, strict=True)]
+        return token_logprobs(self._logprob, self._token_ids, self._top)
+
+
+def token_logprobs(logprob: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor) -> list[TokenLogprob]:
+    """Of each position of a canvas: [C], and the K alternatives' [C, K]."""
+    alternatives = [list(zip(*each, strict=True)) for each in zip(token_ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprob(*each) for each in zip(logprob.tolist(), alternatives, strict=True)]
 
 
 def top_logprobs(

@@ -83,6 +83,7 @@ def _from_text(text: str, kind: type) -> object:
 
 
 INT32_MAX = (1 << 31) - 1
+MOST_ALTERNATIVES = 20  # of a place, with log probabilities; OpenAI's limit
 
 # Limits beyond those of transformers: temperatures stay where float32 logits / temperature cannot overflow (30 / 2e-9 is far
 # from it); steps stay exact in float32; entropy_bound 0 (one token a step) and confidence_threshold 0 (never early) are
@@ -102,7 +103,7 @@ NUMBERS = {
     "entropy_bound": Number(kind=float, minimum=0, maximum=1_000_000),
     "stability_threshold": Number(kind=int, minimum=0, maximum=INT32_MAX),
     "confidence_threshold": Number(kind=float, minimum=0, maximum=1_000_000),
-    "top_logprobs": Number(kind=int, minimum=0, maximum=20),
+    "top_logprobs": Number(kind=int, minimum=0, maximum=MOST_ALTERNATIVES),
 }
 TOKEN_ID = Number(kind=int, minimum=0, maximum=INT32_MAX)
 LOGIT_BIAS = Number(kind=float, minimum=-100, maximum=100)

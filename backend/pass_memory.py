@@ -14,8 +14,11 @@ H200: 2.05 GB, where 2.03 were taken; with FP8 experts 2.15 and 2.07.
 
 import torch
 
+from backend.parameters import MOST_ALTERNATIVES
 from contract.manifest import BuildConfig
 from contract.model_config import SOFT_TOKEN_BUDGETS, LayerType, ModelConfig
+
+_STATE_BYTES_PER_POSITION = 64  # canvas, argmax canvas, and room for what sampling options keep
 
 LOGITS_COPIES = 6
 """float32 tensors of the size of a head chunk's logits that are alive at once in a step of `CanvasLoop`: raw, processed, noise,
@@ -31,6 +34,14 @@ def token_bytes(model: ModelConfig, kind: LayerType, dtype: str) -> int:
     """Keys and values of a token in all layers of a type."""
     attention = model.attention[kind]
     return model.layer_types.count(kind) * 2 * attention.num_kv_heads * attention.head_dim * item_bytes(dtype)
+
+
+def state_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
+    """Of a sequence in the canvas loop; on a GPU with its row in the tables of biases and log probabilities."""
+    of_position = model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION
+    if device_type == "cpu":
+        return model.canvas_length * of_position
+    return model.canvas_length * (of_position + 4 + MOST_ALTERNATIVES * 12) + 4 * model.vocab_size
 
 
 def denoise_bytes(model: ModelConfig, build: BuildConfig, rows: int, device_type: str) -> int:

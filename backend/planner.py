@@ -6,7 +6,7 @@
     workspace    of the largest pass (`pass_memory`). It does not grow with the number of sequences on the CPU: no pass has more
                  than `max_pass_rows` rows, nothing of rows x vocabulary outlives a chunk
     graphs       on a GPU: the captured denoising steps. They share memory with each other, and with no other pass
-    state        of a sequence: soft embeddings and a few numbers a canvas position
+    state        of a sequence: soft embeddings and a few numbers a canvas position; on a GPU room for a bias of every token
     KV pages     of a sequence: every token in full-attention layers, the last window in sliding ones
 
 How many pages there are:
@@ -28,6 +28,7 @@ from backend.pass_memory import (
     encode_bytes,
     item_bytes,
     sampler_bytes,
+    state_bytes,
     token_bytes,
     vision_bytes,
 )
@@ -36,7 +37,6 @@ from contract.model_config import LayerType
 
 _DEFAULT_SEQUENCE_TOKENS = 8192
 _FEWEST_SEQUENCES = 4  # that the default counts with
-_STATE_BYTES_PER_POSITION = 64  # canvas, argmax canvas, and room for what sampling options keep
 _RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
 """cpu: resident with PyTorch 2.13, 240 MB once the engine's modules are imported, 390 with compiled programs loaded. cuda: an
 estimate."""
@@ -147,7 +147,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
         "weights_bytes": sum(math.prod(each.shape) * item_bytes(each.dtype) for each in manifest.weights.values()),
         "workspace_bytes": _workspace_bytes(manifest, limits, device_type),
         "graphs_bytes": _graphs_bytes(manifest, limits, device_type),
-        "state_bytes": model.canvas_length * (model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION),
+        "state_bytes": state_bytes(model, build, device_type),
     }
 
     def with_pages(tokens_each: int, sequences: int) -> MemoryPlan:
@@ -232,11 +232,12 @@ def _beside(plan: MemoryPlan) -> int:
 
 
 def _workspace_bytes(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
-    """Of the largest of an encode pass, an image and a step that is not captured; of a step, the pass and the sampler, whose
-    memory the allocator keeps apart."""
+    """Of the largest of an encode pass, an image and a step, on a GPU the one before a capture; of a step, the pass and the
+    sampler, whose memory the allocator keeps apart."""
     model, build = manifest.model, manifest.build
     step = denoise_bytes(model, build, pass_rows(manifest, limits, device_type), device_type)
-    step += sampler_bytes(model, build, limits.sampler_workspace_bytes)
+    head = captured_head_bytes if device_type == "cuda" else sampler_bytes
+    step += head(model, build, limits.sampler_workspace_bytes)
     return max(encode_bytes(model, build, device_type), vision_bytes(model, build), step)
 
 

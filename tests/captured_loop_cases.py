@@ -10,7 +10,6 @@ from backend.canvas_loop import CanvasLoop
 from backend.captured_loop import CapturedLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
-from backend.pass_memory import LOGITS_COPIES
 from backend.prefix_cache import extend_page_keys
 from backend.sampling_config import SamplingConfig
 from plugins.vocabulary.feedback import soft_embeddings
@@ -118,41 +117,60 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
     assert sizes == [3, 2, 1]
 
 
+@pytest.mark.parametrize("workspace_bytes", [512 << 20, 97 * 4 * 24], ids=["one chunk", "chunks of 24 rows"])
 @pytest.mark.parametrize(
     "extras",
     [
         ({"logprobs": True, "top_logprobs": 2}, {"logit_bias": {5: 3.0}}, {"top_k": 7, "top_p": 0.8, "min_p": 0.01}),
-        ({}, {"logit_bias": {5: 3.0}}, {"top_k": 7}),
+        ({}, {"logit_bias": {5: 3.0, 9: -100.0}, "logprobs": True}, {"top_k": 7}),
     ],
     ids=["all rows", "two of three"],
 )
-def test_rows_with_extras_are_those_of_the_plain_loop(session, extras, monkeypatch):
-    """Their denoising pass is that of a bucket, prepared once; the others' steps are captured."""
+def test_rows_with_extras_are_those_of_the_plain_loop(session, extras, workspace_bytes, monkeypatch):
+    """In the steps that all others are in. Log probabilities to roundings that the steps of a canvas hand on."""
     prefixes = [30, 5, 41]
     plain_loop, slots = loop_of(CanvasLoop, session, prefixes)
     plain = run(session, plain_loop, slots, extras)
-    loop, slots = loop_of(CapturedLoop, session, prefixes)
-    passes, steps, prepare_pass, prepare = [], [], loop._prepare_pass, loop._prepare
-    monkeypatch.setattr(loop, "_prepare_pass", lambda size: passes.append(size) or prepare_pass(size))
+    loop, slots = loop_of(CapturedLoop, session, prefixes, workspace_bytes=workspace_bytes)
+    steps, prepare = [], loop._prepare
     monkeypatch.setattr(loop, "_prepare", lambda size: steps.append(size) or prepare(size))
     assert run(session, loop, slots, extras) == plain
-    some = not all(extras)
-    assert (sorted(passes), sorted(steps)) == (([1, 2], [1]) if some else ([1, 2, 4], []))
-    if not some:
-        for own, expected in zip(loop.logprobs(slots[0]), plain_loop.logprobs(slots[0]), strict=True):
-            assert own.logprob == pytest.approx(expected.logprob, abs=1e-5)
-            assert [token for token, _ in own.top] == [token for token, _ in expected.top]
+    assert sorted(steps) == [1, 2, 4]
+    for slot, extra in zip(slots, extras, strict=True):
+        expected, own = plain_loop.logprobs(slot), loop.logprobs(slot)
+        assert (own is not None) == (expected is not None) == extra.get("logprobs", False)
+        for each, other in zip(own or (), expected or (), strict=True):
+            assert each.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in each.top] == [token for token, _ in other.top]
+            assert [value for _, value in each.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
 
 
-def test_rows_that_the_kernels_cannot_do_take_the_plain_path(session, monkeypatch):
-    prefixes = [30, 5, 41]
-    plain = run(session, *loop_of(CanvasLoop, session, prefixes))
-    loop, slots = loop_of(CapturedLoop, session, prefixes)
-    captured, step = [], loop._prepare
-    monkeypatch.setattr(loop, "with_extras", lambda rows: [row for row in rows if row == slots[1]])
-    monkeypatch.setattr(loop, "_prepare", lambda size: captured.append(size) or step(size))
-    assert run(session, loop, slots) == plain
-    assert sorted(captured) == [1, 2]  # the other two rows, together and alone, never all three
+def test_a_slot_keeps_nothing_of_the_request_before(session):
+    loop, slots = loop_of(CapturedLoop, session, [5])
+    expected = run(session, loop, slots)
+    every = {"logit_bias": {5: 30.0}, "top_k": 2, "top_p": 0.1, "min_p": 0.5, "logprobs": True, "top_logprobs": 20}
+    assert run(session, loop, slots, (every,)) != expected
+    assert run(session, loop, slots) == expected
+    assert loop.logprobs(slots[0]) is None
+    run(session, loop, slots, ({"logit_bias": {6: 1.0}},))
+    assert loop._tables.bias(torch.tensor(slots)).values[slots[0]].count_nonzero() == 1
+
+
+def test_a_neighbour_with_extras_changes_no_bit_of_a_row(session):
+    """Its state after two steps."""
+
+    def after_two_steps(*extras: dict) -> list[torch.Tensor]:
+        loop, slots = loop_of(CapturedLoop, session, [30, 5, 41])
+        defaults = GenerationDefaults.from_json({"eos_token_id": []})
+        for slot, extra in zip(slots, ({"seed": 3}, *extras), strict=False):
+            loop.start_canvas(slot, 0, SamplingConfig(**{"seed": 4, "confidence_threshold": 0, **extra}).resolve(defaults))
+        for _ in range(2):
+            loop.step(slots[: 1 + len(extras)])
+        return [state[slots[0]] for state in (loop._soft_embeds, loop._canvas, loop._argmax)]
+
+    alone = after_two_steps()
+    for extra in ({"logit_bias": {5: 3.0}}, {"top_k": 3, "top_p": 0.9}, {"logprobs": True, "top_logprobs": 5}):
+        assert all(torch.equal(*pair) for pair in zip(after_two_steps(extra, {}), alone, strict=True))
 
 
 def test_a_prompt_that_is_all_in_the_prefix_cache(session):
@@ -175,17 +193,3 @@ def test_a_prompt_that_is_all_in_the_prefix_cache(session):
         return loop.argmax_canvas(again)
 
     assert after_one_step(CapturedLoop) == after_one_step(CanvasLoop)
-
-
-def test_a_plain_step_keeps_within_the_workspace(session, monkeypatch):
-    """It holds several float32 tensors of a chunk's logits where a captured one holds the logits alone."""
-    workspace_bytes = 97 * 4 * 24
-    rows: list[int] = []
-    head = session.head
-    monkeypatch.setattr(session, "head", lambda hidden: rows.append(len(hidden)) or head(hidden))
-    loop, slots = loop_of(CapturedLoop, session, [30, 5], workspace_bytes=workspace_bytes)
-    sampling = SamplingConfig(seed=1, logprobs=True).resolve(GenerationDefaults.from_json({"eos_token_id": []}))
-    for slot in slots:
-        loop.start_canvas(slot, 0, sampling)
-    loop.step(slots)
-    assert max(rows) == workspace_bytes // (97 * 4 * LOGITS_COPIES)

@@ -107,14 +107,10 @@ def test_vocabulary_pass_compiles(dtype, tmp_path):
         return torch.empty(CANVAS_LENGTH, dtype=of, device="meta")
 
     logits = torch.empty(CANVAS_LENGTH, VOCAB_SIZE, dtype=dtype, device="meta")
-    tile = vocabulary.tile_launch((logits, rows(torch.float32), rows(torch.bool), rows(), rows(), rows(), rows()), 30.0)
+    bias = logits.new_empty(5, VOCAB_SIZE, dtype=torch.float32), logits.new_empty(5, dtype=torch.bool), rows()
+    tile = vocabulary.tile_launch((logits, rows(torch.float32), *bias, rows(torch.bool), *[rows()] * 4), 30.0)
     assert check_compiles(tile, tmp_path, str(dtype))["ld.global.v4"]
     check_compiles(vocabulary.merge_launch(*tile.outputs), tmp_path, str(dtype))
-
-
-def test_noise_compiles(tmp_path):
-    rows = (torch.empty(CANVAS_LENGTH, dtype=torch.int64, device="meta"),) * 4
-    check_compiles(vocabulary.noise_launch(rows, VOCAB_SIZE), tmp_path, "noise")
 
 
 def test_acceptance_compiles(tmp_path):

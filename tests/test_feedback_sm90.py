@@ -13,6 +13,9 @@ from plugins.vocabulary.feedback import weights_launch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_softmax_weights_compile(dtype, tmp_path):
     logits = torch.empty(256, 262144, dtype=dtype, device="meta")
-    launch = weights_launch(logits, torch.empty(256, device="meta"), logits[:, :1], 30.0)
+    bias = logits.new_empty(5, 262144, dtype=torch.float32), logits.new_empty(5, dtype=torch.bool)
+    per_row = torch.empty(256, dtype=torch.int64, device="meta")
+    inputs = (torch.empty(256, device="meta"), *bias, per_row, logits[:, :1], per_row)
+    launch = weights_launch(logits, inputs, 30.0)
     assert launch.grid == (256, 64)
     assert check_compiles(launch, tmp_path, str(dtype))["ld.global.v4"]

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
 from backend import LLM, RequestError, SamplingConfig
-from backend.canvas_loop import CanvasLoop
+from backend.compiled_loop import CompiledLoop
 from backend.generation import Generation
 
 VOCAB_SIZE = 97
@@ -170,10 +170,12 @@ def test_every_mix_of_rows_gives_each_what_it_gets_alone(every_kind_alone, max_s
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
-def test_which_rows_need_the_plain_step(pair, kind):
-    loop: CanvasLoop = pair[0]._engine.scheduler._loop
-    config = SamplingConfig(seed=1, **RANDOM, **kind).resolve(pair[0]._engine.defaults)
-    plain = SamplingConfig(seed=1, **RANDOM).resolve(pair[0]._engine.defaults)
+def test_which_rows_need_the_plain_step(engine_dir, kind):
+    """On the compiled engine."""
+    engine = LLM(engine_dir, max_sequences=3)._engine
+    loop: CompiledLoop = engine.scheduler._loop
+    config = SamplingConfig(seed=1, **kind).resolve(engine.defaults)
+    plain = SamplingConfig(seed=1).resolve(engine.defaults)
     loop.start_canvas(1, 0, config)
     loop.start_canvas(2, 0, plain)
     assert loop.with_extras([2]) == []

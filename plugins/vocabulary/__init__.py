@@ -1,24 +1,34 @@
 """The sampler on the device: one read of the logits, then one small kernel a canvas. CUDA tensors only.
 
-The definitions are the plain functions of the sampler (soft_cap, vocabulary_pass, accept, next_canvas, converged) and of its noise
-(gumbel_noise_rows, renoise_tokens_rows); words of noise are equal bit for bit, floats to rounding. `launch` has the calls, `kernel`
-the vocabulary pass, `acceptance_kernel` what follows it on canvases, `noise_kernel` the random numbers of both.
+The definitions are the plain functions of the sampler (soft_cap, vocabulary_pass, accept, next_canvas, converged, filtered_sample,
+top_logprobs) and of its noise (gumbel_noise_rows, renoise_tokens_rows); words of noise are equal bit for bit, floats to rounding.
+`launch` has the vocabulary pass and what follows it on canvases, `filters`, `logprobs` and `feedback` the other passes over logits.
+A kernel is in the module that is named after it; `order_kernel` finds the k-th largest, `noise_kernel` makes the random numbers.
 
-Shape legend: R rows (one a canvas position, in chunks of any size), V vocabulary, S tiles of the vocabulary, B sequences, C canvas
-length.
+Shape legend: R rows (one a canvas position, in chunks of any size), V vocabulary, S slots (of sequences), B sequences, C canvas length,
+K the most alternatives.
+
+| every pass over logits | shape, dtype | meaning |
+|---|---|---|
+| raw_logits | [R, V] bfloat16 or float32 | the head's output |
+| temperature | [R] float32 | above 0 |
+| bias | [S, V] float32, [S] bool, [R] int64 | what is added to the soft-capped logits; which slots have any; the slots of the rows |
 
 | vocabulary pass | shape, dtype | meaning |
 |---|---|---|
-| raw_logits | [R, V] bfloat16 or float32 | the head's output, read once |
-| temperature | [R] float32 | above 0 |
 | greedy | [R] bool | the sampled token is the argmax |
 | seeds, canvas_indices, steps, positions | [R] int64 | what the noise depends on; seeds hold the 64 bits of the unsigned seed |
-| → argmax, sampled, entropy | [R] int64, int64, float32 | nats |
+| → argmax, sampled, entropy, logprob | [R] int64, int64, float32, float32 | nats; logprob is the argmax's |
 
-| noise | shape, dtype | meaning |
+| filters | shape, dtype | meaning |
 |---|---|---|
-| seeds, canvas_indices, steps, positions | [R] int64 | as above |
-| → noise | [R, V] float32 | what the vocabulary pass adds, for rows that it cannot sample |
+| top_k, top_p, min_p | [S] int64, float32, float32 | 0, 1 and 0 are off |
+| sampled | [R] int64 | drawn again, in place, where a filter does not let it through |
+
+| log probabilities | shape, dtype | meaning |
+|---|---|---|
+| counts | [S] int64 | how many alternatives a slot wants; -1: nothing |
+| logprobs, tokens, values | [S, C] float32, [S, C, K] int64, [S, C, K] float32 | written where they are wanted: the argmax's, the alternatives |
 
 | acceptance | shape, dtype | meaning |
 |---|---|---|

@@ -1,6 +1,6 @@
 """Raw logits → the weights of a softmax over them, in place: what self-conditioning multiplies with the embedding.
 
-    1. processed = soft_cap(raw logits) / temperature, rounded to the logits' dtype, as in training and in transformers
+    1. processed = (soft_cap(raw logits) + bias) / temperature, rounded to the logits' dtype, as in training and in transformers
     2. weight = exp(processed - the row's largest), rounded to the logits' dtype; a probability is weight / sum of weights
     3. the tile's sum of weights, before their rounding
 
@@ -12,30 +12,40 @@ The division is left to whoever has the product with the embedding, which is sma
 import triton
 import triton.language as tl
 
-from plugins.vocabulary.kernel import _tanh
+from plugins.vocabulary.kernel import processed_logits
 
 
 @triton.jit
 def softmax_weights_kernel(
-    temperature, largest, logits, totals, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+    temperature,
+    bias,
+    biased,
+    slots,
+    largest,
+    argmax,
+    logits,
+    totals,
+    VOCAB_SIZE: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Grid: (R, S). largest: [R], a row's largest raw logit. logits: [R, V], overwritten. totals: [R, S]. CAP: 0 for none."""
+    """Grid: (R, S). largest, argmax: [R], a row's most likely token and its raw logit. logits: [R, V], overwritten. totals:
+    [R, S]. CAP: 0 for none."""
     row = tl.program_id(0)
     tile = tl.program_id(1)
     num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK - 1) // BLOCK
-    lanes = tile * BLOCK + tl.arange(0, BLOCK)
-    valid = lanes < VOCAB_SIZE
-    at = logits + row.to(tl.int64) * VOCAB_SIZE + lanes
+    columns = tile * BLOCK + tl.arange(0, BLOCK)
+    logits += row.to(tl.int64) * VOCAB_SIZE
     dtype = logits.dtype.element_ty
     inverse = tl.div_rn(1.0, tl.load(temperature + row))
+    slot = tl.load(slots + row)
+    has_bias = tl.load(biased + slot) != 0
+    bias += slot * VOCAB_SIZE
 
-    capped = tl.load(at, mask=valid, other=0.0).to(tl.float32)  # 1.
-    top = tl.load(largest + row).to(tl.float32)
-    if CAP > 0:
-        capped = CAP * _tanh(capped * (1 / CAP))
-        top = CAP * _tanh(top * (1 / CAP))
-    processed = (capped * inverse).to(dtype).to(tl.float32)
-    weights = tl.exp(processed - (top * inverse).to(dtype).to(tl.float32))  # 2.
-    weights = tl.where(valid, weights, 0.0)
-    tl.store(at, weights.to(dtype), mask=valid)
+    processed = processed_logits(logits, bias, has_bias, inverse, columns, VOCAB_SIZE, CAP)  # 1.
+    at_top = tl.load(argmax + row)
+    # Another program may have overwritten it in place: so it comes apart.
+    top = processed_logits(largest + row - at_top, bias, has_bias, inverse, at_top, VOCAB_SIZE, CAP)
+    weights = tl.exp(processed.to(dtype).to(tl.float32) - top.to(dtype).to(tl.float32))  # 2.
+    tl.store(logits + columns, weights.to(dtype), mask=columns < VOCAB_SIZE)
     tl.store(totals + row * num_tiles + tile, tl.sum(weights, 0))  # 3.

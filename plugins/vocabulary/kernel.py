@@ -1,12 +1,13 @@
 """The sampler's pass over the vocabulary: logits → argmax, Gumbel argmax and entropy of each row, in one read.
 
     vocabulary_tile_kernel    a tile of a row's vocabulary each, block by block
-        1. processed = soft_cap(raw logits) / temperature, float32
+        1. processed = (soft_cap(raw logits) + bias) / temperature, float32
         2. the tile's largest processed logit and where it is
         3. sums over the tile of w and of w * shifted, with shifted = processed - largest, w = exp(shifted)
         4. the largest of processed + Gumbel noise and where it is (rows that are greedy: the same as 2)
     vocabulary_merge_kernel   a row each: the tiles' maxima and sums into the row's
         entropy = log(Z) - sum(w * shifted) / Z; both terms are at least 0, so nothing cancels where it is small
+        logprob = -log(Z), because shifted is 0 there
 
 4 takes logarithms only where a token can win. The Gumbel noise of a word is -log(e), so the winner has the smallest e / w; a
 bound, a little less than e, comes without a logarithm. A block whose smallest bound / w is above the best so far is done with.
@@ -40,6 +41,9 @@ _SLACK_RATIO = tl.constexpr(2.0**-21)
 def vocabulary_tile_kernel(
     raw_logits,
     temperature,
+    bias,
+    biased,
+    slots,
     greedy,
     seeds,
     canvas_indices,
@@ -60,6 +64,9 @@ def vocabulary_tile_kernel(
     raw_logits += row.to(tl.int64) * VOCAB_SIZE
     places = tl.arange(0, BLOCK)
     inverse = tl.div_rn(1.0, tl.load(temperature + row))
+    slot = tl.load(slots + row)
+    has_bias = tl.load(biased + slot) != 0
+    bias += slot * VOCAB_SIZE
     random = tl.load(greedy + row) == 0
     seed = tl.load(seeds + row)
     canvas_index = tl.load(canvas_indices + row)
@@ -73,12 +80,7 @@ def vocabulary_tile_kernel(
     totals = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for begin in range(tile * (BLOCK * BLOCKS), tl.minimum((tile + 1) * (BLOCK * BLOCKS), VOCAB_SIZE), BLOCK):
-        valid = begin + places < VOCAB_SIZE
-        raw = tl.load(raw_logits + begin + places, mask=valid, other=0.0).to(tl.float32)
-        capped = raw  # 1.
-        if CAP > 0:
-            capped = CAP * _tanh(raw * (1 / CAP))
-        processed = tl.where(valid, capped * inverse, float("-inf"))
+        processed = processed_logits(raw_logits, bias, has_bias, inverse, begin + places, VOCAB_SIZE, CAP)  # 1.
 
         top = tl.max(processed, 0)  # 2.
         if top > largest:
@@ -126,7 +128,7 @@ def vocabulary_tile_kernel(
 
 @triton.jit(do_not_specialize=("num_rows",))
 def vocabulary_merge_kernel(
-    numbers, tokens, num_rows, argmax, sampled, entropy, NUM_TILES: tl.constexpr, BLOCK_TILES: tl.constexpr
+    numbers, tokens, num_rows, argmax, sampled, entropy, logprob, NUM_TILES: tl.constexpr, BLOCK_TILES: tl.constexpr
 ):
     """Grid: (R,). BLOCK_TILES: NUM_TILES rounded up to a power of two."""
     row = tl.program_id(0)
@@ -150,6 +152,22 @@ def vocabulary_merge_kernel(
     total = tl.sum(totals * scale, 0)
     mean = tl.sum((weighted + shift * totals) * scale, 0) / total
     tl.store(entropy + row, tl.log(total) - mean)
+    tl.store(logprob + row, -tl.log(total))
+
+
+@triton.jit
+def processed_logits(raw_logits, bias, has_bias, inverse, columns, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr):
+    """(soft_cap(raw logits) + bias) * inverse of a row's `columns`, float32; -infinity beyond the vocabulary.
+
+    raw_logits, bias: the row's. The bias is read if `has_bias`. inverse: of the temperature. CAP: 0 for none.
+    """
+    valid = columns < VOCAB_SIZE
+    logits = tl.load(raw_logits + columns, mask=valid, other=0.0).to(tl.float32)
+    if CAP > 0:
+        logits = CAP * _tanh(logits * (1 / CAP))
+    if has_bias:
+        logits += tl.load(bias + columns, mask=valid, other=0.0)
+    return tl.where(valid, logits * inverse, float("-inf"))
 
 
 @triton.jit

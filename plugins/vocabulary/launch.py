@@ -12,20 +12,34 @@ from torch import Tensor
 from plugins.triton_launch import Launch
 from plugins.vocabulary.acceptance_kernel import acceptance_kernel
 from plugins.vocabulary.kernel import vocabulary_merge_kernel, vocabulary_tile_kernel
-from plugins.vocabulary.noise_kernel import gumbel_noise_kernel
 
 # A warp works alone, so that its many reductions need no barrier. NVIDIA H200, Triton 3.6, 256 rows of 262,144 columns: 208 µs;
 # tiles of 128 blocks: 203, of 32: 212; 512 columns, 32 blocks, 1 warp: 238, 2 warps: 227, 4 warps: 247; 1024 columns, 4 warps:
 # 238; 2048 columns, 16 blocks, 4 warps: 276. 128 blocks would leave few programs for fewer rows.
 _BLOCK_COLUMNS, _TILE_BLOCKS, _TILE_WARPS = 256, 64, 1
 _OTHERS = 32
-_NOISE_BLOCK = 2048
+
+
+class Bias(NamedTuple):
+    """What is added to the soft-capped logits of rows, which belong to slots."""
+
+    values: Tensor  # [S, V] float32
+    used: Tensor  # [S] bool: whether the slot has any; if not, its values are not read
+    slots: Tensor  # [R] int64
+
+    @classmethod
+    def none(cls, raw_logits: Tensor) -> "Bias":
+        """Of rows in slots of their own."""
+        num_rows, vocab_size = raw_logits.shape
+        used = torch.zeros(num_rows, dtype=torch.bool, device=raw_logits.device)
+        return cls(raw_logits.new_empty(0, vocab_size, dtype=torch.float32), used, torch.arange(num_rows, device=used.device))
 
 
 class VocabularyResult(NamedTuple):
     argmax: Tensor
     sampled: Tensor
     entropy: Tensor
+    logprob: Tensor
 
 
 class AcceptanceResult(NamedTuple):
@@ -44,13 +58,14 @@ def vocabulary_pass(
     canvas_indices: Tensor,
     steps: Tensor,
     positions: Tensor,
+    bias: Bias | None = None,
 ) -> VocabularyResult:
-    """Argmax, sampled token and entropy of each row of logits."""
+    """Argmax, sampled token, entropy and the argmax's log probability of each row of logits."""
     if not raw_logits.is_contiguous():
         raise ValueError(
             f"raw_logits: got strides {raw_logits.stride()}, expected a contiguous tensor (it is too large to copy)"
         )
-    per_row = (temperature, greedy, seeds, canvas_indices, steps, positions)
+    per_row = (temperature, *(bias or Bias.none(raw_logits)), greedy, seeds, canvas_indices, steps, positions)
     numbers, tokens = tile_launch((raw_logits, *(each.contiguous() for each in per_row)), cap).run()
     return VocabularyResult(*merge_launch(numbers, tokens).run())
 
@@ -77,23 +92,16 @@ def accept_and_renoise(
     return AcceptanceResult(*acceptance_launch(tuple(each.contiguous() for each in inputs), vocab_size).run())
 
 
-def gumbel_noise(seeds: Tensor, canvas_indices: Tensor, steps: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The Gumbel noise that `vocabulary_pass` adds to rows, all of it: [R, vocab_size] float32."""
-    inputs = (seeds, canvas_indices, steps, positions)
-    (noise,) = noise_launch(tuple(each.contiguous() for each in inputs), vocab_size).run()
-    return noise
-
-
 def tile_launch(inputs: tuple[Tensor, ...], cap: float | None) -> Launch:
-    """inputs: raw_logits, temperature, greedy, seeds, canvas_indices, steps, positions. Outputs numbers and tokens, for
-    `merge_launch`."""
+    """inputs: raw_logits, temperature, the bias's three, greedy, seeds, canvas_indices, steps, positions. Outputs
+    numbers and tokens, for `merge_launch`."""
     raw_logits = inputs[0]
     if raw_logits.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"vocabulary kernel: got logits of {raw_logits.dtype}, expected torch.bfloat16 or torch.float32")
     if cap is not None and cap <= 0:
         raise ValueError(f"vocabulary kernel: got soft cap {cap}, expected a number above 0, or None")
     num_rows, vocab_size = raw_logits.shape
-    columns = _block_columns(_BLOCK_COLUMNS, vocab_size)
+    columns = block_columns(_BLOCK_COLUMNS, vocab_size)
     num_tiles = -(-vocab_size // (columns * _TILE_BLOCKS))
     return Launch(
         kernel=vocabulary_tile_kernel,
@@ -111,7 +119,7 @@ def tile_launch(inputs: tuple[Tensor, ...], cap: float | None) -> Launch:
 
 
 def merge_launch(numbers: Tensor, tokens: Tensor) -> Launch:
-    """Outputs argmax, sampled and entropy."""
+    """Outputs argmax, sampled, entropy and logprob."""
     _, num_rows, num_tiles = numbers.shape
     return Launch(
         kernel=vocabulary_merge_kernel,
@@ -122,8 +130,9 @@ def merge_launch(numbers: Tensor, tokens: Tensor) -> Launch:
             numbers.new_empty(num_rows, dtype=torch.int64),
             numbers.new_empty(num_rows, dtype=torch.int64),
             numbers.new_empty(num_rows),
+            numbers.new_empty(num_rows),
         ),
-        constants={"NUM_TILES": num_tiles, "BLOCK_TILES": _power_of_two(num_tiles)},
+        constants={"NUM_TILES": num_tiles, "BLOCK_TILES": power_of_two(num_tiles)},
         num_warps=1,
         num_stages=1,
     )
@@ -143,7 +152,7 @@ def acceptance_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
         constants={
             "VOCAB_SIZE": vocab_size,
             "CANVAS_LENGTH": canvas_length,
-            "BLOCK": _power_of_two(canvas_length),
+            "BLOCK": power_of_two(canvas_length),
             "BLOCK_OTHERS": _OTHERS,
         },
         num_warps=8,
@@ -151,26 +160,10 @@ def acceptance_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
     )
 
 
-def noise_launch(inputs: tuple[Tensor, ...], vocab_size: int) -> Launch:
-    """inputs: seeds, canvas_indices, steps, positions. Outputs noise."""
-    (num_rows,) = inputs[0].shape
-    columns = _block_columns(_NOISE_BLOCK, vocab_size)
-    return Launch(
-        kernel=gumbel_noise_kernel,
-        grid=(num_rows, -(-vocab_size // columns)),
-        inputs=inputs,
-        scalars=(),
-        outputs=(inputs[0].new_empty(num_rows, vocab_size, dtype=torch.float32),),
-        constants={"VOCAB_SIZE": vocab_size, "BLOCK": columns},
-        num_warps=4,
-        num_stages=1,
-    )
-
-
-def _block_columns(most: int, vocab_size: int) -> int:
+def block_columns(most: int, vocab_size: int) -> int:
     """Of a block: `most`, or fewer that hold the vocabulary; whole groups of the noise's lanes."""
-    return min(most, _power_of_two(max(vocab_size, 16)))
+    return min(most, power_of_two(max(vocab_size, 16)))
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()

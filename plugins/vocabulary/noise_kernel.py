@@ -1,4 +1,4 @@
-"""Counter-based noise inside kernels, and as a kernel: Philox 4x32-10 with the project's counter layout.
+"""Counter-based noise inside kernels: Philox 4x32-10 with the project's counter layout.
 
 key      the seed's low and high 32 bits
 counter  token lane // 4 · position in the canvas · step · stream << 30 | canvas index
@@ -63,13 +63,3 @@ def least_arrival(words):
     """At most exp(-Gumbel) = -log(1 - v), without a logarithm: the first terms of its series."""
     v = words.to(tl.float32) * 2.0**-32
     return v * (1.0 + v * (0.5 + v * (1 / 3)))
-
-
-@triton.jit
-def gumbel_noise_kernel(seeds, canvas_indices, steps, positions, noise, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """noise [R, VOCAB_SIZE] of rows that depend on the others [R]. Grid: (R, blocks)."""
-    row, first = tl.program_id(0), tl.program_id(1) * BLOCK
-    seed, canvas_index = tl.load(seeds + row), tl.load(canvas_indices + row)
-    words = gumbel_words(seed, canvas_index, tl.load(steps + row), tl.load(positions + row), first, BLOCK)
-    lanes = first + tl.arange(0, BLOCK)
-    tl.store(noise + row.to(tl.int64) * VOCAB_SIZE + lanes, gumbel_from_words(words), mask=lanes < VOCAB_SIZE)

@@ -1,0 +1,59 @@
+"""What the requests in all slots ask of a step beyond the plain one, as tables that kernels read: `row_extras` on a GPU.
+
+A table has a row for each slot. That of a slot without extras changes nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from backend.job import TokenLogprob
+from backend.logprobs import token_logprobs
+from backend.parameters import MOST_ALTERNATIVES
+from backend.sampling_config import ResolvedSampling
+from plugins.vocabulary.filters import Filters
+from plugins.vocabulary.launch import Bias
+from plugins.vocabulary.logprobs import LogprobTables
+
+
+class ExtrasTables:
+    """All tensors live as long as the object, and are written in place."""
+
+    def __init__(self, num_slots: int, canvas_length: int, vocab_size: int, device: torch.device):
+        def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.full((num_slots, *shape), value, dtype=dtype, device=device)
+
+        self._bias, self._biased = full(0, torch.float32, vocab_size), full(False, torch.bool)
+        self.filters = Filters(full(0, torch.int64), full(1, torch.float32), full(0, torch.float32))
+        alternatives = canvas_length, MOST_ALTERNATIVES
+        self.logprob_tables = LogprobTables(
+            counts=full(-1, torch.int64),
+            logprobs=full(0, torch.float32, canvas_length),
+            tokens=full(0, torch.int64, *alternatives),
+            values=full(0, torch.float32, *alternatives),
+        )
+        self._counts: dict[int, int] = {}  # of the slots that want log probabilities
+
+    def start(self, slot: int, sampling: ResolvedSampling) -> None:
+        """From now on the slot's are those of `sampling`."""
+        if sampling.logit_bias:
+            token_ids, values = zip(*sampling.logit_bias, strict=True)
+            self._bias[slot] = 0
+            self._bias[slot, list(token_ids)] = torch.tensor(values, device=self._bias.device)
+        self._biased[slot] = bool(sampling.logit_bias)
+        for table, value in zip(self.filters, (sampling.top_k, sampling.top_p, sampling.min_p), strict=True):
+            table[slot] = value
+        self._counts.pop(slot, None)
+        if sampling.logprobs:
+            self._counts[slot] = min(sampling.top_logprobs, self._bias.shape[1])
+        self.logprob_tables.counts[slot] = self._counts.get(slot, -1)
+
+    def bias(self, slots: Tensor) -> Bias:
+        """Of rows that belong to `slots` [R]."""
+        return Bias(self._bias, self._biased, slots)
+
+    def logprobs(self, slot: int) -> list[TokenLogprob] | None:
+        """Those of the last step, if the slot wants any."""
+        if slot not in self._counts:
+            return None
+        _, logprobs, tokens, values = (table[slot] for table in self.logprob_tables)
+        return token_logprobs(logprobs, tokens[:, : self._counts[slot]], values[:, : self._counts[slot]])
