@@ -19,7 +19,7 @@
 | `canvas_loop` | one denoising step of all active rows |
 | `sampler` | vocabulary pass, acceptance, convergence |
 | `row_extras`, `logit_filters`, `logprobs` | what a request may ask of a step beyond the plain one |
-| `extras_tables` | the same on a GPU, as tables that kernels read |
+| `extras_tables`, `table_loop` | the same as tables, and the loops of compiled operators, which read them |
 | `noise` | counter-based random numbers, public |
 | `kv_cache` | pages of keys and values |
 | `page_pool`, `prefix_cache` | who holds a page; which pages a prompt can start from |

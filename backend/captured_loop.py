@@ -23,13 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backend import sampler
-from backend.canvas_loop import CanvasLoop
-from backend.extras_tables import ExtrasTables
 from backend.graphs import Graphs
-from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
+from backend.table_loop import TableLoop
 from plugins.vocabulary.feedback import soft_embeddings
 from plugins.vocabulary.filters import filter_samples
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
@@ -81,7 +79,7 @@ def buckets(max_sequences: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-class CapturedLoop(CanvasLoop):
+class CapturedLoop(TableLoop):
     """As `CanvasLoop`. Every tensor that a graph reads or writes lives as long as the loop."""
 
     def __init__(
@@ -103,7 +101,6 @@ class CapturedLoop(CanvasLoop):
         self._idle = len(cache.length)
         self._steps: dict[int, _Step] = {}
         self._results: dict[int, tuple[_Results, int]] = {}  # slot → where the host has its last results
-        self._tables = ExtrasTables(self._idle + 1, self._model.canvas_length, self._model.vocab_size, session.device)
         self._on_gpu = session.device.type == "cuda"
         self._graphs = Graphs() if capture and self._on_gpu else None
         if self._on_gpu:
@@ -132,13 +129,6 @@ class CapturedLoop(CanvasLoop):
         """See `CanvasLoop.start_canvas`."""
         self._results.pop(slot, None)
         super().start_canvas(slot, canvas_index, sampling)
-
-    def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:
-        self._tables.start(slot, sampling)
-
-    def logprobs(self, slot: int) -> list[TokenLogprob] | None:
-        """See `CanvasLoop.logprobs`."""
-        return self._tables.logprobs(slot)
 
     def argmax_canvas(self, slot: int) -> list[int]:
         """See `CanvasLoop.argmax_canvas`. Does not wait for the device."""

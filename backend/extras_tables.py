@@ -1,4 +1,4 @@
-"""What the requests in all slots ask of a step beyond the plain one, as tables that kernels read: `row_extras` on a GPU.
+"""What the requests in all slots ask of a step beyond the plain one, as tables: `row_extras` for loops of compiled operators.
 
 A table has a row for each slot. That of a slot without extras changes nothing.
 """
@@ -10,9 +10,7 @@ from backend.job import TokenLogprob
 from backend.logprobs import token_logprobs
 from backend.parameters import MOST_ALTERNATIVES
 from backend.sampling_config import ResolvedSampling
-from plugins.vocabulary.filters import Filters
-from plugins.vocabulary.launch import Bias
-from plugins.vocabulary.logprobs import LogprobTables
+from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
 
 class ExtrasTables:

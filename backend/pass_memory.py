@@ -36,12 +36,10 @@ def token_bytes(model: ModelConfig, kind: LayerType, dtype: str) -> int:
     return model.layer_types.count(kind) * 2 * attention.num_kv_heads * attention.head_dim * item_bytes(dtype)
 
 
-def state_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
-    """Of a sequence in the canvas loop; on a GPU with its row in the tables of biases and log probabilities."""
-    of_position = model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION
-    if device_type == "cpu":
-        return model.canvas_length * of_position
-    return model.canvas_length * (of_position + 4 + MOST_ALTERNATIVES * 12) + 4 * model.vocab_size
+def state_bytes(model: ModelConfig, build: BuildConfig) -> int:
+    """Of a sequence in the canvas loop, with its row in the tables of biases and log probabilities."""
+    of_position = model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION + 4 + MOST_ALTERNATIVES * 12
+    return model.canvas_length * of_position + 4 * model.vocab_size
 
 
 def denoise_bytes(model: ModelConfig, build: BuildConfig, rows: int, device_type: str) -> int:

@@ -6,7 +6,7 @@
     workspace    of the largest pass (`pass_memory`). It does not grow with the number of sequences on the CPU: no pass has more
                  than `max_pass_rows` rows, nothing of rows x vocabulary outlives a chunk
     graphs       on a GPU: the captured denoising steps. They share memory with each other, and with no other pass
-    state        of a sequence: soft embeddings and a few numbers a canvas position; on a GPU room for a bias of every token
+    state        of a sequence: soft embeddings, a few numbers a canvas position, room for a bias of every token
     KV pages     of a sequence: every token in full-attention layers, the last window in sliding ones
 
 How many pages there are:
@@ -147,7 +147,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
         "weights_bytes": sum(math.prod(each.shape) * item_bytes(each.dtype) for each in manifest.weights.values()),
         "workspace_bytes": _workspace_bytes(manifest, limits, device_type),
         "graphs_bytes": _graphs_bytes(manifest, limits, device_type),
-        "state_bytes": state_bytes(model, build, device_type),
+        "state_bytes": state_bytes(model, build),
     }
 
     def with_pages(tokens_each: int, sequences: int) -> MemoryPlan:

@@ -14,9 +14,10 @@ from kernels import VOCAB, Case, Maker, benchmark
 from backend import noise, sampler
 from backend.logit_filters import filtered_sample
 from backend.logprobs import top_logprobs
-from plugins.vocabulary.filters import Filters, filter_samples
-from plugins.vocabulary.launch import Bias, vocabulary_pass
-from plugins.vocabulary.logprobs import LogprobTables, record_logprobs
+from plugins.vocabulary.filters import filter_samples
+from plugins.vocabulary.launch import vocabulary_pass
+from plugins.vocabulary.logprobs import record_logprobs
+from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
 CHECKED_ROWS, CANVAS, MOST, CAP, TEMPERATURE = 32, 256, 20, 30.0, 0.6
 FLAT, PEAKED = 0.5, 6.0  # deviations of the logits

@@ -156,7 +156,7 @@ class Bench:
                         print(f"  {case}: {alone:.3f} ms, in a row {in_a_row:.3f} ms", flush=True)
 
     def extras(self) -> None:
-        """A step of requests that ask for what is not captured, after 512 tokens."""
+        """A step of requests that ask for more than the plain step, after 512 tokens."""
         loop, times = self.loops["graph"], {}
         for batch in (1, 4):
             with self.sequences([512] * batch) as slots:

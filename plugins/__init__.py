@@ -12,7 +12,7 @@ from plugins.heads import op as heads_op
 from plugins.moe import op as moe_op
 from plugins.vocabulary import cpu as vocabulary_op
 
-PLUGIN_ABI = 4
+PLUGIN_ABI = 5
 """Version of the operators' signatures; an engine built for another one is refused at load."""
 
 PLAIN_DECOMPOSITIONS = {

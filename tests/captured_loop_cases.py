@@ -10,6 +10,7 @@ from backend.canvas_loop import CanvasLoop
 from backend.captured_loop import CapturedLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
+from backend.pass_memory import state_bytes
 from backend.prefix_cache import extend_page_keys
 from backend.sampling_config import SamplingConfig
 from plugins.vocabulary.feedback import soft_embeddings
@@ -154,6 +155,17 @@ def test_a_slot_keeps_nothing_of_the_request_before(session):
     assert loop.logprobs(slots[0]) is None
     run(session, loop, slots, ({"logit_bias": {6: 1.0}},))
     assert loop._tables.bias(torch.tensor(slots)).values[slots[0]].count_nonzero() == 1
+
+
+def test_the_plan_holds_what_a_loop_keeps(session):
+    """Of each slot, and of the idle row."""
+    manifest = session.manifest
+    loop, _ = loop_of(CapturedLoop, session, [30, 5, 41])
+    tables = vars(loop._tables).values()
+    kept = [*vars(loop).values(), *tables, *loop._tables.filters, *loop._tables.logprob_tables]
+    kept_bytes = sum(each.nbytes for each in kept if isinstance(each, torch.Tensor) and len(each) == 5)
+    planned = 5 * state_bytes(manifest.model, manifest.build)
+    assert 0.9 * planned < kept_bytes <= planned
 
 
 def test_a_neighbour_with_extras_changes_no_bit_of_a_row(session):

@@ -13,10 +13,11 @@ from triton_interpreter import let_casts_round_to_bfloat16
 from backend import noise, sampler
 from backend.logit_filters import filtered_sample
 from plugins.vocabulary.feedback import soft_embeddings
-from plugins.vocabulary.filters import Filters, filter_samples
-from plugins.vocabulary.launch import Bias, vocabulary_pass
-from plugins.vocabulary.logprobs import LogprobTables, record_logprobs
+from plugins.vocabulary.filters import filter_samples
+from plugins.vocabulary.launch import vocabulary_pass
+from plugins.vocabulary.logprobs import record_logprobs
 from plugins.vocabulary.order_kernel import from_ordered_word, ordered_words
+from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
 let_casts_round_to_bfloat16()
 

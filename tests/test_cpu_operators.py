@@ -1,6 +1,7 @@
 """The C++ operators of compiled CPU engines against their references; rows do not depend on what they are computed with."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_sampler import ENTROPY_TOLERANCE
 from tolerances import assert_close
 
 from backend import noise, sampler
+from backend.logit_filters import filtered_sample
 from backend.session import Session
 from builder.errors import BuildError
 from builder.targets.cpu_operators import FILE_NAME, compile_operators
@@ -17,7 +19,9 @@ from plugins import attention_op, moe_op, vocabulary_op
 from plugins.attention.reference import paged_attention_reference
 from plugins.cpu import load_operators
 from plugins.moe.reference import experts_reference
+from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
+LOGPROB_TOLERANCE = {"rtol": 4e-6, "atol": 4e-5}  # of processed logits up to 35 / 0.4, of which a rounding is 4e-6
 CASES = (
     {"prefixes": [0], "counts": [1], "window": 0},
     {"prefixes": [5], "counts": [1], "window": 4},
@@ -92,12 +96,91 @@ def test_vocabulary_pass_equals_the_sampler(vocab_size, cap):
     random = noise.gumbel_noise_rows(seeds, *drawn, vocab_size)
     expected = sampler.vocabulary_pass(raw, cap=cap, temperature=temperature, noise=random)
     weights = raw.clone()
-    argmax, sampled, entropy, total = vocabulary_op.vocabulary_cpu(weights, cap or 0.0, temperature, greedy, seeds, *drawn)
+    drawn_of_rows = (greedy, seeds, *drawn)
+    argmax, sampled, entropy, total = vocabulary_op.vocabulary_cpu(
+        weights, cap or 0.0, temperature, *Bias.none(raw), *drawn_of_rows, *no_filters(9), *no_logprobs(9)
+    )
     assert torch.equal(argmax, expected.argmax)
     assert torch.equal(sampled, torch.where(greedy, expected.argmax, expected.sampled))
     rounding = torch.finfo(torch.float32).eps * (cap or 15.0) / 0.4  # of the largest processed logit
     torch.testing.assert_close(entropy, expected.entropy, rtol=2e-6, atol=ENTROPY_TOLERANCE["atol"] + rounding)
     torch.testing.assert_close(weights / total[:, None], expected.processed.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+def no_filters(num_slots: int) -> Filters:
+    return Filters(torch.zeros(num_slots, dtype=torch.int64), torch.ones(num_slots), torch.zeros(num_slots))
+
+
+def no_logprobs(num_slots: int) -> LogprobTables:
+    """Of canvases of 256; what is not written stays -1."""
+    full = partial(torch.full, fill_value=-1)
+    numbers = (
+        full((num_slots, 256), dtype=torch.float32),
+        full((num_slots, 256, 20)),
+        full((num_slots, 256, 20), dtype=torch.float32),
+    )
+    return LogprobTables(full((num_slots,)), *numbers)
+
+
+EXTRAS = [
+    {},
+    {"top_k": 5},
+    {"top_k": 300},
+    {"top_k": 10**6},
+    {"top_p": 0.3},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 20, "top_p": 0.8},
+    {"top_k": 700, "top_p": 0.95, "min_p": 0.001},
+]
+
+
+@pytest.mark.parametrize("deviation", [0.2, 3.0, 10.0])
+@pytest.mark.parametrize("vocab_size", [5, 257, 5000])
+def test_filters_biases_and_log_probabilities_equal_the_sampler(vocab_size, deviation):
+    """Slots in another order than the rows; every second one has a bias; log probabilities of every count."""
+    torch.manual_seed(5)
+    rows = 3 * len(EXTRAS)
+    each, slots = torch.arange(rows), torch.arange(rows).flip(0)
+    raw, temperature, greedy = torch.randn(rows, vocab_size) * deviation, torch.linspace(0.4, 0.8, rows), each % 9 == 0
+    raw[1] = raw[2, 0] = 0.0  # a row of equals
+    biased = each % 2 == 0
+    tokens = torch.arange(0, vocab_size, 3)
+    values = torch.full((rows, vocab_size), torch.nan)
+    values[biased] = 0
+    values[biased.nonzero(), tokens] = torch.linspace(-5, 5, len(tokens))
+    biases = [sampler.LogitBias(row, row + 1, tokens, values[slot, tokens]) for row, slot in enumerate(slots) if biased[slot]]
+    seeds, drawn = each - 4, [each % count for count in (3, 5, 256)]
+    random = noise.gumbel_noise_rows(seeds, *drawn, vocab_size)
+    expected = sampler.vocabulary_pass(raw, cap=30.0, temperature=temperature, noise=random, bias=biases)
+    filters, tables = no_filters(rows), no_logprobs(rows)
+    for slot in range(rows):
+        for name, value in EXTRAS[slot % len(EXTRAS)].items():
+            getattr(filters, name)[slot] = value
+    tables.counts[:] = each % 22 - 1
+    weights = raw.clone()
+    argmax, sampled, _, total = vocabulary_op.vocabulary_cpu(
+        weights, 30.0, temperature, values, biased, slots, greedy, seeds, *drawn, *filters, *tables
+    )
+    assert torch.equal(argmax, expected.argmax)
+    torch.testing.assert_close(weights / total[:, None], expected.processed.softmax(-1), rtol=1e-4, atol=1e-6)
+    for row, slot in enumerate(slots.tolist()):
+        processed = expected.processed[row, None]
+        token = filtered_sample(processed, random[row, None], **EXTRAS[slot % len(EXTRAS)])
+        assert sampled[row] == (argmax[row] if greedy[row] else token), (row, EXTRAS[slot % len(EXTRAS)])
+
+        count, cell = int(tables.counts[slot]), (slot, int(drawn[-1][row]))
+        if count >= 0:
+            torch.testing.assert_close(tables.logprobs[cell], expected.logprob[row], **LOGPROB_TOLERANCE)
+        written = min(max(count, 0), vocab_size)
+        order = processed[0].sort(descending=True, stable=True).indices[:written]
+        likely = processed[0].log_softmax(-1)[order]
+        torch.testing.assert_close(tables.values[cell][:written], likely, **LOGPROB_TOLERANCE)
+        found = processed[0, tables.tokens[cell][:written]]  # of equals to roundings either may come first
+        torch.testing.assert_close(found, processed[0, order], **LOGPROB_TOLERANCE)
+        assert written == 0 or tables.tokens[cell][0] == argmax[row]
+        assert (tables.tokens[cell][written:] == -1).all() and (count >= 0 or tables.logprobs[cell] == -1)
+    assert (tables.logprobs != -1).sum() == (tables.counts >= 0).sum()
 
 
 def test_advance_equals_the_sampler():

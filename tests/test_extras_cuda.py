@@ -6,6 +6,7 @@ import torch
 from backend import noise, sampler
 from backend.logit_filters import filtered_sample
 from backend.logprobs import top_logprobs
+from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -19,9 +20,9 @@ ROWS = 4 * len(FILTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_of_every_kind(dtype, deviation):
     """Every second one with a bias of some tokens; flat distributions, which draw often, and peaked ones."""
-    from plugins.vocabulary.filters import Filters, filter_samples
-    from plugins.vocabulary.launch import Bias, vocabulary_pass
-    from plugins.vocabulary.logprobs import LogprobTables, record_logprobs
+    from plugins.vocabulary.filters import filter_samples
+    from plugins.vocabulary.launch import vocabulary_pass
+    from plugins.vocabulary.logprobs import record_logprobs
 
     raw = (torch.randn(ROWS, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * deviation).to("cuda", dtype)
     each = torch.arange(ROWS, device="cuda")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import Oracle
-from small_checkpoints import random_checkpoint
+from small_checkpoints import TINY, random_checkpoint
 from test_generation import RANDOM, llm_of, prompt_of
 from tolerances import TOLERANCE
 from transformers import (
@@ -18,7 +18,6 @@ from transformers import (
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 
 from backend import LLM, RequestError, SamplingConfig
-from backend.compiled_loop import CompiledLoop
 from backend.generation import Generation
 
 VOCAB_SIZE = 97
@@ -169,23 +168,23 @@ def test_every_mix_of_rows_gives_each_what_it_gets_alone(every_kind_alone, max_s
             assert result.logprobs == pytest.approx(alone.logprobs, rel=0, abs=LOGPROB_TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
-def test_which_rows_need_the_plain_step(engine_dir, kind):
-    """On the compiled engine."""
-    engine = LLM(engine_dir, max_sequences=3)._engine
-    loop: CompiledLoop = engine.scheduler._loop
-    config = SamplingConfig(seed=1, **kind).resolve(engine.defaults)
-    plain = SamplingConfig(seed=1).resolve(engine.defaults)
-    loop.start_canvas(1, 0, config)
-    loop.start_canvas(2, 0, plain)
-    assert loop.with_extras([2]) == []
-    assert loop.with_extras([2, 1]) == ([1] if {"top_k", "top_p", "logit_bias", "logprobs"} & set(kind) else [])
-    loop.start_canvas(1, 0, plain)
-    assert loop.with_extras([1, 2]) == []
+def test_a_compiled_engine_gives_what_the_plain_loop_gives(engine_dir):
+    """Of requests of every kind, together."""
+    configs = [SamplingConfig(seed=seed, **RANDOM, **kind) for seed, kind in enumerate(EVERY_KIND)]
+    prompts = [prompt_of(3 + 5 * seed) for seed in range(len(configs))]
+    expected = llm_of(TINY).generate(prompts, configs)
+    for own, other in zip(LLM(engine_dir).generate(prompts, configs), expected, strict=True):
+        assert (own.token_ids, own.num_steps) == (other.token_ids, other.num_steps)
+        assert (own.logprobs is None) == (other.logprobs is None) and (own.top_logprobs is None) == (other.top_logprobs is None)
+        assert (own.logprobs or []) == pytest.approx(other.logprobs or [], rel=0, abs=LOGPROB_TOLERANCE)
+        for alternatives, others in zip(own.top_logprobs or (), other.top_logprobs or (), strict=True):
+            values = [value for _, value in others]
+            assert [value for _, value in alternatives] == pytest.approx(values, rel=0, abs=LOGPROB_TOLERANCE)
+            assert alternatives[0][0] == others[0][0]
 
 
 def test_a_neighbour_with_extras_changes_no_bit_of_a_row(engine_dir):
-    """On the compiled engine, whose arithmetic is not that of rows with extras."""
+    """On the compiled engine."""
     llm = LLM(engine_dir, max_sequences=3)
     scheduler, loop = llm._engine.scheduler, llm._engine.scheduler._loop
 

@@ -1,12 +1,10 @@
 // The sampler for float32 tensors on the CPU, beside its CUDA form in `launch.py`: same arguments, same numbers to rounding.
 //
 // `vocabulary_cpu`, a row of logits at a time, which stays in a core's cache:
-// 1. Processed logits: soft cap, temperature; the largest and where it is.
+// 1. Processed logits: soft cap, bias, temperature; the largest and where it is.
 // 2. Weights exp(processed - largest) in place of the logits, their sum, and the sum of weight * (processed - largest).
-// 3. The sampled token: the largest of processed + Gumbel noise.
-//
-// The Gumbel noise of a word is -log(e) with e = -log(1 - v) >= v. A token wins only if processed - log(v) is above the best so
-// far; with the weights of 2 that is a comparison without a logarithm, and few tokens pass it. Only those get the exact noise.
+// 3. The sampled token (`draw.h`).
+// 4. Where they are asked for: filters of the sampled token, log probabilities (`extras.h`).
 //
 // `advance_cpu`, a canvas at a time: acceptance, renoising, convergence, as `sampler.py` defines them.
 
@@ -21,6 +19,8 @@
 
 #include "plugins/cpu/philox.h"
 #include "plugins/cpu/vector.h"
+#include "plugins/vocabulary/draw.h"
+#include "plugins/vocabulary/extras.h"
 
 namespace diffusiongemma {
 namespace {
@@ -28,30 +28,25 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t BLOCK = 256;  // logits
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
-constexpr float LEAST_GUMBEL = -2.82f;  // a little less than any noise
-
-inline float uniform(uint32_t word) {
-  return std::min((static_cast<float>(word) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);
-}
-
-inline float gumbel(uint32_t word) { return -std::log(-std::log1p(-uniform(word))); }
 
 struct Best {
   float value;
   int64_t token;
 };
 
-// 1., of one row: `logits` become processed ones.
-Best process(float* logits, int64_t vocab_size, float cap, float temperature) {
+// 1., of one row: `logits` become processed ones. bias: null if there is none.
+Best process(float* logits, int64_t vocab_size, float cap, const float* bias, float temperature) {
   Vec most = splat(-std::numeric_limits<float>::infinity());
   Ints where{}, lanes;
   for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
   const int64_t whole = vocab_size / LANES * LANES;
-  const auto processed = [cap, temperature](Vec raw) { return (cap > 0 ? tanh(raw / cap) * cap : raw) / temperature; };
+  const auto processed = [cap, bias, temperature](Vec raw, Vec added) {
+    const Vec capped = cap > 0 ? tanh(raw / cap) * cap : raw;
+    return (bias ? capped + added : capped) / temperature;
+  };
   for (int64_t i = 0; i < whole; i += LANES) {
-    const Vec values = processed(load(logits + i));
+    const Vec values = processed(load(logits + i), bias ? load(bias + i) : Vec{});
     store(logits + i, values);
     const Ints token = lanes + static_cast<int32_t>(i);
     where = values > most ? token : where;
@@ -62,7 +57,8 @@ Best process(float* logits, int64_t vocab_size, float cap, float temperature) {
     if (most[lane] > best.value || (most[lane] == best.value && where[lane] < best.token)) best = {most[lane], where[lane]};
   }
   if (whole < vocab_size) {
-    const Vec values = processed(load_first(logits + whole, vocab_size - whole));
+    const int64_t rest = vocab_size - whole;
+    const Vec values = processed(load_first(logits + whole, rest), bias ? load_first(bias + whole, rest) : Vec{});
     for (int64_t i = whole; i < vocab_size; ++i) {
       logits[i] = values[i - whole];
       if (logits[i] > best.value) best = {logits[i], i};
@@ -90,95 +86,103 @@ void weigh(float* logits, float largest, Sums& sums) {
   sums.weighted += block.weighted;
 }
 
-// 3.
-class Draw {
- public:
-  Draw(const Philox& noise, float largest)
-      : noise_(noise),
-        largest_(largest),
-        slack_(0x1p-10f + 0x1p-21f * std::abs(largest)),
-        limit_(limit_of(largest + LEAST_GUMBEL)) {}
-
-  // `processed` and `weights` are those of tokens first to first + BLOCK.
-  void take(const float* processed, const float* weights, int64_t first, int64_t count) {
-    alignas(64) uint32_t words[BLOCK];
-    noise_.words(first / 4, words);
-    alignas(64) int32_t wins[BLOCK];
-    int32_t any = 0;
-    const float limit = limit_;
-#pragma omp simd reduction(| : any)
-    for (int64_t i = 0; i < BLOCK; ++i) {
-      wins[i] = static_cast<float>(words[i]) * 0x1p-32f <= weights[i] * limit;
-      any |= wins[i];
-    }
-    if (!any) return;
-    for (int64_t i = 0; i < count; ++i) {
-      if (!wins[i]) continue;
-      const float value = processed[i] + gumbel(words[i]);
-      if (value > best_.value) {
-        best_ = {value, first + i};
-        limit_ = limit_of(value);
-      }
-    }
-  }
-
-  int64_t token() const { return best_.token; }
-
- private:
-  float limit_of(float value) const { return std::exp(largest_ - value + slack_); }
-
-  const Philox noise_;
-  const float largest_, slack_;
-  float limit_;
-  Best best_{-std::numeric_limits<float>::infinity(), 0};
-};
-
 struct RowResult {
   int64_t argmax, sampled;
-  float entropy, total;
+  float largest, entropy, total;
 };
 
-RowResult vocabulary_row(float* logits, int64_t vocab_size, float cap, float temperature, const Philox* noise) {
-  const Best top = process(logits, vocab_size, cap, temperature);
+// 1. to 3. of one row. noise: null if it is greedy. kept: null, or where processed logits and weights are left.
+RowResult vocabulary_row(
+    float* logits, int64_t vocab_size, float cap, const float* bias, float temperature, const Philox* noise, KeptRow* kept) {
+  const float none = -std::numeric_limits<float>::infinity();
+  const Best top = process(logits, vocab_size, cap, bias, temperature);
+  if (kept) kept->resize(vocab_size);
   Sums sums;
-  Draw draw(noise ? *noise : Philox{}, top.value);
+  Draw draw(noise ? *noise : Philox{}, top.value, none);
   for (int64_t first = 0; first < vocab_size; first += BLOCK) {
     float processed[BLOCK], weights[BLOCK];
     const int64_t count = std::min(BLOCK, vocab_size - first);
-    std::fill(processed + count, processed + BLOCK, -std::numeric_limits<float>::infinity());
+    std::fill(processed + count, processed + BLOCK, none);
     std::copy(logits + first, logits + first + count, processed);
     std::copy(processed, processed + BLOCK, weights);
     weigh(weights, top.value, sums);
-    if (noise) draw.take(processed, weights, first, count);
+    if (noise) draw.take(processed, weights, first);
+    if (kept) {
+      std::copy(processed, processed + BLOCK, &kept->processed[first]);
+      std::copy(weights, weights + BLOCK, &kept->weights[first]);
+    }
     std::copy(weights, weights + count, logits + first);
   }
   const float total = sum(sums.weights);
   const float entropy = std::log(total) - sum(sums.weighted) / total;
-  return {top.token, noise ? draw.token() : top.token, entropy, total};
+  return {top.token, noise ? draw.token() : top.token, top.value, entropy, total};
+}
+
+// Of all slots; see `tables.py`.
+struct LogprobTables {
+  const int64_t* counts;
+  float* logprobs;
+  int64_t* tokens;
+  float* values;
+  int64_t canvas_length, most;
+};
+
+// The log probabilities of a row, into its place. kept: null if only the argmax's is wanted.
+void record(const LogprobTables& tables, int64_t slot, int64_t position, const RowResult& result, const KeptRow* kept) {
+  const int64_t cell = slot * tables.canvas_length + position;
+  const float logprob = -std::log(result.total);
+  tables.logprobs[cell] = logprob;
+  if (tables.counts[slot] == 0) return;
+  std::vector<int64_t> tokens = most_likely(*kept, std::min(tables.counts[slot], kept->vocab_size));
+  const std::vector<float>& processed = kept->processed;
+  std::sort(tokens.begin(), tokens.end(), [&](int64_t a, int64_t b) {
+    return processed[a] > processed[b] || (processed[a] == processed[b] && a < b);
+  });
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    tables.tokens[cell * tables.most + i] = tokens[i];
+    tables.values[cell * tables.most + i] = processed[tokens[i]] - result.largest + logprob;
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> vocabulary(
-    Tensor logits, double cap, Tensor temperature, Tensor greedy, Tensor seeds, Tensor canvas_indices, Tensor steps,
-    Tensor positions) {
+    Tensor logits, double cap, Tensor temperature, Tensor bias, Tensor biased, Tensor slots, Tensor greedy, Tensor seeds,
+    Tensor canvas_indices, Tensor steps, Tensor positions, Tensor top_k, Tensor top_p, Tensor min_p, Tensor counts,
+    Tensor logprobs, Tensor tokens, Tensor values) {
   const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
   Tensor argmax = torch::stable::new_empty(seeds, {num_rows}), sampled = torch::stable::new_empty(seeds, {num_rows});
   Tensor entropy = torch::stable::new_empty(logits, {num_rows}), total = torch::stable::new_empty(logits, {num_rows});
   float* rows = logits.mutable_data_ptr<float>();
-  const float* temperatures = temperature.const_data_ptr<float>();
-  const bool* is_greedy = greedy.const_data_ptr<bool>();
+  const float *temperatures = temperature.const_data_ptr<float>(), *biases = bias.const_data_ptr<float>();
+  const bool *is_greedy = greedy.const_data_ptr<bool>(), *has_bias = biased.const_data_ptr<bool>();
   const int64_t *seed = seeds.const_data_ptr<int64_t>(), *canvas_index = canvas_indices.const_data_ptr<int64_t>();
   const int64_t *step = steps.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
+  const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *ks = top_k.const_data_ptr<int64_t>();
+  const float *shares = top_p.const_data_ptr<float>(), *least_shares = min_p.const_data_ptr<float>();
+  const LogprobTables tables{
+      counts.const_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>(),
+      values.mutable_data_ptr<float>(), tokens.size(1), tokens.size(2)};
   int64_t *to_argmax = argmax.mutable_data_ptr<int64_t>(), *to_sampled = sampled.mutable_data_ptr<int64_t>();
   float *to_entropy = entropy.mutable_data_ptr<float>(), *to_total = total.mutable_data_ptr<float>();
-#pragma omp parallel for
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const Philox noise = Philox::gumbel(seed[row], canvas_index[row], step[row], position[row]);
-    const RowResult result = vocabulary_row(
-        rows + row * vocab_size, vocab_size, static_cast<float>(cap), temperatures[row], is_greedy[row] ? nullptr : &noise);
-    to_argmax[row] = result.argmax;
-    to_sampled[row] = result.sampled;
-    to_entropy[row] = result.entropy;
-    to_total[row] = result.total;
+#pragma omp parallel
+  {
+    KeptRow kept;
+#pragma omp for
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const int64_t slot = slot_of[row];
+      const Philox noise = Philox::gumbel(seed[row], canvas_index[row], step[row], position[row]);
+      const Filters filters{ks[slot], shares[slot], least_shares[slot]};
+      const bool filters_it = filters.any() && !is_greedy[row];
+      KeptRow* keeps = filters_it || tables.counts[slot] > 0 ? &kept : nullptr;
+      RowResult result = vocabulary_row(
+          rows + row * vocab_size, vocab_size, static_cast<float>(cap), has_bias[slot] ? biases + slot * vocab_size : nullptr,
+          temperatures[row], is_greedy[row] ? nullptr : &noise, keeps);
+      if (filters_it) result.sampled = filtered(kept, filters, noise, result.largest, result.sampled);
+      if (tables.counts[slot] >= 0) record(tables, slot, position[row], result, keeps);
+      to_argmax[row] = result.argmax;
+      to_sampled[row] = result.sampled;
+      to_entropy[row] = result.entropy;
+      to_total[row] = result.total;
+    }
   }
   return {argmax, sampled, entropy, total};
 }

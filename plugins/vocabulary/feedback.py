@@ -8,7 +8,8 @@ from torch import Tensor
 
 from plugins.triton_launch import Launch
 from plugins.vocabulary.feedback_kernel import softmax_weights_kernel
-from plugins.vocabulary.launch import Bias, block_columns
+from plugins.vocabulary.launch import block_columns
+from plugins.vocabulary.tables import Bias
 
 _TILE_COLUMNS, _TILE_WARPS = 4096, 8  # as the vocabulary pass, whose loads and soft cap these are
 

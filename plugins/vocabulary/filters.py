@@ -1,25 +1,16 @@
 """Top-k, top-p and min-p on the device: which rows are drawn again, and what of; see `plugins.vocabulary.filter_kernel`."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from plugins.triton_launch import Launch
 from plugins.vocabulary.filter_kernel import filtered_sample_kernel
-from plugins.vocabulary.launch import Bias, block_columns
+from plugins.vocabulary.launch import block_columns
+from plugins.vocabulary.tables import Bias, Filters
 
 BLOCK_COLUMNS, NUM_WARPS = 1024, 8
 """Of a program that reads a whole row. NVIDIA H200, Triton 3.6, 256 flat rows, top_k 64 / top_p 0.95 / 20 log probabilities:
 610 / 622 / 348 µs; 2048 columns: 631 / 569 / 522; 4096, 16 warps: 974 / 337 / 477; 4 warps: 674 / 659 / 438."""
-
-
-class Filters(NamedTuple):
-    """Of each slot. 0, 1 and 0 are off."""
-
-    top_k: Tensor  # [S] int64
-    top_p: Tensor  # [S] float32
-    min_p: Tensor  # [S] float32
 
 
 def filter_samples(

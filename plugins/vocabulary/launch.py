@@ -12,27 +12,13 @@ from torch import Tensor
 from plugins.triton_launch import Launch
 from plugins.vocabulary.acceptance_kernel import acceptance_kernel
 from plugins.vocabulary.kernel import vocabulary_merge_kernel, vocabulary_tile_kernel
+from plugins.vocabulary.tables import Bias
 
 # A warp works alone, so that its many reductions need no barrier. NVIDIA H200, Triton 3.6, 256 rows of 262,144 columns: 208 µs;
 # tiles of 128 blocks: 203, of 32: 212; 512 columns, 32 blocks, 1 warp: 238, 2 warps: 227, 4 warps: 247; 1024 columns, 4 warps:
 # 238; 2048 columns, 16 blocks, 4 warps: 276. 128 blocks would leave few programs for fewer rows.
 _BLOCK_COLUMNS, _TILE_BLOCKS, _TILE_WARPS = 256, 64, 1
 _OTHERS = 32
-
-
-class Bias(NamedTuple):
-    """What is added to the soft-capped logits of rows, which belong to slots."""
-
-    values: Tensor  # [S, V] float32
-    used: Tensor  # [S] bool: whether the slot has any; if not, its values are not read
-    slots: Tensor  # [R] int64
-
-    @classmethod
-    def none(cls, raw_logits: Tensor) -> "Bias":
-        """Of rows in slots of their own."""
-        num_rows, vocab_size = raw_logits.shape
-        used = torch.zeros(num_rows, dtype=torch.bool, device=raw_logits.device)
-        return cls(raw_logits.new_empty(0, vocab_size, dtype=torch.float32), used, torch.arange(num_rows, device=used.device))
 
 
 class VocabularyResult(NamedTuple):

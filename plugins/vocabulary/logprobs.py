@@ -1,23 +1,13 @@
 """Log probabilities on the device, of the rows that want them; see `plugins.vocabulary.logprobs_kernel`."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from plugins.triton_launch import Launch
 from plugins.vocabulary.filters import BLOCK_COLUMNS, NUM_WARPS
-from plugins.vocabulary.launch import Bias, block_columns, power_of_two
+from plugins.vocabulary.launch import block_columns, power_of_two
 from plugins.vocabulary.logprobs_kernel import logprobs_kernel
-
-
-class LogprobTables(NamedTuple):
-    """What each slot wants, and what it got at its last step."""
-
-    counts: Tensor  # [S] int64: how many of the most likely tokens, at most K; -1: no log probabilities at all
-    logprobs: Tensor  # [S, C] float32: of the argmax
-    tokens: Tensor  # [S, C, K] int64, the likelier first; beyond the count undefined
-    values: Tensor  # [S, C, K] float32: their log probabilities
+from plugins.vocabulary.tables import Bias, LogprobTables
 
 
 def record_logprobs(
