@@ -35,13 +35,15 @@ def arranged_tiles(num_rows: int, fp8_rows: bool = False) -> Iterator[Tile]:
         for rows in (32, 64, 128):
             if rows >= num_rows // 16 or rows == 128:
                 yield from (arranged_tile(rows, width, num_warps, *each) for each in itertools.product(stages, depths))
+    if num_rows >= 4096 and not fp8_rows:
+        yield from (arranged_tile(256, 128, 8, each) for each in (3, 4))
 
 
 def attention_tiles(head_dim: int, hopper: bool) -> Iterator[AttentionTile]:
     """hopper: of the kernel for it, of which only the keys of a block can be chosen."""
     if hopper:
         for keys in (32, 64) if head_dim == 256 else (32,):
-            yield replace(hopper_tile(head_dim, causal=False), keys=keys)
+            yield replace(hopper_tile(head_dim), keys=keys)
         return
     tiles = {
         256: ((64, 16, 256, 4, 4), (64, 32, 256, 4, 3), (128, 32, 256, 8, 3), (128, 64, 256, 8, 2)),

@@ -57,6 +57,13 @@ def suite(tiny: Place, small: Place) -> list[Benchmark]:
             needs=("tiny",),
         ),
         Benchmark(
+            name="parameters-tiny",
+            script="parameters.py",
+            options=("--engine", tiny.engine),
+            quick=("--rounds", 1, "--batches", 1, 2, "--steps", 2),
+            needs=("tiny",),
+        ),
+        Benchmark(
             name="server",
             script="server.py",
             options=("--engine", tiny.engine),
@@ -87,6 +94,13 @@ def suite(tiny: Place, small: Place) -> list[Benchmark]:
         ),
         Benchmark(
             name="prefill-small", script="prefill.py", options=small.options, quick=None, needs=("small checkpoint", "small")
+        ),
+        Benchmark(
+            name="parameters-small",
+            script="parameters.py",
+            options=("--engine", small.engine),
+            quick=None,
+            needs=("small checkpoint", "small"),
         ),
         Benchmark(
             name="profile-small",

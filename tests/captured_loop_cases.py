@@ -118,14 +118,16 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
     assert sizes == [3, 2, 1]
 
 
-@pytest.mark.parametrize("workspace_bytes", [512 << 20, 97 * 4 * 24], ids=["one chunk", "chunks of 24 rows"])
 @pytest.mark.parametrize(
-    "extras",
+    ("extras", "workspace_bytes"),
     [
-        ({"logprobs": True, "top_logprobs": 2}, {"logit_bias": {5: 3.0}}, {"top_k": 7, "top_p": 0.8, "min_p": 0.01}),
-        ({}, {"logit_bias": {5: 3.0, 9: -100.0}, "logprobs": True}, {"top_k": 7}),
+        (
+            ({"logprobs": True, "top_logprobs": 2}, {"logit_bias": {5: 3.0}}, {"top_k": 7, "top_p": 0.8, "min_p": 0.01}),
+            97 * 4 * 24,
+        ),
+        (({}, {"logit_bias": {5: 3.0, 9: -100.0}, "logprobs": True}, {"top_k": 7}), 512 << 20),
     ],
-    ids=["all rows", "two of three"],
+    ids=["all rows, chunks of 24", "two of three, one chunk"],
 )
 def test_rows_with_extras_are_those_of_the_plain_loop(session, extras, workspace_bytes, monkeypatch):
     """In the steps that all others are in. Log probabilities to roundings that the steps of a canvas hand on."""
@@ -180,9 +182,8 @@ def test_a_neighbour_with_extras_changes_no_bit_of_a_row(session):
             loop.step(slots[: 1 + len(extras)])
         return [state[slots[0]] for state in (loop._soft_embeds, loop._canvas, loop._argmax)]
 
-    alone = after_two_steps()
-    for extra in ({"logit_bias": {5: 3.0}}, {"top_k": 3, "top_p": 0.9}, {"logprobs": True, "top_logprobs": 5}):
-        assert all(torch.equal(*pair) for pair in zip(after_two_steps(extra, {}), alone, strict=True))
+    every = {"logit_bias": {5: 3.0}, "top_k": 30, "top_p": 0.9, "logprobs": True, "top_logprobs": 5}
+    assert all(torch.equal(*pair) for pair in zip(after_two_steps(every, {}), after_two_steps(), strict=True))
 
 
 def test_a_prompt_that_is_all_in_the_prefix_cache(session):

@@ -30,6 +30,7 @@ COMMANDS = {
     "machine": ("--quick",),
     "generation": "--rounds 1 --batches 1 2 --prompts 1 --canvases 1 --steps 2".split(),
     "prefill": "--rounds 1 --lengths 8 9999".split(),
+    "parameters": "--rounds 1 --batches 1 2 --steps 2".split(),
     "server": "--rounds 1 --canvases 1 --canvases-a-request 1 --steps 2 --clients 1 2".split(),
     "loading": "--no-build --rounds 1 --sequences 1".split(),
     "step_profile": "--batch 2 --steps 2".split(),
@@ -38,6 +39,7 @@ COMMANDS = {
 TAKES = {
     "generation": "checkpoint engine",
     "prefill": "checkpoint engine",
+    "parameters": "engine",
     "server": "engine",
     "step_profile": "engine",
     "loading": "checkpoint engine",
@@ -83,6 +85,7 @@ def test_prompts_that_the_model_cannot_take_are_named(run):
     [
         ("generation", "ours", "1 sequences of this engine differ from transformers' with the same noise"),
         ("prefill", "encode", "8 tokens: keys of the last layer differ"),
+        ("parameters", "count_dependent", "2 of 6 requests get other tokens together than alone"),
         ("server", "online", "1 clients: tokens over gRPC differ"),
         ("loading", "bind_weights", "weights as they are bound differ from the checkpoint's"),
     ],
@@ -97,6 +100,8 @@ def test_what_differs_is_not_timed(run, monkeypatch, name, broken, reason):
             return {each: tensor + 1 for each, tensor in result.items()}
         if isinstance(result, torch.Tensor):
             return result + 1
+        if isinstance(result, int):
+            return result + 2
         return [[token + 1 for token in tokens] for tokens in result]
 
     class NoServer(contextlib.nullcontext):

@@ -4,6 +4,7 @@ The definitions are the plain functions of the sampler (soft_cap, vocabulary_pas
 top_logprobs) and of its noise (gumbel_noise_rows, renoise_tokens_rows); words of noise are equal bit for bit, floats to rounding.
 `launch` has the vocabulary pass and what follows it on canvases, `filters`, `logprobs` and `feedback` the other passes over logits.
 A kernel is in the module that is named after it; `order_kernel` finds the k-th largest, `noise_kernel` makes the random numbers.
+`tables` has what requests ask for beyond the plain pass. `cpu.cpp` is the same for compiled CPU engines, float32.
 
 Shape legend: R rows (one a canvas position, in chunks of any size), V vocabulary, S slots (of sequences), B sequences, C canvas length,
 K the most alternatives.
