@@ -1,8 +1,8 @@
 """The sampler's operators in C++, float32 on the CPU; see `plugins.cpu`. Arguments are those of the package's docstring.
 
 `vocabulary_cpu` is the vocabulary pass, the filters and the log probabilities. It writes exp(processed logits - their maximum)
-over the logits and returns their sum beside argmax, sampled token and entropy: divided by it they are the probabilities that the
-next step's soft embeddings are made of. cap: 0 for none.
+over the logits and returns their sum beside argmax, sampled token and entropy. Divided by it they are the probabilities that
+the next step's soft embeddings are made of. cap: 0 for none.
 """
 
 import torch
