@@ -94,9 +94,6 @@ class CapturedLoop(TableLoop):
         """`workspace_bytes` bounds the logits of a chunk, the one thing of the vocabulary's size. `max_step_sequences`: the
         most that one step is given; None: all. Without `capture`, as on the CPU, the same operations run one by one."""
         super().__init__(session, cache, workspace_bytes=workspace_bytes)
-        # More than the plain loop's: a step keeps the logits and nothing else of their size.
-        fitting = workspace_bytes // (self._model.vocab_size * session.dtype.itemsize)
-        self._chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
         self._buckets = buckets(max_step_sequences or len(cache.length))
         self._idle = len(cache.length)
         self._steps: dict[int, _Step] = {}

@@ -65,15 +65,10 @@ def vision_bytes(model: ModelConfig, build: BuildConfig) -> int:
     return patches * (8 * vision.hidden_size + 3 * vision.intermediate_size + 5 * heads) * item_bytes(build.dtype)
 
 
-def sampler_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int) -> int:
-    """Of the largest head chunk of `CanvasLoop` and what is sampled from it; at most `most_bytes`, unless a row is more."""
-    row_bytes = 4 * model.vocab_size * LOGITS_COPIES
-    return max(row_bytes, min(most_bytes, build.max_head_rows * row_bytes))
-
-
-def captured_head_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int) -> int:
-    """Of the largest head chunk of `CapturedLoop`, which keeps the logits and nothing else of their size."""
-    row_bytes = item_bytes(build.dtype) * model.vocab_size
+def sampler_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int, *, plain: bool) -> int:
+    """Of the largest head chunk and what is sampled from it; at most `most_bytes`, unless a row is more. plain: in `CanvasLoop`
+    itself; a `TableLoop` keeps the logits and nothing else of their size."""
+    row_bytes = model.vocab_size * (4 * LOGITS_COPIES if plain else item_bytes(build.dtype))
     return max(row_bytes, min(most_bytes, build.max_head_rows * row_bytes))
 
 

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backend.pass_memory import (
-    captured_head_bytes,
     denoise_bytes,
     encode_bytes,
     item_bytes,
@@ -236,8 +235,8 @@ def _workspace_bytes(manifest: Manifest, limits: EngineLimits, device_type: str)
     sampler, whose memory the allocator keeps apart."""
     model, build = manifest.model, manifest.build
     step = denoise_bytes(model, build, pass_rows(manifest, limits, device_type), device_type)
-    head = captured_head_bytes if device_type == "cuda" else sampler_bytes
-    step += head(model, build, limits.sampler_workspace_bytes)
+    plain = device_type != "cuda" and not manifest.operators
+    step += sampler_bytes(model, build, limits.sampler_workspace_bytes, plain=plain)
     return max(encode_bytes(model, build, device_type), vision_bytes(model, build), step)
 
 
@@ -247,4 +246,4 @@ def _graphs_bytes(manifest: Manifest, limits: EngineLimits, device_type: str) ->
         return 0
     model, build = manifest.model, manifest.build
     step = denoise_bytes(model, build, pass_rows(manifest, limits, device_type), device_type)
-    return step + captured_head_bytes(model, build, limits.sampler_workspace_bytes)
+    return step + sampler_bytes(model, build, limits.sampler_workspace_bytes, plain=False)

@@ -223,7 +223,9 @@ def test_a_benchmark_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, 
 
 def test_names_that_are_no_benchmark_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "--checkpoint", "x", "--engine", "y", "--only", "speed"])
-    with pytest.raises(SystemExit, match="--only: got speed, expected of machine, generation-tiny, prefill-tiny, server"):
+    with pytest.raises(
+        SystemExit, match="--only: got speed, expected of machine, generation-tiny, prefill-tiny, parameters-tiny, server"
+    ):
         importlib.import_module("run").main()
 
 
