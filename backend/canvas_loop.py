@@ -23,7 +23,7 @@ from backend import sampler
 from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.noise import gumbel_noise_rows, initial_canvas_rows, renoise_tokens_rows, seed_bits
-from backend.pass_memory import LOGITS_COPIES
+from backend.pass_memory import head_row_bytes
 from backend.row_extras import RowExtras
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
@@ -33,13 +33,15 @@ from contract.model_config import LayerType
 class CanvasLoop:
     """The canvases of all slots of a KV cache. One owner, one thread."""
 
+    _plain = True  # what the head's rows take: see `head_row_bytes`
+
     def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20):
         """`workspace_bytes` bounds the memory of the head and the sampler, however many rows there are."""
-        model, device = session.manifest.model, session.device
+        model, build, device = session.manifest.model, session.manifest.build, session.device
         num_slots = len(cache.length) + 1  # one more, the idle row that fills up a batch of fixed size
         self._session, self._cache, self._model = session, cache, model
-        fitting = workspace_bytes // (4 * model.vocab_size * LOGITS_COPIES)
-        self._chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
+        fitting = workspace_bytes // head_row_bytes(model, build, plain=self._plain)
+        self._chunk_rows = max(1, min(fitting, build.max_head_rows))
         self._embed_scale = model.hidden_size**0.5
 
         def state(dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -17,18 +17,10 @@ class ExtrasTables:
     """All tensors live as long as the object, and are written in place."""
 
     def __init__(self, num_slots: int, canvas_length: int, vocab_size: int, device: torch.device):
-        def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.full((num_slots, *shape), value, dtype=dtype, device=device)
-
-        self._bias, self._biased = full(0, torch.float32, vocab_size), full(False, torch.bool)
-        self.filters = Filters(full(0, torch.int64), full(1, torch.float32), full(0, torch.float32))
-        alternatives = canvas_length, MOST_ALTERNATIVES
-        self.logprob_tables = LogprobTables(
-            counts=full(-1, torch.int64),
-            logprobs=full(0, torch.float32, canvas_length),
-            tokens=full(0, torch.int64, *alternatives),
-            values=full(0, torch.float32, *alternatives),
-        )
+        self._bias = torch.zeros(num_slots, vocab_size, dtype=torch.float32, device=device)
+        self._biased = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.filters = Filters.off(num_slots, device)
+        self.logprob_tables = LogprobTables.empty(num_slots, canvas_length, MOST_ALTERNATIVES, device)
         self._counts: dict[int, int] = {}  # of the slots that want log probabilities
 
     def start(self, slot: int, sampling: ResolvedSampling) -> None:

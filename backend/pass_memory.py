@@ -65,10 +65,15 @@ def vision_bytes(model: ModelConfig, build: BuildConfig) -> int:
     return patches * (8 * vision.hidden_size + 3 * vision.intermediate_size + 5 * heads) * item_bytes(build.dtype)
 
 
+def head_row_bytes(model: ModelConfig, build: BuildConfig, *, plain: bool) -> int:
+    """Of a row of a head chunk and what is sampled from it. plain: in `CanvasLoop` itself; a `TableLoop` keeps the logits and
+    nothing else of their size."""
+    return model.vocab_size * (4 * LOGITS_COPIES if plain else item_bytes(build.dtype))
+
+
 def sampler_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int, *, plain: bool) -> int:
-    """Of the largest head chunk and what is sampled from it; at most `most_bytes`, unless a row is more. plain: in `CanvasLoop`
-    itself; a `TableLoop` keeps the logits and nothing else of their size."""
-    row_bytes = model.vocab_size * (4 * LOGITS_COPIES if plain else item_bytes(build.dtype))
+    """Of the largest head chunk and what is sampled from it; at most `most_bytes`, unless a row is more."""
+    row_bytes = head_row_bytes(model, build, plain=plain)
     return max(row_bytes, min(most_bytes, build.max_head_rows * row_bytes))
 
 

@@ -11,11 +11,10 @@ from backend.session import Session
 class TableLoop(CanvasLoop):
     """As `CanvasLoop`; subclasses have the vocabulary pass."""
 
+    _plain = False
+
     def __init__(self, session: Session, cache: PagedKVCache, *, workspace_bytes: int = 512 << 20):
         super().__init__(session, cache, workspace_bytes=workspace_bytes)
-        # More than the plain loop's: a step keeps the logits and nothing else of their size.
-        fitting = workspace_bytes // (self._model.vocab_size * session.dtype.itemsize)
-        self._chunk_rows = max(1, min(fitting, session.manifest.build.max_head_rows))
         self._tables = ExtrasTables(len(self._step), self._model.canvas_length, self._model.vocab_size, session.device)
 
     def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:

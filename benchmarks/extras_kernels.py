@@ -70,12 +70,8 @@ def logprobs_case(rows: int, deviation: float, count: int) -> Case:
     """The error is that of the values: of tokens that are equal in bfloat16, as many are, either may come."""
     given = problem(rows, deviation)
     slots, result = -(-rows // CANVAS), given["result"]
-    tables = LogprobTables(
-        torch.full((slots,), count, device="cuda"),
-        torch.zeros(slots, CANVAS, device="cuda"),
-        torch.zeros(slots, CANVAS, MOST, dtype=torch.int64, device="cuda"),
-        torch.zeros(slots, CANVAS, MOST, device="cuda"),
-    )
+    tables = LogprobTables.empty(slots, CANVAS, MOST, "cuda")
+    tables.counts[:] = count
     bias = given["processing"]["bias"]._replace(slots=torch.arange(rows, device="cuda") // CANVAS)
     arguments = {"argmax": result.argmax, "logprob": result.logprob, "positions": given["drawn"]["positions"]}
     run = partial(record_logprobs, given["logits"], tables, **arguments, **{**given["processing"], "bias": bias})

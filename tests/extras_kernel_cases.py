@@ -179,12 +179,7 @@ def test_filters_change_no_row_without_any():
 def recorded(rows: Rows, counts: list[int], most: int = 20, canvas_length: int = 256) -> LogprobTables:
     """The tables, of -1 where nothing was written."""
     slots = len(counts) + 1
-    tables = LogprobTables(
-        torch.full((slots,), -1),
-        torch.full((slots, canvas_length), -1.0),
-        torch.full((slots, canvas_length, most), -1),
-        torch.full((slots, canvas_length, most), -1.0),
-    )
+    tables = LogprobTables.empty(slots, canvas_length, most)
     tables.counts[rows.slots] = torch.tensor(counts)
     others = {"argmax": rows.result.argmax, "logprob": rows.result.logprob, "positions": rows.positions}
     record_logprobs(rows.raw, tables, **others, **rows.shape)

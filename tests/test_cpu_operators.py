@@ -1,7 +1,6 @@
 """The C++ operators of compiled CPU engines against their references; rows do not depend on what they are computed with."""
 
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -98,28 +97,13 @@ def test_vocabulary_pass_equals_the_sampler(vocab_size, cap):
     weights = raw.clone()
     drawn_of_rows = (greedy, seeds, *drawn)
     argmax, sampled, entropy, total = vocabulary_op.vocabulary_cpu(
-        weights, cap or 0.0, temperature, *Bias.none(raw), *drawn_of_rows, *no_filters(9), *no_logprobs(9)
+        weights, cap or 0.0, temperature, *Bias.none(raw), *drawn_of_rows, *Filters.off(9), *LogprobTables.empty(9, 256, 20)
     )
     assert torch.equal(argmax, expected.argmax)
     assert torch.equal(sampled, torch.where(greedy, expected.argmax, expected.sampled))
     rounding = torch.finfo(torch.float32).eps * (cap or 15.0) / 0.4  # of the largest processed logit
     torch.testing.assert_close(entropy, expected.entropy, rtol=2e-6, atol=ENTROPY_TOLERANCE["atol"] + rounding)
     torch.testing.assert_close(weights / total[:, None], expected.processed.softmax(-1), rtol=1e-4, atol=1e-6)
-
-
-def no_filters(num_slots: int) -> Filters:
-    return Filters(torch.zeros(num_slots, dtype=torch.int64), torch.ones(num_slots), torch.zeros(num_slots))
-
-
-def no_logprobs(num_slots: int) -> LogprobTables:
-    """Of canvases of 256; what is not written stays -1."""
-    full = partial(torch.full, fill_value=-1)
-    numbers = (
-        full((num_slots, 256), dtype=torch.float32),
-        full((num_slots, 256, 20)),
-        full((num_slots, 256, 20), dtype=torch.float32),
-    )
-    return LogprobTables(full((num_slots,)), *numbers)
 
 
 EXTRAS = [
@@ -153,7 +137,7 @@ def test_filters_biases_and_log_probabilities_equal_the_sampler(vocab_size, devi
     seeds, drawn = each - 4, [each % count for count in (3, 5, 256)]
     random = noise.gumbel_noise_rows(seeds, *drawn, vocab_size)
     expected = sampler.vocabulary_pass(raw, cap=30.0, temperature=temperature, noise=random, bias=biases)
-    filters, tables = no_filters(rows), no_logprobs(rows)
+    filters, tables = Filters.off(rows), LogprobTables.empty(rows, 256, 20)
     for slot in range(rows):
         for name, value in EXTRAS[slot % len(EXTRAS)].items():
             getattr(filters, name)[slot] = value

@@ -55,12 +55,8 @@ def test_rows_of_every_kind(dtype, deviation):
         token = filtered_sample(expected.processed[row, None], random[row, None], **chosen[slot])
         assert sampled[row] == token, (row, chosen[slot])
 
-    tables = LogprobTables(
-        torch.arange(ROWS, device="cuda") % (MOST + 1),
-        torch.zeros(ROWS, ROWS, device="cuda"),
-        torch.zeros(ROWS, ROWS, MOST, dtype=torch.int64, device="cuda"),
-        torch.zeros(ROWS, ROWS, MOST, device="cuda"),
-    )
+    tables = LogprobTables.empty(ROWS, ROWS, MOST, "cuda")
+    tables.counts[:] = each % (MOST + 1)
     record_logprobs(raw, tables, argmax=actual.argmax, logprob=actual.logprob, positions=each, **shape)
     for row, slot in enumerate(slots.tolist()):
         count = slot % (MOST + 1)

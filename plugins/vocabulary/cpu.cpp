@@ -134,13 +134,10 @@ void record(const LogprobTables& tables, int64_t slot, int64_t position, const R
   tables.logprobs[cell] = logprob;
   if (tables.counts[slot] == 0) return;
   std::vector<int64_t> tokens = most_likely(*kept, std::min(tables.counts[slot], kept->vocab_size));
-  const std::vector<float>& processed = kept->processed;
-  std::sort(tokens.begin(), tokens.end(), [&](int64_t a, int64_t b) {
-    return processed[a] > processed[b] || (processed[a] == processed[b] && a < b);
-  });
+  std::sort(tokens.begin(), tokens.end(), [&](int64_t a, int64_t b) { return kept->before(a, b); });
   for (size_t i = 0; i < tokens.size(); ++i) {
     tables.tokens[cell * tables.most + i] = tokens[i];
-    tables.values[cell * tables.most + i] = processed[tokens[i]] - result.largest + logprob;
+    tables.values[cell * tables.most + i] = kept->processed[tokens[i]] - result.largest + logprob;
   }
 }
 

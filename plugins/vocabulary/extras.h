@@ -29,6 +29,9 @@ struct KeptRow {
     weights.resize(padded);
   }
 
+  // Whether token a comes before token b: the likelier first, equals in the order of the vocabulary.
+  bool before(int64_t a, int64_t b) const { return processed[a] > processed[b] || (processed[a] == processed[b] && a < b); }
+
   int64_t num_blocks() const { return static_cast<int64_t>(processed.size()) / BLOCK; }
 };
 
@@ -67,9 +70,8 @@ inline std::vector<int64_t> most_likely(const KeptRow& row, int64_t k) {
       if (row.processed[token] >= limit) tokens.push_back(token);
     }
   }
-  std::nth_element(tokens.begin(), tokens.begin() + k - 1, tokens.end(), [&](int64_t a, int64_t b) {
-    return row.processed[a] > row.processed[b] || (row.processed[a] == row.processed[b] && a < b);
-  });
+  const auto before = [&](int64_t a, int64_t b) { return row.before(a, b); };
+  std::nth_element(tokens.begin(), tokens.begin() + k - 1, tokens.end(), before);
   tokens.resize(k);
   return tokens;
 }

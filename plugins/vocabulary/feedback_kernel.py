@@ -12,7 +12,7 @@ The division is left to whoever has the product with the embedding, which is sma
 import triton
 import triton.language as tl
 
-from plugins.vocabulary.kernel import processed_logits
+from plugins.vocabulary.kernel import processed_logits, processing_of
 
 
 @triton.jit
@@ -35,12 +35,9 @@ def softmax_weights_kernel(
     tile = tl.program_id(1)
     num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK - 1) // BLOCK
     columns = tile * BLOCK + tl.arange(0, BLOCK)
-    logits += row.to(tl.int64) * VOCAB_SIZE
-    dtype = logits.dtype.element_ty
-    inverse = tl.div_rn(1.0, tl.load(temperature + row))
     slot = tl.load(slots + row)
-    has_bias = tl.load(biased + slot) != 0
-    bias += slot * VOCAB_SIZE
+    logits, bias, has_bias, inverse = processing_of(row, slot, logits, temperature, bias, biased, VOCAB_SIZE)
+    dtype = logits.dtype.element_ty
 
     processed = processed_logits(logits, bias, has_bias, inverse, columns, VOCAB_SIZE, CAP)  # 1.
     at_top = tl.load(argmax + row)

@@ -23,7 +23,7 @@ A row is a program, and reads its logits once for each sum and each draw, twice 
 import triton
 import triton.language as tl
 
-from plugins.vocabulary.kernel import processed_logits
+from plugins.vocabulary.kernel import processed_logits, processing_of
 from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words
 from plugins.vocabulary.order_kernel import STAGES, from_ordered_word, kth_largest, ordered_words
 
@@ -59,10 +59,7 @@ def filtered_sample_kernel(
     least_share = tl.load(min_p + slot)
     picks = (k > 0) & (k < VOCAB_SIZE)
     if picks | (share < 1) | (least_share > 0):
-        raw_logits += row.to(tl.int64) * VOCAB_SIZE
-        inverse = tl.div_rn(1.0, tl.load(temperature + row))
-        has_bias = tl.load(biased + slot) != 0
-        bias += slot * VOCAB_SIZE
+        raw_logits, bias, has_bias, inverse = processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE)
         largest = processed_logits(raw_logits, bias, has_bias, inverse, tl.load(argmax + row), VOCAB_SIZE, CAP)
 
         least = float("-inf")  # 1.

@@ -61,12 +61,9 @@ def vocabulary_tile_kernel(
     row = tl.program_id(0)
     tile = tl.program_id(1)
     num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK * BLOCKS - 1) // (BLOCK * BLOCKS)
-    raw_logits += row.to(tl.int64) * VOCAB_SIZE
     places = tl.arange(0, BLOCK)
-    inverse = tl.div_rn(1.0, tl.load(temperature + row))
     slot = tl.load(slots + row)
-    has_bias = tl.load(biased + slot) != 0
-    bias += slot * VOCAB_SIZE
+    raw_logits, bias, has_bias, inverse = processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE)
     random = tl.load(greedy + row) == 0
     seed = tl.load(seeds + row)
     canvas_index = tl.load(canvas_indices + row)
@@ -153,6 +150,16 @@ def vocabulary_merge_kernel(
     mean = tl.sum((weighted + shift * totals) * scale, 0) / total
     tl.store(entropy + row, tl.log(total) - mean)
     tl.store(logprob + row, -tl.log(total))
+
+
+@triton.jit
+def processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE: tl.constexpr):
+    """What `processed_logits` takes of a row in a slot: its raw_logits, bias, has_bias and inverse."""
+    raw_logits += row.to(tl.int64) * VOCAB_SIZE
+    inverse = tl.div_rn(1.0, tl.load(temperature + row))
+    has_bias = tl.load(biased + slot) != 0
+    bias += slot * VOCAB_SIZE
+    return raw_logits, bias, has_bias, inverse
 
 
 @triton.jit

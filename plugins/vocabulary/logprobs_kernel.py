@@ -12,7 +12,7 @@ The kernel's steps:
 import triton
 import triton.language as tl
 
-from plugins.vocabulary.kernel import processed_logits
+from plugins.vocabulary.kernel import processed_logits, processing_of
 from plugins.vocabulary.order_kernel import STAGES, kth_largest, listed_logits, ordered_words
 
 
@@ -51,10 +51,7 @@ def logprobs_kernel(
         tl.store(logprobs + cell, tl.load(logprob + row))
     count = tl.minimum(count, VOCAB_SIZE)
     if count > 0:
-        raw_logits += row.to(tl.int64) * VOCAB_SIZE
-        inverse = tl.div_rn(1.0, tl.load(temperature + row))
-        has_bias = tl.load(biased + slot) != 0
-        bias += slot * VOCAB_SIZE
+        raw_logits, bias, has_bias, inverse = processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE)
         found_tokens += row * MOST
         found_values += row * MOST
 

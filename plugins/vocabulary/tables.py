@@ -1,5 +1,6 @@
 """What the requests of all slots ask of a pass over logits beyond the plain one, as operators read it. A row for each slot."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,11 @@ class Filters(NamedTuple):
     top_p: Tensor  # [S] float32
     min_p: Tensor  # [S] float32
 
+    @classmethod
+    def off(cls, num_slots: int, device: torch.device | str = "cpu") -> "Filters":
+        full = partial(torch.full, (num_slots,), device=device)
+        return cls(top_k=full(0), top_p=full(1.0), min_p=full(0.0))
+
 
 class LogprobTables(NamedTuple):
     """What each slot wants, and what it got at its last step."""
@@ -36,3 +42,18 @@ class LogprobTables(NamedTuple):
     logprobs: Tensor  # [S, C] float32: of the argmax
     tokens: Tensor  # [S, C, K] int64, the likelier first; beyond the count undefined
     values: Tensor  # [S, C, K] float32: their log probabilities
+
+    @classmethod
+    def empty(cls, num_slots: int, canvas_length: int, most: int, device: torch.device | str = "cpu") -> "LogprobTables":
+        """Nobody wants anything; what is not written stays -1."""
+
+        def full(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.full((num_slots, *shape), -1, dtype=dtype, device=device)
+
+        alternatives = canvas_length, most
+        return cls(
+            counts=full(torch.int64),
+            logprobs=full(torch.float32, canvas_length),
+            tokens=full(torch.int64, *alternatives),
+            values=full(torch.float32, *alternatives),
+        )
