@@ -10,7 +10,7 @@ from expert_formats import arranged
 from tolerances import assert_close
 from triton_interpreter import let_casts_know_e4m3, let_dot_read_bfloat16, let_empty_assembly_pass
 
-from plugins.moe import fp8_launch, launch
+from plugins.moe import alignment, fp8_launch
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.fp8 import from_fp8, to_fp8
 from plugins.moe.fp8_reference import experts_fp8_reference
@@ -59,7 +59,7 @@ def test_grouped_products(tile, hidden_size, width, dtype, fp8_rows):
     hidden, index, weights, gate_up, gate_up_scale, down, down_scale = inputs
     *_, ordered_gate_up, _, ordered_down, _ = ready(inputs, fp8_rows)
     rows_in, tile = fp8_launch.row_dtype(dtype, fp8_rows), TILES[fp8_rows][tile]
-    routing = launch.align(index, EXPERTS, tile.rows).run()
+    routing = alignment.align(index, EXPERTS, tile.rows).run()
 
     numbers, scale = fp8_launch.scale_rows(hidden, rows_in).run()
     (activated,) = fp8_launch.gate_up(numbers, scale, ordered_gate_up, gate_up_scale, *routing, TOP_K, tile, dtype).run()

@@ -12,7 +12,7 @@ from tolerances import assert_close
 from triton_interpreter import let_dot_read_bfloat16
 
 from plugins.feed_forward.reference import route
-from plugins.moe import launch
+from plugins.moe import alignment, launch
 from plugins.moe.kernel_reference import (
     align_reference,
     combine_reference,
@@ -42,6 +42,15 @@ WEIGHTS_FIRST = replace(SMALL, weights_first=True)
 def routed_to(rows: int, routing: str) -> torch.Tensor:
     index = torch.rand(rows, EXPERTS).topk(1 if routing == ONE_EXPERT else 8).indices
     return index if routing == RANDOM else index[:1].expand_as(index).contiguous()
+
+
+def align_at_once(index: torch.Tensor, experts: int = EXPERTS) -> tuple[torch.Tensor, torch.Tensor]:
+    return alignment.align(index, experts, 16).run()
+
+
+def align_in_chunks(index: torch.Tensor, experts: int = EXPERTS) -> tuple[torch.Tensor, torch.Tensor]:
+    (counts,) = alignment.count(index, experts, chunk=32).run()
+    return alignment.place(index, *alignment.scan(counts, 16).run(), experts, 16, chunk=32).run()
 
 
 def weights_of(index: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -89,19 +98,32 @@ def test_router_is_the_networks():
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("rows", "routing"), [(0, RANDOM), *ROUTINGS])
-def test_align(rows, routing, index_dtype):
+@pytest.mark.parametrize(
+    ("align", "rows", "routing"),
+    [(align_at_once, 0, RANDOM), *((align, *each) for align in (align_at_once, align_in_chunks) for each in ROUTINGS)],
+)
+def test_align(align, rows, routing, index_dtype):
     index = routed_to(max(rows, 1), routing)[:rows]
-    row_order, tile_expert = launch.align(index.to(index_dtype), EXPERTS, 16).run()
+    row_order, tile_expert = align(index.to(index_dtype))
     slots, experts = align_reference(index, EXPERTS, 16)
     assert row_order[: len(slots)].tolist() == slots
     assert tile_expert.tolist() == experts + [-1] * (len(tile_expert) - len(experts))
 
 
-def test_align_has_tiles_for_the_worst_routing():
+@pytest.mark.parametrize("align", [align_at_once, align_in_chunks])
+def test_align_leaves_out_what_is_no_expert(align):
+    index = torch.randint(-3, 23, (90, 4))
+    row_order, tile_expert = align(index, 20)
+    slots, experts = align_reference(index, 20, 16)
+    assert row_order[: len(slots)].tolist() == slots
+    assert tile_expert.tolist() == experts + [-1] * (len(tile_expert) - len(experts))
+
+
+@pytest.mark.parametrize("align", [align_at_once, align_in_chunks])
+def test_align_has_tiles_for_the_worst_routing(align):
     """15 experts with one row more than full tiles, and the last with the rest."""
     index = torch.tensor([*range(EXPERTS), *[15] * 16]).unsqueeze(1)
-    _, tile_expert = launch.align(index, EXPERTS, 16).run()
+    _, tile_expert = align(index)
     assert tile_expert.tolist() == [*range(EXPERTS), 15]
 
 
@@ -115,7 +137,7 @@ def test_align_has_tiles_for_the_worst_routing():
 def test_grouped_products(rows, routing, tile, hidden_size, width, dtype):
     index = routed_to(rows, routing)
     top_k = index.shape[1]
-    row_order, tile_expert = launch.align(index, EXPERTS, tile.rows).run()
+    row_order, tile_expert = alignment.align(index, EXPERTS, tile.rows).run()
     hidden = torch.randn(rows, hidden_size).to(dtype)
     gate_up_proj = weights_of(index, 2 * width, hidden_size, dtype=dtype)
     (activated,) = launch.gate_up(hidden, gate_up_proj, row_order, tile_expert, top_k, tile).run()
@@ -195,7 +217,7 @@ def test_made_up_indices_read_nothing_outside():
     gate_up_proj, down_proj = torch.randn(EXPERTS, 2 * 16, 32), torch.randn(EXPERTS, 32, 16)
     for _ in range(5):
         index = made_up(routed_to(63, RANDOM))
-        row_order, tile_expert = launch.align(index, EXPERTS, SMALL.rows).run()
+        row_order, tile_expert = alignment.align(index, EXPERTS, SMALL.rows).run()
         assert (tile_expert == -1).all()
         row_order, tile_expert = made_up(row_order), torch.randint(-2, EXPERTS + 2, tile_expert.shape).int()
         (activated,) = launch.gate_up(hidden, gate_up_proj, row_order, tile_expert, 8, SMALL).run()

@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_close
 from triton_interpreter import let_casts_round_to_bfloat16, let_dot_read_bfloat16, let_empty_assembly_pass
 
-from plugins.moe import launch, packed_launch
+from plugins.moe import alignment, launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.arranging import BLOCK
 from plugins.moe.packing import ROW_FACTOR, pack, unpack
@@ -48,12 +48,12 @@ def operands(rows: int, hidden_size: int, width: int) -> tuple[list[torch.Tensor
 def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, blocks):
     (hidden, index, weights, gate_up, down), (plain_gate_up, plain_down) = operands(17, hidden_size, width)
     tile = BLOCKS[blocks]
-    routing = launch.align(index, EXPERTS, tile.rows).run()
+    routing = alignment.align(index, EXPERTS, tile.rows).run()
     (activated,) = packed_launch.gate_up(hidden * ROW_FACTOR, gate_up, *routing, TOP_K, tile).run()
     (weighted,) = packed_launch.down(activated, down, weights, *routing, hidden_size, tile).run()
 
     plain = launch.FEW_ROWS
-    routing = launch.align(index, EXPERTS, plain.rows).run()
+    routing = alignment.align(index, EXPERTS, plain.rows).run()
     (expected,) = launch.gate_up(hidden, plain_gate_up, *routing, TOP_K, plain).run()
     assert torch.equal(activated[:, :width], expected * ROW_FACTOR)
     assert not activated[:, width:].any()

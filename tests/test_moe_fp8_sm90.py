@@ -15,7 +15,7 @@ from hopper import (
     check_weights_stay_in_their_threads,
 )
 
-from plugins.moe import fp8_launch, launch
+from plugins.moe import alignment, fp8_launch
 from plugins.moe.arranging import arranged_shape
 from plugins.triton_launch import Launch
 
@@ -31,7 +31,7 @@ def launches(rows: int, fp8_rows: bool) -> dict[str, Launch]:
 
     dtype, rows_in = torch.bfloat16, fp8_launch.row_dtype(torch.bfloat16, fp8_rows)
     tile = fp8_launch.choose_tile(rows, TOP_K, EXPERTS, dtype, fp8_rows)
-    align = launch.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows)
+    align = alignment.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows)
     scale_rows = fp8_launch.scale_rows(tensor(rows, HIDDEN, dtype=dtype), rows_in)
     scale = tensor(EXPERTS, 2 * WIDTH, dtype=torch.float32)
     gate_up_proj = tensor(*arranged_shape((EXPERTS, 2 * WIDTH, HIDDEN), 2))

@@ -15,7 +15,7 @@ from hopper import (
     check_weights_stay_in_their_threads,
 )
 
-from plugins.moe import launch, packed_launch
+from plugins.moe import alignment, packed_launch
 from plugins.moe.packing import packed_shape
 from plugins.triton_launch import Launch
 
@@ -29,7 +29,7 @@ def launches(rows: int) -> dict[str, Launch]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     tile = packed_launch.choose_tile(rows, TOP_K, EXPERTS)
-    routing = launch.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows).outputs
+    routing = alignment.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows).outputs
     gate_up_proj = tensor(*packed_shape((EXPERTS, 2 * WIDTH, HIDDEN), 2), dtype=torch.int32)
     down_proj = tensor(*packed_shape((EXPERTS, HIDDEN, WIDTH), 1), dtype=torch.int32)
     gate_up = packed_launch.gate_up(tensor(rows, HIDDEN), gate_up_proj, *routing, TOP_K, tile)

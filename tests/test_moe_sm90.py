@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton's langua
 
 from hopper import check_compiles
 
-from plugins.moe import launch
+from plugins.moe import alignment, launch
 from plugins.triton_launch import Launch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
@@ -28,7 +28,7 @@ def launches(rows: int, dtype: torch.dtype) -> dict[str, Launch]:
     tile = launch.choose_tile(rows, TOP_K, EXPERTS, dtype)
     router = launch.router(tensor(rows, EXPERTS), tensor(EXPERTS), TOP_K)
     top_k_weights, top_k_index = router.outputs
-    align = launch.align(top_k_index, EXPERTS, tile.rows)
+    align = alignment.align(top_k_index, EXPERTS, tile.rows)
     gate_up = launch.gate_up(tensor(rows, HIDDEN), tensor(EXPERTS, 2 * WIDTH, HIDDEN), *align.outputs, TOP_K, tile)
     down = launch.down(
         *gate_up.outputs, tensor(EXPERTS, HIDDEN, WIDTH), top_k_weights, *align.outputs, launch.choose_down_tile(tile)
@@ -49,6 +49,16 @@ def test_compiles(rows, dtype, name, tmp_path):
     if name in ("gate_up", "down") and dtype == torch.bfloat16:
         assert "wgmma.mma_async" in instructions, "no tensor cores, or not Hopper's way of using them"
         assert "cp.async.cg" in instructions, "no 16-byte asynchronous copies"
+
+
+def test_ordering_in_chunks_compiles(tmp_path):
+    top_k_index = torch.empty(16384, TOP_K, dtype=torch.int64, device="meta")
+    count = alignment.count(top_k_index, EXPERTS)
+    scan = alignment.scan(*count.outputs, launch.MANY_ROWS.rows)
+    place = alignment.place(top_k_index, *scan.outputs, EXPERTS, launch.MANY_ROWS.rows)
+    assert [each.shape for each in place.outputs] == [(1151 * 128,), (1151,)]
+    for each in (count, scan, place):
+        check_compiles(each, tmp_path, "16384 rows")
 
 
 def test_grids_and_scratch_at_the_real_sizes():

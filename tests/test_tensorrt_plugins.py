@@ -19,6 +19,7 @@ import tensorrt_validators as validators  # noqa: E402
 from hopper import MAX_REGISTERS, MAX_SHARED_BYTES, resources  # noqa: E402
 
 from plugins.attention.tensorrt import PAGED_ATTENTION  # noqa: E402
+from plugins.moe import alignment  # noqa: E402
 from plugins.moe import launch as moe  # noqa: E402
 from plugins.moe.tensorrt import ALIGN, COMBINE, DOWN, EXPERTS, GATE_UP, tile_attributes  # noqa: E402
 from plugins.plugin_ptx import compile_for_plugin, plugin_ptx  # noqa: E402
@@ -146,7 +147,7 @@ def test_experts(tensorrt, plugin, tile, dtype, tmp_path):
     attributes, dtypes = expert_attributes(plugin, tile), expert_dtypes(plugin, dtype)
     layer = built(tensorrt, plugin, expert_shapes(plugin), dtypes, attributes)
     for rows in (1, 63, 257, 64 * 256):
-        tiles = moe.num_tiles(rows * TOP_K, EXPERTS_COUNT, tile.rows)
+        tiles = alignment.num_tiles(rows * TOP_K, EXPERTS_COUNT, tile.rows)
         shapes = expert_shapes(plugin, rows, rows * TOP_K, tiles * tile.rows, tiles)
         at = check_launch(layer, plugin, shapes, dtypes, attributes)
     check_ptx(layer, at, dtypes, tmp_path)

@@ -7,7 +7,7 @@ each expert starts a new tile of TILE_ROWS slots; a slot that holds no routed ro
 | kernel | inputs | scalars | outputs | a program computes |
 |---|---|---|---|---|
 | router | logits [N, E], per_expert_scale [E] | num_rows | top_k_weights [N, k], top_k_index [N, k] | ROWS rows |
-| align | top_k_index [N, k] | num_routed, num_tiles | row_order [slots], tile_expert [tiles] | one expert |
+| align | top_k_index [N, k] | num_routed, num_tiles | row_order [slots], tile_expert [tiles] | see `plugins.moe.alignment_kernel` |
 | gate_up | hidden [N, D], gate_up_proj [E, 2 F, D], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, TILE_WIDTH columns |
 | down | activated, down_proj [E, D, F], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, TILE_WIDTH columns |
 | combine | weighted [N * k, D] | | output [N, D] | one row, BLOCK columns |
@@ -65,61 +65,6 @@ def router_kernel(
     offsets = rows[:, None].to(tl.int64) * TOP_K + places[None, :]
     tl.store(top_k_weights + offsets, weights.to(top_k_weights.dtype.element_ty), mask=stored)
     tl.store(top_k_index + offsets, index.to(top_k_index.dtype.element_ty), mask=stored)
-
-
-@triton.jit(do_not_specialize=("num_routed", "num_tiles"))
-def align_kernel(
-    top_k_index,
-    num_routed,
-    num_tiles,
-    row_order,
-    tile_expert,
-    NUM_EXPERTS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-):
-    """Orders the routed rows by expert, each expert's in their own order, and names every tile's expert (-1: unused).
-
-    1. Count every expert's routed rows. 2. Find this expert's first tile. 3. Place its routed rows. 4. Fill its last tile.
-    5. Name its tiles. 6. The last expert's program marks the tiles that no expert has.
-
-    Every program counts for itself instead of sharing counters: the index is small and stays in L2, and the result needs
-    no zeroed memory, no atomics and no second kernel, and is the same in every run.
-    """
-    expert = tl.program_id(0)
-    experts = tl.arange(0, EXPERTS_POW2)
-    block = tl.arange(0, BLOCK)
-    # 1.
-    counts = tl.zeros((EXPERTS_POW2,), dtype=tl.int32)
-    for start in range(0, num_routed, BLOCK):
-        routed = start + block
-        index = tl.load(top_k_index + routed, mask=routed < num_routed, other=-1).to(tl.int32)
-        counts += tl.histogram(index, EXPERTS_POW2, mask=(index >= 0) & (index < NUM_EXPERTS))
-    # 2.
-    tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
-    first_tile = tl.sum(tl.where(experts < expert, tiles, 0), axis=0)
-    end_tile = first_tile + tl.sum(tl.where(experts == expert, tiles, 0), axis=0)
-    # 3.
-    slot = first_tile * TILE_ROWS
-    for start in range(0, num_routed, BLOCK):
-        routed = start + block
-        index = tl.load(top_k_index + routed, mask=routed < num_routed, other=-1).to(tl.int32)
-        mine = (index == expert).to(tl.int32)
-        tl.store(row_order + slot + tl.cumsum(mine, axis=0) - 1, routed, mask=mine > 0)
-        slot += tl.sum(mine, axis=0)
-    # 4.
-    filling = slot + tl.arange(0, TILE_ROWS)
-    tl.store(row_order + filling, tl.zeros((TILE_ROWS,), dtype=tl.int32) + num_routed, mask=filling < end_tile * TILE_ROWS)
-    # 5.
-    for start in range(first_tile, end_tile, BLOCK):
-        tile = start + block
-        tl.store(tile_expert + tile, tl.zeros((BLOCK,), dtype=tl.int32) + expert, mask=tile < end_tile)
-    # 6.
-    if expert == NUM_EXPERTS - 1:
-        for start in range(end_tile, num_tiles, BLOCK):
-            tile = start + block
-            tl.store(tile_expert + tile, tl.full((BLOCK,), -1, dtype=tl.int32), mask=tile < num_tiles)
 
 
 @triton.jit(do_not_specialize=("num_routed",))

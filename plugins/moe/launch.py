@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from plugins.moe import kernel
+from plugins.moe.alignment import aligned, ceil_div
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
 
@@ -50,10 +51,6 @@ FLOAT32 = Tile(rows=32, width=64, depth=32, num_warps=4, num_stages=2)
 """For comparisons in float32, without tensor cores: small enough for the registers. Not meant to be quick."""
 
 
-# NVIDIA H200, Triton 3.6, 256 / 8192 rows: 3.9 / 74 µs; 4 warps: 4.5 / 96; blocks of 1024: 4.3 / 96; of 4096: 5.5 / 66.
-_ALIGN_BLOCK, _ALIGN_WARPS = 2048, 8
-
-
 def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype) -> Tile:
     """The tile for `num_rows` rows; a number that is symbolic, because a program is being traced, gets the few rows' tile."""
     if dtype == torch.float32:
@@ -71,11 +68,6 @@ def by_rows_of_an_expert(rows: int, few: Tile, some: Tile, many: Tile) -> Tile:
 def choose_down_tile(tile: Tile) -> Tile:
     """The tile of the second product, next to that of the first; they have the same rows."""
     return MANY_ROWS_DOWN if tile == MANY_ROWS else tile
-
-
-def num_tiles(num_routed: int, num_experts: int, tile_rows: int) -> int:
-    """The most tiles that the routed rows can need: every expert's last tile may hold a single one."""
-    return (num_routed + num_experts * (tile_rows - 1)) // tile_rows
 
 
 def router(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> Launch:
@@ -99,30 +91,6 @@ def router(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> Launch:
             "TOP_K_POW2": triton.next_power_of_2(top_k),
         },
         num_warps=num_warps,
-        num_stages=1,
-    )
-
-
-def align(top_k_index: Tensor, num_experts: int, tile_rows: int) -> Launch:
-    """Outputs row_order [tiles * tile_rows] int32 and tile_expert [tiles] int32; slots of unused tiles stay undefined."""
-    num_routed = top_k_index.shape[0] * top_k_index.shape[1]
-    tiles = num_tiles(num_routed, num_experts, tile_rows)
-    return Launch(
-        kernel=kernel.align_kernel,
-        grid=(num_experts,),
-        inputs=(top_k_index,),
-        scalars=(num_routed, tiles),
-        outputs=(
-            top_k_index.new_empty(tiles * tile_rows, dtype=torch.int32),
-            top_k_index.new_empty(tiles, dtype=torch.int32),
-        ),
-        constants={
-            "NUM_EXPERTS": num_experts,
-            "TILE_ROWS": tile_rows,
-            "BLOCK": _ALIGN_BLOCK,
-            "EXPERTS_POW2": triton.next_power_of_2(num_experts),
-        },
-        num_warps=_ALIGN_WARPS,
         num_stages=1,
     )
 
@@ -208,7 +176,7 @@ def experts(
 
 
 class Routing(NamedTuple):
-    """Which rows go to which expert, in tiles (see `align`), and with what weights [N, k]."""
+    """Which rows go to which expert, in tiles (see `plugins.moe.alignment`), and with what weights [N, k]."""
 
     row_order: Tensor
     tile_expert: Tensor
@@ -217,8 +185,7 @@ class Routing(NamedTuple):
 
 def route(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, tile: Tile, wrap: Wrap = unwrapped) -> Routing:
     """Of what the router chose; `tile` is that of the products."""
-    aligned = align(top_k_index.contiguous(), num_experts, tile.rows).run(wrap)
-    return Routing(*aligned, top_k_weights.contiguous())
+    return Routing(*aligned(top_k_index.contiguous(), num_experts, tile.rows, wrap), top_k_weights.contiguous())
 
 
 def weighted_rows(
@@ -247,8 +214,3 @@ def weighted_rows(
 def tile_constants(tile: Tile, tile_width: int) -> dict[str, int]:
     """The constants of the kernels of both products."""
     return {"TILE_ROWS": tile.rows, "TILE_WIDTH": tile_width, "TILE_DEPTH": tile.depth, "WEIGHTS_FIRST": tile.weights_first}
-
-
-def ceil_div(dividend: int, divisor: int) -> int:
-    """`triton.cdiv`, also for the symbolic numbers of a trace."""
-    return (dividend + divisor - 1) // divisor

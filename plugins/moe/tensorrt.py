@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor
 
-from plugins.moe import launch
+from plugins.moe import alignment, launch
 from plugins.moe.launch import Tile
 from plugins.tensorrt_plugin import KernelPlugin, Output
 from plugins.triton_launch import Launch
@@ -30,7 +30,7 @@ def tile_attributes(tile: Tile) -> dict[str, int]:
 
 def _align(inputs: tuple[Tensor, ...], *, num_experts: int, rows: int) -> Launch:
     (top_k_index,) = inputs
-    return launch.align(top_k_index, num_experts, rows)
+    return alignment.align(top_k_index, num_experts, rows)
 
 
 def _gate_up(inputs: tuple[Tensor, ...], *, top_k: int, **tile: int) -> Launch:
