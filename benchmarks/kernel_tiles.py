@@ -35,8 +35,6 @@ def arranged_tiles(num_rows: int, fp8_rows: bool = False) -> Iterator[Tile]:
         for rows in (32, 64, 128):
             if rows >= num_rows // 16 or rows == 128:
                 yield from (arranged_tile(rows, width, num_warps, *each) for each in itertools.product(stages, depths))
-    if num_rows >= 4096 and not fp8_rows:
-        yield from (arranged_tile(256, 128, 8, each) for each in (3, 4))
 
 
 def attention_tiles(head_dim: int, hopper: bool) -> Iterator[AttentionTile]:

@@ -29,6 +29,10 @@ POINTERS = {
 }
 
 
+HOPPER_CAPABILITY = (9, 0)
+"""The compute capability of the H100 and the H200. Kernels in Gluon are for it: their instructions are not on other devices."""
+
+
 def unwrapped(kernel: object) -> object:
     return kernel
 

@@ -43,6 +43,9 @@ class Tile(torch.Tensor):
     def __mod__(self, other: object) -> "Tile":
         return torch.fmod(self, other)
 
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Tile":
+        return self.view(dtype) if bitcast else super().to(dtype)
+
 
 class Pointer:
     """Into a tensor: one place, or one for each lane."""
@@ -232,11 +235,14 @@ def _init(barrier: Shared, count: int) -> None:
     _program.barriers[barrier.tensor.data_ptr()] = Barrier(count)
 
 
-def _mma(a: Shared | Tile, b: Shared, accumulator: Tile, *, use_acc: bool = True, is_async: bool = False) -> Tile | Product:
+def _mma(
+    a: Shared | Tile, b: Shared, accumulator: Tile | Product, *, use_acc: bool = True, is_async: bool = False
+) -> Tile | Product:
     def compute() -> Tile:
         left = a.tensor if isinstance(a, Shared) else a
         product = _tile(left.float() @ b.tensor.float())
-        return accumulator + product if use_acc else product
+        before = accumulator.result if isinstance(accumulator, Product) else accumulator
+        return before + product if use_acc else product
 
     if is_async:
         product = Product(compute)
@@ -253,13 +259,26 @@ def _mma_wait(num_outstanding: int, deps: list[Tile | Product]) -> object:
     return results if len(results) > 1 else results[0]
 
 
+def _passed(text: str, arguments: list[Tile]) -> Tile:
+    """Of an assembly without instructions."""
+    assert not text
+    return arguments[0]
+
+
 def _either(choose: Callable[[Tile, Tile], Tile]) -> Callable[[object, object], Tile]:
     return lambda a, b: choose(_tile(a), _tile(b))
 
 
-_LAYOUTS = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout")
+_LAYOUTS = (
+    "BlockedLayout",
+    "SliceLayout",
+    "DotOperandLayout",
+    "NVMMADistributedLayout",
+    "NVMMASharedLayout",
+    "SwizzledSharedLayout",
+)
 _LANGUAGE = SimpleNamespace(
-    **{name: getattr(torch, name) for name in ("bfloat16", "float32", "int32", "int64")},
+    **{name: getattr(torch, name) for name in ("bfloat16", "float32", "int32", "int64", "uint16")},
     **{name: lambda *_: None for name in _LAYOUTS},
     constexpr=gl.constexpr,
     static_range=range,
@@ -277,7 +296,9 @@ _LANGUAGE = SimpleNamespace(
     cdiv=lambda a, b: (_tile(a) + b - 1) // b,
     exp2=torch.exp2,
     log2=torch.log2,
-    convert_layout=lambda value, layout: value,
+    join=lambda a, b: torch.stack((a, b), dim=-1),
+    convert_layout=lambda value, layout, assert_trivial=False: value,
+    inline_asm_elementwise=lambda text, constraints, arguments, **_: _passed(text, arguments),
     allocate_shared_memory=_allocate,
     warp_specialize=lambda groups, num_warps, registers: _program.run(groups),
 )

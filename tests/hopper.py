@@ -72,11 +72,13 @@ def check_factors_stay_until_they_are_read(cubin: Path) -> None:
     for index, match in products:
         first = int(match[1])
         factor = set(range(first, first + 4))
-        following, seen = index + 1, set()
+        following, seen, groups = index, set(), -1  # groups of products that were closed after the own one
         while following not in seen:
             seen.add(following)
             address, text = program[following]
-            if _WAITED.match(text):
+            groups += _CLOSED.match(text) is not None
+            waited = _WAITED.match(text)
+            if waited and groups >= int(waited[1], 16):
                 break
             overwritten = factor & _written(text)
             assert not overwritten, f"{program[index]} is followed by {text} at {address:#x}"
@@ -105,7 +107,8 @@ def check_exponentials_are_spread(cubin: Path) -> None:
 
 _PREDICATE = r"(?:@!?U?P\d+\s+)?"
 _PRODUCT = re.compile(_PREDICATE + r"[HQI]GMMA\S*\s+R\d+,\s*R(\d+),\s*gdesc")
-_WAITED = re.compile(_PREDICATE + r"WARPGROUP\.DEPBAR\S*\s+gsb0,\s*0x0\b")
+_CLOSED = re.compile(_PREDICATE + r"[HQI]GMMA.*\bgsb0\b")
+_WAITED = re.compile(_PREDICATE + r"WARPGROUP\.DEPBAR\S*\s+gsb0,\s*(0x[0-9a-f]+)")
 _JUMP = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 _WRITES = re.compile(_PREDICATE + r"(?!ST|RED|ATOM|LDGSTS|BAR|R2UR|\w*GMMA)(\S+)\s+R(\d+)\b")
 

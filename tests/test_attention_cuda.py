@@ -17,14 +17,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from backend import noise, sampler
 from plugins import attention_op
 from plugins.attention.cuda import CUDA_DECOMPOSITIONS
-from plugins.attention.hopper_launch import HOPPER, hopper_attention
+from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import attention
 from plugins.attention.reference import paged_attention_reference
+from plugins.triton_launch import HOPPER_CAPABILITY
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs a Hopper device"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER_CAPABILITY, reason="needs a Hopper device"
 )
 LAYERS = {
     "sliding": {"heads": 16, "kv_heads": 8, "head_dim": 256, "page_size": 32, "window": 1024},

@@ -15,7 +15,7 @@ from hopper import (
     check_weights_stay_in_their_threads,
 )
 
-from plugins.moe import alignment, packed_launch
+from plugins.moe import alignment, hopper_down_launch, packed_launch
 from plugins.moe.packing import packed_shape
 from plugins.triton_launch import Launch
 
@@ -49,6 +49,18 @@ def test_compiles(rows, name, tmp_path):
     assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
     ptx = described.compile(HOPPER).asm["ptx"]
     assert ptx.count("f32.bf16.bf16") == instructions["wgmma.mma_async"] > 0
+    check_weights_stay_in_their_threads(ptx)
+    check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
+
+
+def test_second_product_of_many_rows_compiles(tmp_path):
+    """Its two groups of warps are each as one of Triton's programs."""
+    triton_launch = launches(16384)["down"]
+    described = hopper_down_launch.hopper_down(*triton_launch.inputs, HIDDEN)
+    assert described.grid == (2, 1151)
+    instructions = check_compiles(described, tmp_path, "16384 rows", groups=2, spilled=8)
+    ptx = described.compile(HOPPER).asm["ptx"]
+    assert ptx.count("f32.bf16.bf16") == instructions["wgmma.mma_async"] == 2 * 11 * 4
     check_weights_stay_in_their_threads(ptx)
     check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from plugins.attention.hopper_launch import HOPPER, has_kernel, hopper_attention
+from plugins.attention.hopper_launch import has_kernel, hopper_attention
 from plugins.attention.launch import HOPPER_MULTIPROCESSORS, attention, choose_num_splits
 from plugins.library import LIBRARY
+from plugins.triton_launch import HOPPER_CAPABILITY
 
 
 @triton_op("diffusiongemma::paged_attention_triton", mutates_args={})
@@ -54,7 +55,7 @@ def paged_attention_cuda(
     inputs = (query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids)
     device = torch.cuda.get_device_properties(query.device)
     num_splits = choose_num_splits(inputs, window, device.multi_processor_count)
-    if (device.major, device.minor) == HOPPER and has_kernel(inputs):
+    if (device.major, device.minor) == HOPPER_CAPABILITY and has_kernel(inputs):
         return hopper_attention(inputs, causal, window, num_splits)
     return attention(*inputs, causal, window, num_splits=num_splits)
 

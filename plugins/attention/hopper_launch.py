@@ -10,9 +10,6 @@ from plugins.attention.hopper_kernel import hopper_attention_kernel
 from plugins.attention.launch import Tile, combine_launch, contiguous, tiled_launch
 from plugins.triton_launch import Launch
 
-HOPPER = (9, 0)
-"""The compute capability for which the kernel is compiled: its instructions are not on later devices."""
-
 _HEAD_DIMS = (256, 512)
 _COPIED = 8  # tokens that the kernel copies together, which must lie in one page
 

@@ -10,13 +10,15 @@ from torch import Tensor
 from plugins.moe import launch, packed_kernel
 from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
 from plugins.moe.arranging import BLOCK, HALVES
+from plugins.moe.hopper_down_launch import has_kernel, hopper_down
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
 """NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 263 + 141 µs; the other way round: 263 + 144. A plain read of as many
-bytes by one kernel: 246 + 123. Not packed: 353 + 188."""
+bytes by one kernel: 246 + 123. Not packed: 353 + 188. H200: 184 + 102; gate_up 64 wide, 3 to 8 stages: 186 to 189, 256 wide, 8
+warps: 184, 128 wide in 2 / 4 / 6 stages: 200 / 188 / 189; down 64 or 128 wide, 3 to 8 stages: 102 to 106."""
 
 SOME_ROWS = arranged_tile(64, 128, 4, 4)
 """The same at 512 / 1024 rows: 277 + 151 / 294 + 163 µs, not packed 364 + 195 / 388 + 207; 64 wide: 276 + 149 / 299 + 172."""
@@ -24,7 +26,8 @@ SOME_ROWS = arranged_tile(64, 128, 4, 4)
 MANY_ROWS, MANY_ROWS_DOWN = arranged_tile(128, 128, 8, 4), arranged_tile(128, 128, 4, 4)
 """The same at 2048 / 4096 / 8192 / 16384 rows: 352 + 228 / 565 + 353 / 1094 + 621 / 2044 + 1331 µs, not packed at 2048 / 8192
 443 + 258 / 1082 + 644; gate_up in 4 warps: 368 / 592 / 1064 / 2021, down in 8 warps at 4096: 542; down in 3 stages: 239 / 364 /
-704 / 1300; 256 rows, 64 wide: 1132 + 739 / 2193 + 1466 at the last two."""
+704 / 1300; 256 rows, 64 wide: 1132 + 739 / 2193 + 1466 at the last two.
+On an H200, at the last two: 1029 + 644 / 1967 + 1335; 256 rows, 128 wide, 8 warps: 1315 + 824 / 2366 + 1486."""
 
 _DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, MANY_ROWS: MANY_ROWS_DOWN}
 
@@ -127,7 +130,10 @@ def weighted_rows(
             )
     row_order, tile_expert, top_k_weights = routing
     (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
-    down_tile = down_tile or choose_down_tile(tile)
-    second = down(activated, down_proj, top_k_weights, row_order, tile_expert, scaled.shape[1], down_tile)
+    operands = (activated, down_proj, top_k_weights, row_order, tile_expert, scaled.shape[1])
+    if down_tile is None and wrap is unwrapped and has_kernel(activated, scaled.shape[1], tile.rows):
+        second = hopper_down(*operands)
+    else:
+        second = down(*operands, down_tile or choose_down_tile(tile))
     (weighted,) = second.run(wrap)
     return weighted

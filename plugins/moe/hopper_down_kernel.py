@@ -1,0 +1,165 @@
+"""The second product of packed experts for Hopper and many rows: weighted [N * k, D], to the bit as `packed_kernel.py`.
+
+Compiled by Triton, that kernel copies a tile's rows into shared memory for every tile of columns, and between two products
+every warp unpacks weights while the tensor cores wait. Here a program keeps its rows, all of their columns, and goes through
+blocks of 64 of the weight's rows; it has two groups of four warps, each with blocks of its own. A group issues the product of
+64 columns and unpacks the next 64 meanwhile, from words that it loaded AHEAD steps before. So this is in Gluon, which says what
+happens when; neither Triton's interpreter nor other GPUs can run it.
+
+    program    row 0 … 127, kept          group 0: blocks 0, 2, 4 …       group 1: blocks 1, 3, 5 …
+    step       factor (registers) x columns of the rows (shared memory) → product (registers); the next factor is unpacked
+
+See `plugins.moe.kernel` for the shape legend, `plugins.moe.packing` for the words.
+"""
+
+# ruff: noqa: N803 - constants are in capitals
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from plugins.moe.packing import PLANES, SIGNS, WHOLE
+
+AHEAD = 3
+"""NVIDIA H200, Triton 3.6, 2048 / 16384 rows: 195 / 1006 µs; 2: 217 / 1120; 4, with registers in memory: 1274 at 16384. Words
+through shared memory, two or three groups: 1034, 1010."""
+
+_GROUPS, _GROUP_WARPS = gl.constexpr(2), gl.constexpr(4)
+_AHEAD, _PLANES = gl.constexpr(AHEAD), gl.constexpr(PLANES)
+_SIGNS, _WHOLE = gl.constexpr(SIGNS), gl.constexpr(WHOLE)
+
+
+@gluon.jit(do_not_specialize=("num_routed",))
+def hopper_down_kernel(
+    activated,
+    down_proj,
+    top_k_weights,
+    row_order,
+    tile_expert,
+    num_routed,
+    weighted,
+    NUM_EXPERTS: gl.constexpr,
+    NUM_BLOCKS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
+    TILE_ROWS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    STRIDE: gl.constexpr,
+):
+    """Grid: (NUM_BLOCKS / BLOCKS, tiles). DEPTH: F. WIDTH: D, a multiple of BLOCK. All else as in `down_packed_kernel`."""
+    STEPS: gl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [_GROUP_WARPS], [0])
+
+    expert = gl.load(tile_expert + gl.program_id(1))
+    if (expert >= 0) & (expert < NUM_EXPERTS):
+        rows = gl.allocate_shared_memory(gl.bfloat16, [STEPS, TILE_ROWS, BLOCK], SHARED)
+        results = gl.allocate_shared_memory(gl.bfloat16, [_GROUPS, TILE_ROWS, BLOCK], SHARED)
+        of_rows = gl.allocate_shared_memory(gl.float32, [TILE_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        there = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
+        for step in gl.static_range(STEPS):
+            mbarrier.init(there.index(step), count=32 * _GROUP_WARPS)
+        slots = row_order + gl.program_id(1) * TILE_ROWS
+        routed = gl.load(slots + gl.arange(0, TILE_ROWS, LINE))
+        taken = (routed >= 0) & (routed < num_routed)
+        of_rows.store(gl.load(top_k_weights + routed, mask=taken, other=0.0).to(gl.float32))
+        weights = down_proj + expert.to(gl.int64) * (NUM_BLOCKS * STRIDE)
+        first = gl.program_id(0) * BLOCKS
+        tile = (rows, there, activated, slots, num_routed)
+        blocks = (weights, first, gl.minimum(first + BLOCKS, NUM_BLOCKS))
+        outputs = (results, of_rows, weighted)
+        gl.warp_specialize(
+            [
+                (multiply, (0, tile, blocks, outputs, DEPTH, WIDTH, STRIDE)),
+                (multiply, (1, tile, blocks, outputs, DEPTH, WIDTH, STRIDE)),
+            ],
+            [_GROUP_WARPS],
+            [232],  # registers of a thread of the second group; the first gets the rest
+        )
+
+
+@gluon.jit
+def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WIDTH: gl.constexpr, STRIDE: gl.constexpr):
+    """INDEX: the group's. tile: its rows [STEPS, TILE_ROWS, BLOCK] and barriers, BLOCK columns each; where they come from.
+    blocks: the expert's weights, the program's first block and the one after its last. outputs: room for a result, for each
+    group; the rows' weights [TILE_ROWS]; where results go."""
+    rows, there, activated, slots, num_routed = tile
+    weights, first, stop = blocks
+    results, of_rows, weighted = outputs
+    STEPS: gl.constexpr = rows.shape[0]
+    TILE_ROWS: gl.constexpr = rows.shape[1]
+    BLOCK: gl.constexpr = rows.shape[2]
+    STEP: gl.constexpr = _PLANES * BLOCK * BLOCK // 8  # words
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_GROUP_WARPS, 1], [1, 0])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_GROUP_WARPS, 1], [16, TILE_ROWS, 16])
+    FACTOR: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+
+    routed = gl.load(slots + gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LOADED)))
+    taken = (routed >= 0) & (routed < num_routed)
+    columns = gl.arange(0, BLOCK, gl.SliceLayout(0, LOADED))
+    pointers = activated + gl.where(taken, routed, 0)[:, None].to(gl.int64) * DEPTH + columns[None, :]
+    for copied in gl.static_range(INDEX, STEPS, _GROUPS):
+        inside = taken[:, None] & (copied * BLOCK + columns < DEPTH)[None, :]
+        async_copy.async_copy_global_to_shared(rows.index(copied), pointers + copied * BLOCK, mask=inside)
+        async_copy.mbarrier_arrive(there.index(copied), increment_count=False)
+    # In blocks of the output, which a thread need not hold as pointers.
+    line = gl.where(taken, routed, -1) * (WIDTH // BLOCK)
+
+    begin = weights + gl.minimum(first + INDEX, stop - 1) * STRIDE
+    factor = unpacked(words(begin, BLOCK), FACTOR)
+    coming = ()
+    for step in gl.static_range(1, _AHEAD + 1):
+        coming += (words(begin + step * STEP, BLOCK),)
+    previous = factor
+    for block in range(first + INDEX, stop, _GROUPS):
+        own = weights + block * STRIDE
+        following = weights + gl.minimum(block + _GROUPS, stop - 1) * STRIDE
+        scale = gl.load(own + (STRIDE - BLOCK) + gl.arange(0, BLOCK, gl.SliceLayout(1, PRODUCT))).to(gl.float32, bitcast=True)
+        product = gl.zeros([BLOCK, TILE_ROWS], gl.float32, PRODUCT)
+        for step in gl.static_range(STEPS):
+            if block == first + INDEX:
+                mbarrier.wait(there.index(step), 0)
+                fence_async_shared()
+            product = warpgroup_mma(factor, rows.index(step).permute((1, 0)), product, use_acc=step > 0, is_async=True)
+            previous = warpgroup_mma_wait(1, deps=[previous])  # the registers of the factor before are free from here on
+            unpacked_next = unpacked(coming[0], FACTOR)
+            if step + _AHEAD + 1 < STEPS:
+                at = own + (step + _AHEAD + 1) * STEP
+            else:
+                at = following + (step + _AHEAD + 1 - STEPS) * STEP
+            coming = coming[1:] + (words(at, BLOCK),)  # noqa: RUF005 - Gluon has no stars
+            previous = factor
+            factor = unpacked_next
+        product, previous = warpgroup_mma_wait(0, deps=[product, previous])
+        product = product * scale[:, None] * of_rows.load(gl.SliceLayout(0, PRODUCT))[None, :]
+        results.index(INDEX).permute((1, 0)).store(product.to(gl.bfloat16))  # to write whole lines
+        result = results.index(INDEX).load(LOADED)
+        at_line = weighted + (line + block)[:, None].to(gl.int64) * BLOCK
+        gl.store(at_line + columns[None, :], result, mask=(line >= 0)[:, None])
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def words(at, BLOCK: gl.constexpr):
+    """at: the words of 64 columns of a block. Returns its planes; a thread has those of the numbers that it multiplies."""
+    WORDS: gl.constexpr = BLOCK * BLOCK // 8
+    at += gl.arange(0, WORDS, gl.BlockedLayout([4], [32], [_GROUP_WARPS], [0]))
+    return gl.load(at), gl.load(at + WORDS), gl.load(at + 2 * WORDS)
+
+
+@gluon.jit
+def unpacked(planes, FACTOR: gl.constexpr):
+    """[64, 64] bfloat16 in the layout FACTOR, as `plugins.moe.arranged_kernel.packed_numbers`."""
+    first, second, third = planes
+    fourth = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078) | ((third >> 12) & 0x00070007) | ((third << 4) & _SIGNS)
+    pair = gl.join(gl.join(first & _WHOLE, second & _WHOLE), gl.join(third & _WHOLE, fourth))  # [words, right, next]
+    # A pair of numbers stays in its register: seen through, its halves would be masked apart and put together again.
+    pair = gl.inline_asm_elementwise("", "=r,0", [pair], dtype=gl.int32, is_pure=True, pack=1)
+    even = (pair & 0xFFFF).to(gl.uint16).to(gl.bfloat16, bitcast=True)
+    odd = (pair >> 16).to(gl.uint16).to(gl.bfloat16, bitcast=True)
+    number = gl.join(even, odd).reshape((4, 8, 4, 2, 2, 2, 2, 2))
+    # warp, lane_row, lane_column, upper, far, right, next, odd
+    number = number.permute((0, 3, 1, 4, 6, 5, 2, 7)).reshape((64, 64))
+    return gl.convert_layout(number, FACTOR, assert_trivial=True)
