@@ -54,6 +54,15 @@ def held_out() -> list[Question]:
 
 
 @pytest.fixture
+def one_thread_an_operation():
+    """For tests that have threads of their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poisoned_memory():
     """PyTorch's deterministic mode fills new tensors with NaN, or the largest integer: what kernels write, and scratch."""
     torch.manual_seed(0)

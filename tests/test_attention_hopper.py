@@ -20,16 +20,7 @@ from plugins.attention.reference import paged_attention_reference
 SLIDING = {"heads": 4, "kv_heads": 2, "head_dim": 256, "page_size": 32}
 FULL = {"heads": 8, "kv_heads": 1, "head_dim": 512, "page_size": 32}
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_an_operation():
-    """The groups of warps are threads already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread_an_operation")
 
 
 def interpreted(inputs, causal, window, num_splits=1, keys=None):

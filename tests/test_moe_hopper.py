@@ -21,16 +21,7 @@ from plugins.moe.packing import ROW_FACTOR, pack, unpack
 
 EXPERTS = 4
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_an_operation():
-    """The groups of warps are threads already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread_an_operation")
 
 
 @pytest.mark.parametrize("index_of", ["random", "one expert", "no expert"])

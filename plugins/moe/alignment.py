@@ -44,10 +44,7 @@ def align(top_k_index: Tensor, num_experts: int, tile_rows: int) -> Launch:
         grid=(num_experts,),
         inputs=(top_k_index,),
         scalars=(num_routed, tiles),
-        outputs=(
-            top_k_index.new_empty(tiles * tile_rows, dtype=torch.int32),
-            top_k_index.new_empty(tiles, dtype=torch.int32),
-        ),
+        outputs=_slots_and_tiles(top_k_index, tiles, tile_rows),
         constants={
             "NUM_EXPERTS": num_experts,
             "TILE_ROWS": tile_rows,
@@ -57,6 +54,10 @@ def align(top_k_index: Tensor, num_experts: int, tile_rows: int) -> Launch:
         num_warps=_ALIGN_WARPS,
         num_stages=1,
     )
+
+
+def _slots_and_tiles(top_k_index: Tensor, tiles: int, tile_rows: int) -> tuple[Tensor, Tensor]:
+    return tuple(top_k_index.new_empty(size, dtype=torch.int32) for size in (tiles * tile_rows, tiles))
 
 
 def count(top_k_index: Tensor, num_experts: int, chunk: int = _CHUNK) -> Launch:
@@ -108,10 +109,7 @@ def place(
         grid=(first_slots.shape[0],),
         inputs=(top_k_index, first_slots, totals, end_tiles),
         scalars=(num_routed, tiles),
-        outputs=(
-            top_k_index.new_empty(tiles * tile_rows, dtype=torch.int32),
-            top_k_index.new_empty(tiles, dtype=torch.int32),
-        ),
+        outputs=_slots_and_tiles(top_k_index, tiles, tile_rows),
         constants={
             "NUM_EXPERTS": num_experts,
             "TILE_ROWS": tile_rows,

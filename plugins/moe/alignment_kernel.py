@@ -58,17 +58,12 @@ def align_kernel(
         tl.store(row_order + slot + tl.cumsum(mine, axis=0) - 1, routed, mask=mine > 0)
         slot += tl.sum(mine, axis=0)
     # 4.
-    filling = slot + tl.arange(0, TILE_ROWS)
-    tl.store(row_order + filling, tl.zeros((TILE_ROWS,), dtype=tl.int32) + num_routed, mask=filling < end_tile * TILE_ROWS)
+    _fill(row_order, slot, end_tile * TILE_ROWS, num_routed, TILE_ROWS)
     # 5.
-    for start in range(first_tile, end_tile, BLOCK):
-        tile = start + block
-        tl.store(tile_expert + tile, tl.zeros((BLOCK,), dtype=tl.int32) + expert, mask=tile < end_tile)
+    _name(tile_expert, first_tile, end_tile, expert, BLOCK)
     # 6.
     if expert == NUM_EXPERTS - 1:
-        for start in range(end_tile, num_tiles, BLOCK):
-            tile = start + block
-            tl.store(tile_expert + tile, tl.full((BLOCK,), -1, dtype=tl.int32), mask=tile < num_tiles)
+        _name(tile_expert, end_tile, num_tiles, -1, BLOCK)
 
 
 @triton.jit(do_not_specialize=("num_routed",))
@@ -140,7 +135,6 @@ def place_kernel(
     a share of the experts fill the last tile and name the tiles. 3. The last program marks the tiles that no expert has.
     """
     chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
-    experts = tl.arange(0, EXPERTS_POW2)
     within = tl.arange(0, CHUNK)
     # 1.
     routed = chunk * CHUNK + within
@@ -158,13 +152,23 @@ def place_kernel(
     for expert in range(chunk, NUM_EXPERTS, num_chunks):
         total, end = tl.load(totals + expert), tl.load(end_tiles + expert)
         first = end - (total + TILE_ROWS - 1) // TILE_ROWS
-        filling = first * TILE_ROWS + total + tl.arange(0, TILE_ROWS)
-        tl.store(row_order + filling, tl.zeros((TILE_ROWS,), dtype=tl.int32) + num_routed, mask=filling < end * TILE_ROWS)
-        for start in range(first, end, EXPERTS_POW2):
-            tile = start + experts
-            tl.store(tile_expert + tile, tl.zeros((EXPERTS_POW2,), dtype=tl.int32) + expert, mask=tile < end)
+        _fill(row_order, first * TILE_ROWS + total, end * TILE_ROWS, num_routed, TILE_ROWS)
+        _name(tile_expert, first, end, expert, EXPERTS_POW2)
     # 3.
     if chunk == num_chunks - 1:
-        for start in range(tl.load(end_tiles + NUM_EXPERTS - 1), num_tiles, EXPERTS_POW2):
-            tile = start + experts
-            tl.store(tile_expert + tile, tl.full((EXPERTS_POW2,), -1, dtype=tl.int32), mask=tile < num_tiles)
+        _name(tile_expert, tl.load(end_tiles + NUM_EXPERTS - 1), num_tiles, -1, EXPERTS_POW2)
+
+
+@triton.jit
+def _fill(row_order, slot, end_slot, num_routed, TILE_ROWS: tl.constexpr):
+    """The slots of an expert's last tile, from `slot` on, hold no routed row."""
+    slots = slot + tl.arange(0, TILE_ROWS)
+    tl.store(row_order + slots, tl.zeros((TILE_ROWS,), dtype=tl.int32) + num_routed, mask=slots < end_slot)
+
+
+@triton.jit
+def _name(tile_expert, first, end, expert, BLOCK: tl.constexpr):
+    """The tiles from `first` to `end` are the expert's."""
+    for start in range(first, end, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        tl.store(tile_expert + tile, tl.zeros((BLOCK,), dtype=tl.int32) + expert, mask=tile < end)
