@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
 
-from plugins.attention.hopper_launch import HOPPER, hopper_attention
+from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
 from plugins.moe.launch import Tile as ExpertsTile
@@ -28,6 +28,7 @@ from plugins.moe.launch import combine, experts, route
 from plugins.moe.packed_launch import choose_tile as packed_tile
 from plugins.moe.packed_launch import weighted_rows as packed_weighted_rows
 from plugins.moe.packing import ROW_FACTOR, pack
+from plugins.triton_launch import HOPPER_CAPABILITY
 from plugins.vocabulary.launch import vocabulary_pass
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB, CANVAS = 2816, 704, 128, 8, 262_144, 256
@@ -218,7 +219,7 @@ def makers() -> Iterator[Maker]:
         for packed in (False, True):
             yield partial(experts_case, rows, packed)
     for batch, prefix in ((1, 512), (1, 8192), (1, 65536), (4, 8192), (16, 2048)):
-        for hopper in (False, True) if torch.cuda.get_device_capability() == HOPPER else (False,):
+        for hopper in (False, True) if torch.cuda.get_device_capability() == HOPPER_CAPABILITY else (False,):
             yield partial(attention_case, batch, prefix, kv_heads=8, head_dim=256, window=1024, hopper=hopper)
             yield partial(attention_case, batch, prefix, kv_heads=2, head_dim=512, window=0, hopper=hopper)
     for rows in (256, 1024):

@@ -60,6 +60,13 @@ def run(monkeypatch, engine_dir, capsys):
     return started
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_every_module_can_be_imported(name):
+    """Also those that only a GPU can run."""
+    pytest.importorskip("triton", reason="kernels are written in Triton's language")
+    importlib.import_module(name)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_ends_with_its_report(run, name):
     report = run(name)
