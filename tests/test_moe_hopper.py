@@ -13,11 +13,13 @@ pytest.importorskip("triton", reason="the kernel is written in Triton's Gluon")
 
 from gluon_interpreter import InterpretedKernel
 from tolerances import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plugins.moe import alignment, hopper_down_launch, packed_launch
 from plugins.moe.arranging import BLOCK
 from plugins.moe.kernel_reference import align_reference, down_reference
-from plugins.moe.packing import ROW_FACTOR, pack, unpack
+from plugins.moe.packing import ROW_FACTOR, pack, packed_shape, unpack
+from plugins.triton_launch import Launch
 
 EXPERTS = 4
 
@@ -52,6 +54,33 @@ def test_equals_the_reference(hidden_size, width, index_of):
     expected = down_reference(activated, unpack(packed, hidden_size, width), weights, index.clamp(min=0))
     assert_close(weighted[chosen], expected[chosen], torch.bfloat16)
     assert weighted[~chosen].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "capability", "width", "expected"),
+    [
+        (2048, (9, 0), 704, "hopper_down_kernel"),
+        (2048, (10, 0), 704, "down_packed_kernel"),
+        (2048, (9, 0), 768, "down_packed_kernel"),
+        (256, (9, 0), 704, "down_packed_kernel"),
+    ],
+    ids=["many rows", "another device", "rows too long for shared memory", "few rows"],
+)
+def test_which_kernel_is_launched(rows, capability, width, expected, monkeypatch):
+    launched = []
+    monkeypatch.setattr(Launch, "run", lambda self, wrap: launched.append(self.kernel.__name__) or self.outputs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode(), torch.device("cuda"):
+        hidden, index, weights = (
+            torch.empty(rows, 2816, dtype=torch.bfloat16),
+            torch.empty(rows, 8).long(),
+            torch.empty(rows, 8),
+        )
+        shapes = packed_shape((128, 2 * width, 2816), 2), packed_shape((128, 2816, width), 1)
+        packed_launch.experts_packed(
+            hidden, weights.long(), weights, *(torch.empty(shape, dtype=torch.int32) for shape in shapes)
+        )
+    assert launched[-2] == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
