@@ -71,15 +71,10 @@ def test_which_kernel_is_launched(rows, capability, width, expected, monkeypatch
     monkeypatch.setattr(Launch, "run", lambda self, wrap: launched.append(self.kernel.__name__) or self.outputs)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode(), torch.device("cuda"):
-        hidden, index, weights = (
-            torch.empty(rows, 2816, dtype=torch.bfloat16),
-            torch.empty(rows, 8).long(),
-            torch.empty(rows, 8),
-        )
         shapes = packed_shape((128, 2 * width, 2816), 2), packed_shape((128, 2816, width), 1)
-        packed_launch.experts_packed(
-            hidden, weights.long(), weights, *(torch.empty(shape, dtype=torch.int32) for shape in shapes)
-        )
+        packed = [torch.empty(shape, dtype=torch.int32) for shape in shapes]
+        weights = torch.empty(rows, 8)
+        packed_launch.experts_packed(torch.empty(rows, 2816, dtype=torch.bfloat16), weights.long(), weights, *packed)
     assert launched[-2] == expected
 
 
