@@ -106,3 +106,8 @@ def least(number: int | torch.SymInt) -> int:
     while bound < 1 << 20 and statically_known_true(number >= 2 * bound):
         bound *= 2
     return bound
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """`triton.cdiv`, also for the symbolic numbers of a trace."""
+    return (dividend + divisor - 1) // divisor

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from plugins.moe import alignment_kernel
-from plugins.triton_launch import Launch, Wrap, least, unwrapped
+from plugins.triton_launch import Launch, Wrap, ceil_div, least, unwrapped
 
 MANY_ROUTED = 16384
 """From here on in chunks. NVIDIA H200, Triton 3.6, 1024 / 2048 / 4096 / 8192 / 16384 rows of 8 experts: 13.3 / 13.0 / 13.4 /
@@ -121,8 +121,3 @@ def place(
         num_warps=_CHUNK_WARPS,
         num_stages=1,
     )
-
-
-def ceil_div(dividend: int, divisor: int) -> int:
-    """`triton.cdiv`, also for the symbolic numbers of a trace."""
-    return (dividend + divisor - 1) // divisor

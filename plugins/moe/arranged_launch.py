@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from plugins.moe.alignment import ceil_div
 from plugins.moe.arranging import BLOCK
 from plugins.moe.launch import Tile
+from plugins.triton_launch import ceil_div
 
 
 def arranged_tile(rows: int, width: int, num_warps: int, num_stages: int, depth: int = BLOCK) -> Tile:

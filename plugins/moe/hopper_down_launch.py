@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from plugins.moe.alignment import ceil_div
 from plugins.moe.arranging import BLOCK
 from plugins.moe.hopper_down_kernel import AHEAD, hopper_down_kernel
-from plugins.triton_launch import HOPPER_CAPABILITY, Launch
+from plugins.triton_launch import HOPPER_CAPABILITY, Launch, ceil_div
 
 ROWS = 128
 """Of a tile. NVIDIA H200, Triton 3.6, 2048 / 4096 / 8192 / 16384 rows of 8 experts: 195 / 323 / 534 / 1006 µs; Triton's kernel

@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from plugins.moe import kernel
-from plugins.moe.alignment import aligned, ceil_div
-from plugins.triton_launch import Launch, Wrap, unwrapped
+from plugins.moe.alignment import aligned
+from plugins.triton_launch import Launch, Wrap, ceil_div, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
