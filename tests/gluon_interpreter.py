@@ -259,6 +259,10 @@ def _mma_wait(num_outstanding: int, deps: list[Tile | Product]) -> object:
     return results if len(results) > 1 else results[0]
 
 
+def _assert(condition: bool) -> None:
+    assert condition
+
+
 def _passed(text: str, arguments: list[Tile]) -> Tile:
     """Of an assembly without instructions."""
     assert not text
@@ -282,6 +286,7 @@ _LANGUAGE = SimpleNamespace(
     **{name: lambda *_: None for name in _LAYOUTS},
     constexpr=gl.constexpr,
     static_range=range,
+    static_assert=_assert,
     program_id=lambda axis: _tile(_program.program_id[axis]).int(),
     arange=lambda start, stop, layout: _tile(torch.arange(start, stop, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout: _tile(torch.zeros(shape, dtype=dtype)),

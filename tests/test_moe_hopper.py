@@ -4,8 +4,6 @@ Hopper GPU it gives the bits of Triton's kernel.
 Memory that must not be read is NaN, or outside of a tensor: an error.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,8 +13,9 @@ from gluon_interpreter import InterpretedKernel
 from tolerances import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from plugins.moe import alignment, hopper_down_launch, packed_launch
+from plugins.moe import alignment, packed_launch
 from plugins.moe.arranging import BLOCK
+from plugins.moe.hopper_down_kernel import hopper_down_kernel
 from plugins.moe.kernel_reference import align_reference, down_reference
 from plugins.moe.packing import ROW_FACTOR, pack, packed_shape, unpack
 from plugins.triton_launch import Launch
@@ -45,11 +44,12 @@ def test_equals_the_reference(hidden_size, width, index_of):
         packed[expert, :, -BLOCK:] = torch.tensor(float("nan")).view(torch.int32)
     activated = torch.randn(index.numel(), width).bfloat16()
     weights = torch.rand(index.shape)
-    slots, experts = align_reference(index, EXPERTS, hopper_down_launch.ROWS)
-    unused = [torch.iinfo(torch.int32).max] * hopper_down_launch.ROWS
+    tile = packed_launch.hopper_tile(packed)
+    slots, experts = align_reference(index, EXPERTS, tile.rows)
+    unused = [torch.iinfo(torch.int32).max] * tile.rows
     routing = torch.tensor([*slots, *unused], dtype=torch.int32), torch.tensor([*experts, -1], dtype=torch.int32)
-    launch = hopper_down_launch.hopper_down(activated * ROW_FACTOR, packed, weights, *routing, hidden_size)
-    (weighted,) = replace(launch, kernel=InterpretedKernel(launch.kernel)).run()
+    operands = (activated * ROW_FACTOR, packed, weights, *routing, hidden_size)
+    (weighted,) = packed_launch.down(*operands, tile, InterpretedKernel(hopper_down_kernel)).run()
     chosen = (index >= 0).flatten()
     expected = down_reference(activated, unpack(packed, hidden_size, width), weights, index.clamp(min=0))
     assert_close(weighted[chosen], expected[chosen], torch.bfloat16)
@@ -88,11 +88,12 @@ def test_a_gpu_gives_the_bits_of_the_kernel_for_all(hidden_size, width, rows):
     weights = torch.rand(rows, top_k, device="cuda")
     packed = pack(torch.randn(num_experts, hidden_size, width, device="cuda").bfloat16() * width**-0.5)
     activated = torch.randn(rows * top_k, width, device="cuda").bfloat16() * ROW_FACTOR
-    if not hopper_down_launch.has_kernel(activated, hidden_size, hopper_down_launch.ROWS):
-        pytest.skip("needs a GPU of compute capability 9.0")
     tile = packed_launch.MANY_ROWS_DOWN
+    if not packed_launch.has_hopper_kernel(activated, hidden_size, tile):
+        pytest.skip("needs a GPU of compute capability 9.0")
     routing = alignment.align(index, num_experts, tile.rows).run()
-    (expected,) = packed_launch.down(activated, packed, weights, *routing, hidden_size, tile).run()
-    (weighted,) = hopper_down_launch.hopper_down(activated, packed, weights, *routing, hidden_size).run()
+    operands = (activated, packed, weights, *routing, hidden_size)
+    (expected,) = packed_launch.down(*operands, tile).run()
+    (weighted,) = packed_launch.down(*operands, packed_launch.hopper_tile(packed), hopper_down_kernel).run()
     assert weighted.isfinite().all()
     assert torch.equal(weighted, expected)

@@ -44,11 +44,13 @@ def hopper_down_kernel(
     DEPTH: gl.constexpr,
     WIDTH: gl.constexpr,
     TILE_ROWS: gl.constexpr,
+    TILE_DEPTH: gl.constexpr,
     BLOCKS: gl.constexpr,
     BLOCK: gl.constexpr,
     STRIDE: gl.constexpr,
 ):
     """Grid: (NUM_BLOCKS / BLOCKS, tiles). DEPTH: F. WIDTH: D, a multiple of BLOCK. All else as in `down_packed_kernel`."""
+    gl.static_assert(TILE_DEPTH == BLOCK)
     STEPS: gl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [_GROUP_WARPS], [0])
