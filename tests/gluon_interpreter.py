@@ -4,7 +4,8 @@ A kernel's functions are called as they are written, with stand-ins for Gluon's 
 warps of a program are threads, which wait for each other at barriers as on the device. What runs beside the program happens as
 late as the program allows, and what is not there yet is NaN:
 
-- a copy to shared memory fills its target with NaN at once, and with the data when it is waited for, or arrives at a barrier;
+- a copy to shared memory fills its target with NaN at once, and with the data when its group is waited for, or it arrives at a
+  barrier;
 - a matrix product that is not waited for reads its factors when it is, and there is no result before;
 - new shared memory is NaN.
 
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType, SimpleNamespace
 
 import torch
+from gluon_values import Pointer, Shared, Tile, fill_with_poison, tile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,64 +30,6 @@ from triton.runtime.jit import JITFunction
 
 _PATIENCE = 60  # seconds until a wait counts as one that nobody ends
 _THREADS_A_WARP = 32
-
-
-class Tile(torch.Tensor):
-    """A tensor, or a scalar of no dimension, with the integer arithmetic of devices."""
-
-    @property
-    def type(self) -> SimpleNamespace:
-        return SimpleNamespace(layout=None)
-
-    def __floordiv__(self, other: object) -> "Tile":
-        return torch.div(self, other, rounding_mode="trunc")
-
-    def __mod__(self, other: object) -> "Tile":
-        return torch.fmod(self, other)
-
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Tile":
-        return self.view(dtype) if bitcast else super().to(dtype)
-
-
-class Pointer:
-    """Into a tensor: one place, or one for each lane."""
-
-    def __init__(self, tensor: torch.Tensor, offset: object = 0) -> None:
-        self.tensor, self.offset = tensor.view(-1), _tile(offset).long()
-        self.dtype = SimpleNamespace(element_ty=tensor.dtype)
-
-    def __add__(self, offset: object) -> "Pointer":
-        return Pointer(self.tensor, self.offset + offset)
-
-    def places(self, mask: object) -> tuple[Tile, Tile]:
-        """Of each lane: its place, 0 where the mask is off; and the mask."""
-        mask = torch.ones_like(self.offset, dtype=torch.bool) if mask is None else _tile(mask).expand(self.offset.shape)
-        places = torch.where(mask, self.offset, 0)
-        if mask.any() and not 0 <= int(places.min()) <= int(places.max()) < self.tensor.numel():
-            raise IndexError(f"places {int(places.min())} to {int(places.max())} of a tensor of {self.tensor.numel()} elements")
-        return places, mask
-
-
-class Shared:
-    """Shared memory, or a part of it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.shape, self.dtype = tensor, list(tensor.shape), tensor.dtype
-
-    def index(self, index: object) -> "Shared":
-        return Shared(self.tensor[int(index)])
-
-    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
-        return Shared(self.tensor.narrow(dim, start, length))
-
-    def permute(self, order: tuple[int, ...]) -> "Shared":
-        return Shared(self.tensor.permute(order))
-
-    def load(self, layout: object) -> Tile:
-        return _tile(self.tensor.clone())
-
-    def store(self, value: Tile) -> None:
-        self.tensor.copy_(value)
 
 
 class Product:
@@ -114,8 +58,9 @@ class _Program:
         self.program_id, self.barriers, self.changed, self.errors = program_id, {}, threading.Condition(), []
         self.num_warps, self.under_way = num_warps, threading.local()
 
-    def copies(self) -> list[tuple[Shared, Tile]]:
-        return self.under_way.__dict__.setdefault("copies", [])
+    def copies(self) -> list[list[tuple[Shared, Tile]]]:
+        """In groups, the last one still open."""
+        return self.under_way.__dict__.setdefault("copies", [[]])
 
     def products(self) -> list[Product]:
         return self.under_way.__dict__.setdefault("products", [])
@@ -131,10 +76,12 @@ class _Program:
             passed = self.changed.wait_for(lambda: self.errors or state.phase != int(phase), timeout=_PATIENCE)
         assert passed and not self.errors, "another group of warps failed" if self.errors else "nobody ends this wait"
 
-    def deliver(self) -> None:
-        for target, data in self.copies():
-            target.store(data)
-        self.copies().clear()
+    def deliver(self, num_groups: int) -> None:
+        """The copies of the first groups."""
+        for group in self.copies()[:num_groups]:
+            for target, data in group:
+                target.store(data)
+            group.clear()
 
     def finish(self, num_outstanding: int) -> None:
         while len(self.products()) > num_outstanding:
@@ -145,7 +92,7 @@ class _Program:
         def guarded(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
             try:
                 function(*arguments)
-                assert not self.copies() and not self.products(), "something is under way at the end"
+                assert not any(self.copies()) and not self.products(), "something is under way at the end"
             except BaseException as error:
                 with self.changed:
                     self.errors.append(error)
@@ -172,7 +119,7 @@ class InterpretedKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: object, num_warps: int, num_stages: int, **constants: int) -> None:
             global _program
-            given = [Pointer(each) if isinstance(each, torch.Tensor) else _tile(each).int() for each in arguments]
+            given = [Pointer(each) if isinstance(each, torch.Tensor) else tile(each).int() for each in arguments]
             for x, y, z in torch.cartesian_prod(*(torch.arange(size) for size in (*grid, 1, 1)[:3])).tolist():
                 _program = _Program((x, y, z), num_warps)
                 self.body(*given, **constants)
@@ -197,13 +144,12 @@ def _interpreted(function: JITFunction, known: dict[JITFunction, FunctionType]) 
     return known[function]
 
 
-def _tile(value: object) -> Tile:
-    return torch.as_tensor(value).as_subclass(Tile)
-
-
 def _load(pointer: Pointer, mask: object = None, other: float = 0) -> Tile:
     places, mask = pointer.places(mask)
-    return torch.where(mask, _tile(pointer.tensor[places]), _tile(other).to(pointer.tensor.dtype))
+    values, other = pointer.tensor, torch.tensor(other, dtype=pointer.tensor.dtype)
+    if values.dtype == torch.float8_e4m3fn:  # PyTorch moves their bytes
+        return tile(torch.where(mask, values.view(torch.uint8)[places], other.view(torch.uint8)).view(values.dtype))
+    return tile(torch.where(mask, values[places], other))
 
 
 def _store(pointer: Pointer, value: Tile, mask: object = None) -> None:
@@ -212,23 +158,24 @@ def _store(pointer: Pointer, value: Tile, mask: object = None) -> None:
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
-    return Shared(torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+    room = Shared(torch.empty(shape, dtype=dtype))
+    fill_with_poison(room.tensor)
+    return room
 
 
 def _copy(target: Shared, pointers: Pointer, mask: object = None) -> None:
-    _program.copies().append((target, _load(pointers, mask)))
-    target.tensor.fill_(float("nan"))
+    _program.copies()[-1].append((target, _load(pointers, mask)))
+    fill_with_poison(target.tensor)
 
 
 def _arrive_with_copies(barrier: Shared, increment_count: bool) -> None:
     assert not increment_count
-    _program.deliver()
+    _program.deliver(len(_program.copies()))
     _program.arrive(barrier, _THREADS_A_WARP * _program.num_warps)
 
 
 def _wait_group(num_outstanding: int) -> None:
-    assert num_outstanding == 0
-    _program.deliver()
+    _program.deliver(max(0, len(_program.copies()) - 1 - num_outstanding))
 
 
 def _init(barrier: Shared, count: int) -> None:
@@ -240,7 +187,7 @@ def _mma(
 ) -> Tile | Product:
     def compute() -> Tile:
         left = a.tensor if isinstance(a, Shared) else a
-        product = _tile(left.float() @ b.tensor.float())
+        product = tile(left.float() @ b.tensor.float())
         before = accumulator.result if isinstance(accumulator, Product) else accumulator
         return before + product if use_acc else product
 
@@ -270,7 +217,7 @@ def _passed(text: str, arguments: list[Tile]) -> Tile:
 
 
 def _either(choose: Callable[[Tile, Tile], Tile]) -> Callable[[object, object], Tile]:
-    return lambda a, b: choose(_tile(a), _tile(b))
+    return lambda a, b: choose(tile(a), tile(b))
 
 
 _LAYOUTS = (
@@ -282,23 +229,24 @@ _LAYOUTS = (
     "SwizzledSharedLayout",
 )
 _LANGUAGE = SimpleNamespace(
-    **{name: getattr(torch, name) for name in ("bfloat16", "float32", "int32", "int64", "uint16")},
+    **{name: getattr(torch, name) for name in ("bfloat16", "float32", "int32", "int64", "uint8", "uint16")},
     **{name: lambda *_: None for name in _LAYOUTS},
+    float8e4nv=torch.float8_e4m3fn,
     constexpr=gl.constexpr,
     static_range=range,
     static_assert=_assert,
-    program_id=lambda axis: _tile(_program.program_id[axis]).int(),
-    arange=lambda start, stop, layout: _tile(torch.arange(start, stop, dtype=torch.int32)),
-    zeros=lambda shape, dtype, layout: _tile(torch.zeros(shape, dtype=dtype)),
-    full=lambda shape, value, dtype, layout: _tile(torch.full(shape, value, dtype=dtype)),
+    program_id=lambda axis: tile(_program.program_id[axis]).int(),
+    arange=lambda start, stop, layout: tile(torch.arange(start, stop, dtype=torch.int32)),
+    zeros=lambda shape, dtype, layout: tile(torch.zeros(shape, dtype=dtype)),
+    full=lambda shape, value, dtype, layout: tile(torch.full(shape, value, dtype=dtype)),
     load=_load,
     store=_store,
-    where=lambda condition, a, b: torch.where(_tile(condition), _tile(a), _tile(b)),
+    where=lambda condition, a, b: torch.where(tile(condition), tile(a), tile(b)),
     minimum=_either(torch.minimum),
     maximum=_either(torch.maximum),
     max=lambda value, axis: value.amax(axis),
     sum=lambda value, axis: value.sum(axis, dtype=value.dtype),
-    cdiv=lambda a, b: (_tile(a) + b - 1) // b,
+    cdiv=lambda a, b: (tile(a) + b - 1) // b,
     exp2=torch.exp2,
     log2=torch.log2,
     join=lambda a, b: torch.stack((a, b), dim=-1),
@@ -313,6 +261,11 @@ _BARRIERS = SimpleNamespace(
     arrive=lambda barrier, count: _program.arrive(barrier, count),
     wait=lambda barrier, phase: _program.wait(barrier, phase),
 )
-_COPIES = SimpleNamespace(async_copy_global_to_shared=_copy, mbarrier_arrive=_arrive_with_copies, wait_group=_wait_group)
+_COPIES = SimpleNamespace(
+    async_copy_global_to_shared=_copy,
+    mbarrier_arrive=_arrive_with_copies,
+    commit_group=lambda: _program.copies().append([]),
+    wait_group=_wait_group,
+)
 _MODULES = {gl: _LANGUAGE, mbarrier: _BARRIERS, async_copy: _COPIES}
 _FUNCTIONS = {fence_async_shared: lambda: None, warpgroup_mma: _mma, warpgroup_mma_wait: _mma_wait}

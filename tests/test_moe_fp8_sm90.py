@@ -16,7 +16,9 @@ from hopper import (
 )
 
 from plugins.moe import alignment, fp8_launch
+from plugins.moe.arranged_launch import hopper_tile
 from plugins.moe.arranging import arranged_shape
+from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
 from plugins.triton_launch import Launch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
@@ -63,5 +65,27 @@ def test_compiles(rows, fp8_rows, name, tmp_path):
     assert ptx.count(factors) == instructions["wgmma.mma_async"] > 0
     assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (not fp8_rows)
     assert "cvt.bf16.f16" not in ptx
+    check_weights_stay_in_their_threads(ptx)
+    check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile", "grid"),
+    [(1024, fp8_launch.SOME_FP8_ROWS, (2, 254)), (16384, fp8_launch.MANY_FP8_ROWS, (2, 1151))],
+    ids=["1024 rows", "16384 rows"],
+)
+def test_second_product_for_hopper_compiles(rows, tile, grid, tmp_path):
+    """Its two groups of warps are each as one of Triton's programs. 704 columns are five steps of 128 and one of 64."""
+    numbers, scale, down_proj, *others = launches(rows, True)["down"].inputs
+    words = torch.empty(*down_proj.shape[:2], down_proj.shape[2] // 4, dtype=torch.int32, device="meta")
+    described = fp8_launch.down(
+        numbers, scale, words, *others, hopper_tile(words, tile), torch.bfloat16, hopper_down_fp8_kernel
+    )
+    assert described.grid == grid
+    instructions = check_compiles(described, tmp_path, f"{rows} rows", groups=2)
+    ptx = described.compile(HOPPER).asm["ptx"]
+    assert ptx.count("f32.e4m3.e4m3") == instructions["wgmma.mma_async"] == 2 * (5 * 4 + 2)
+    assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
+    assert "prmt" not in ptx, "numbers are taken apart and put together again"
     check_weights_stay_in_their_threads(ptx)
     check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")

@@ -1,10 +1,16 @@
 """What the launches of products with arranged weights share: tiles, grids, constants; see `plugins.moe.arranged_kernel`."""
 
+import torch
 from torch import Tensor
 
 from plugins.moe.arranging import BLOCK
 from plugins.moe.launch import Tile
-from plugins.triton_launch import ceil_div
+from plugins.triton_launch import HOPPER_CAPABILITY, ceil_div
+
+HOPPER_PARTS = 2
+"""Programs of a second product's kernel for Hopper that share a tile's columns. NVIDIA H200, Triton 3.6, 2048 / 4096 / 8192 /
+16384 rows of 8 experts, packed: 195 / 323 / 534 / 1006 µs; one part: 239 / 353 / 581 / 1014; in four, before the last changes:
+1209 for 1137 at 16384. FP8 rows: 120 / 197 / 357 / 642; one part: 147 / 221 / 372 / 644; in three: 135 / 212 / 373 / 687."""
 
 
 def arranged_tile(rows: int, width: int, num_warps: int, num_stages: int, depth: int = BLOCK) -> Tile:
@@ -23,3 +29,13 @@ def product_constants(weight: Tensor, depth: int, width: int, tile: Tile, **othe
     sizes = {"NUM_EXPERTS": num_experts, "NUM_BLOCKS": num_blocks, "DEPTH": depth, "WIDTH": width, **others}
     of_tile = {"TILE_ROWS": tile.rows, "TILE_DEPTH": tile.depth, "BLOCKS": tile.width // BLOCK}
     return sizes | of_tile | {"BLOCK": BLOCK, "STRIDE": stride}
+
+
+def hopper_tile(down_proj: Tensor, tile: Tile) -> Tile:
+    """Of a second product's kernel for Hopper, in place of `tile`, with the warps of one of its groups."""
+    width = ceil_div(down_proj.shape[1], HOPPER_PARTS) * BLOCK
+    return arranged_tile(tile.rows, width, num_warps=4, num_stages=1, depth=tile.depth)
+
+
+def on_hopper(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) == HOPPER_CAPABILITY

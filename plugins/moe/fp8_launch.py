@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from plugins.moe import fp8_kernel, launch
-from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
-from plugins.moe.arranging import HALVES, arranged_shape
+from plugins.moe.arranged_launch import arranged_tile, hopper_tile, on_hopper, product_constants, product_grid
+from plugins.moe.arranging import BLOCK, HALVES, arranged_shape, num_depths
+from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
@@ -35,6 +36,11 @@ MANY_FP8_ROWS = arranged_tile(128, 128, 4, 3, depth=128)
 """The same in e4m3: 240 + 183 / 350 + 287 / 602 + 501 / 1136 + 1007 µs; 64 deep, 4 stages: 261 + 186 / 407 + 299 / 719 + 524 /
 1413 + 1050; that 64 wide: 270 + 188 / 437 + 301 / 796 + 541 / 1549 + 1074; 8 warps at 8192: 858 + 724."""
 
+_HOPPER_DEPTHS = range(2, 13)
+"""How many times 64 columns there may be: one whole step, and what shared memory has room for. NVIDIA H200, Triton 3.6, the
+kernel for Hopper at 512 / 1024 / 2048 / 4096 / 8192 / 16384 rows: 75 / 88 / 120 / 197 / 357 / 642 µs, Triton's 80 / 104 / 170 /
+268 / 490 / 919; in tiles of the other size, 1024 to 4096: 85 / 127 / 217."""
+
 _DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, SOME_FP8_ROWS: SOME_FP8_ROWS_DOWN}
 
 FLOAT32 = arranged_tile(32, 64, 4, 2)
@@ -52,6 +58,13 @@ def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype,
 def choose_down_tile(tile: Tile) -> Tile:
     """The tile of the second product, next to that of the first; they have the same rows."""
     return _DOWN_TILES.get(tile, tile)
+
+
+def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
+    """Whether the second product has a kernel for Hopper: for the rows, the device, the first one's tile, and the sizes."""
+    tiles, (_, width) = (SOME_FP8_ROWS.rows, MANY_FP8_ROWS.rows), activated.shape
+    fits = num_depths(width) in _HOPPER_DEPTHS and width % 16 == 0 and hidden_size % BLOCK == 0
+    return activated.dtype == torch.float8_e4m3fn and tile.rows in tiles and fits and on_hopper(activated)
 
 
 def scale_rows(rows: Tensor, dtype: torch.dtype) -> Launch:
@@ -104,11 +117,13 @@ def down(
     tile_expert: Tensor,
     tile: Tile,
     dtype: torch.dtype,
+    kernel: object = fp8_kernel.down_fp8_kernel,
 ) -> Launch:
-    """Outputs weighted [N * k, D] in `dtype`, the model's."""
+    """Outputs weighted [N * k, D] in `dtype`, the model's. kernel: or `hopper_down_fp8_kernel`, with its tile and the weights
+    as int32."""
     (num_routed, width), hidden_size = scaled_rows.shape, weight_scale.shape[1]
     return Launch(
-        kernel=fp8_kernel.down_fp8_kernel,
+        kernel=kernel,
         grid=product_grid(down_proj, tile_expert, tile),
         inputs=(scaled_rows, row_scale, down_proj, weight_scale, top_k_weights, row_order, tile_expert),
         scalars=(num_routed,),
@@ -190,7 +205,11 @@ def weighted_rows(
     first = gate_up(rows, row_scale, gate_up_proj, gate_up_proj_scale, row_order, tile_expert, top_k, tile, dtype)
     (activated,) = first.run(wrap)
     activated, row_scale = scale_rows(activated, rows.dtype).run(wrap)
-    down_tile = down_tile or choose_down_tile(tile)
-    second = down(activated, row_scale, down_proj, down_proj_scale, top_k_weights, row_order, tile_expert, down_tile, dtype)
+    others = (down_proj_scale, top_k_weights, row_order, tile_expert)
+    if down_tile is None and wrap is unwrapped and has_hopper_kernel(activated, hidden_size, tile):
+        words = down_proj.view(torch.int32)
+        second = down(activated, row_scale, words, *others, hopper_tile(words, tile), dtype, hopper_down_fp8_kernel)
+    else:
+        second = down(activated, row_scale, down_proj, *others, down_tile or choose_down_tile(tile), dtype)
     (weighted,) = second.run(wrap)
     return weighted

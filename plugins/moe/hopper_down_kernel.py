@@ -19,13 +19,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from plugins.moe.hopper_tile_kernel import (
+    GROUP_WARPS,
+    GROUPS,
+    REGISTERS,
+    copy_rows,
+    routed_rows,
+    store_of_rows,
+    store_weighted,
+)
 from plugins.moe.packing import PLANES, SIGNS, WHOLE
 
 AHEAD = 3
 """NVIDIA H200, Triton 3.6, 2048 / 16384 rows: 195 / 1006 µs; 2: 217 / 1120; 4, with registers in memory: 1274 at 16384. Words
 through shared memory, two or three groups: 1034, 1010."""
 
-_GROUPS, _GROUP_WARPS = gl.constexpr(2), gl.constexpr(4)
 _AHEAD, _PLANES = gl.constexpr(AHEAD), gl.constexpr(PLANES)
 _SIGNS, _WHOLE = gl.constexpr(SIGNS), gl.constexpr(WHOLE)
 
@@ -53,20 +61,19 @@ def hopper_down_kernel(
     gl.static_assert(TILE_DEPTH == BLOCK)
     STEPS: gl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [_GROUP_WARPS], [0])
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [GROUP_WARPS], [0])
 
     expert = gl.load(tile_expert + gl.program_id(1))
     if (expert >= 0) & (expert < NUM_EXPERTS):
         rows = gl.allocate_shared_memory(gl.bfloat16, [STEPS, TILE_ROWS, BLOCK], SHARED)
-        results = gl.allocate_shared_memory(gl.bfloat16, [_GROUPS, TILE_ROWS, BLOCK], SHARED)
+        results = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, TILE_ROWS, BLOCK], SHARED)
         of_rows = gl.allocate_shared_memory(gl.float32, [TILE_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         there = gl.allocate_shared_memory(gl.int64, [STEPS, 1], mbarrier.MBarrierLayout())
         for step in gl.static_range(STEPS):
-            mbarrier.init(there.index(step), count=32 * _GROUP_WARPS)
+            mbarrier.init(there.index(step), count=32 * GROUP_WARPS)
         slots = row_order + gl.program_id(1) * TILE_ROWS
-        routed = gl.load(slots + gl.arange(0, TILE_ROWS, LINE))
-        taken = (routed >= 0) & (routed < num_routed)
-        of_rows.store(gl.load(top_k_weights + routed, mask=taken, other=0.0).to(gl.float32))
+        routed, taken = routed_rows(slots, num_routed, TILE_ROWS, LINE)
+        store_of_rows(of_rows, top_k_weights, routed, taken)
         weights = down_proj + expert.to(gl.int64) * (NUM_BLOCKS * STRIDE)
         first = gl.program_id(0) * BLOCKS
         tile = (rows, there, activated, slots, num_routed)
@@ -77,8 +84,8 @@ def hopper_down_kernel(
                 (multiply, (0, tile, blocks, outputs, DEPTH, WIDTH, STRIDE)),
                 (multiply, (1, tile, blocks, outputs, DEPTH, WIDTH, STRIDE)),
             ],
-            [_GROUP_WARPS],
-            [232],  # registers of a thread of the second group; the first gets the rest
+            [GROUP_WARPS],
+            [REGISTERS],
         )
 
 
@@ -94,17 +101,13 @@ def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WI
     TILE_ROWS: gl.constexpr = rows.shape[1]
     BLOCK: gl.constexpr = rows.shape[2]
     STEP: gl.constexpr = _PLANES * BLOCK * BLOCK // 8  # words
-    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_GROUP_WARPS, 1], [1, 0])
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_GROUP_WARPS, 1], [16, TILE_ROWS, 16])
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GROUP_WARPS, 1], [1, 0])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [GROUP_WARPS, 1], [16, TILE_ROWS, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
 
-    routed = gl.load(slots + gl.arange(0, TILE_ROWS, gl.SliceLayout(1, LOADED)))
-    taken = (routed >= 0) & (routed < num_routed)
-    columns = gl.arange(0, BLOCK, gl.SliceLayout(0, LOADED))
-    pointers = activated + gl.where(taken, routed, 0)[:, None].to(gl.int64) * DEPTH + columns[None, :]
-    for copied in gl.static_range(INDEX, STEPS, _GROUPS):
-        inside = taken[:, None] & (copied * BLOCK + columns < DEPTH)[None, :]
-        async_copy.async_copy_global_to_shared(rows.index(copied), pointers + copied * BLOCK, mask=inside)
+    routed, taken = routed_rows(slots, num_routed, TILE_ROWS, gl.SliceLayout(1, LOADED))
+    for copied in gl.static_range(INDEX, STEPS, GROUPS):
+        copy_rows(rows.index(copied), activated, routed, taken, copied * BLOCK, DEPTH, LOADED)
         async_copy.mbarrier_arrive(there.index(copied), increment_count=False)
     # In blocks of the output, which a thread need not hold as pointers.
     line = gl.where(taken, routed, -1) * (WIDTH // BLOCK)
@@ -115,9 +118,9 @@ def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WI
     for step in gl.static_range(1, _AHEAD + 1):
         coming += (words(begin + step * STEP, BLOCK),)
     previous = factor
-    for block in range(first + INDEX, stop, _GROUPS):
+    for block in range(first + INDEX, stop, GROUPS):
         own = weights + block * STRIDE
-        following = weights + gl.minimum(block + _GROUPS, stop - 1) * STRIDE
+        following = weights + gl.minimum(block + GROUPS, stop - 1) * STRIDE
         scale = gl.load(own + (STRIDE - BLOCK) + gl.arange(0, BLOCK, gl.SliceLayout(1, PRODUCT))).to(gl.float32, bitcast=True)
         product = gl.zeros([BLOCK, TILE_ROWS], gl.float32, PRODUCT)
         for step in gl.static_range(STEPS):
@@ -136,10 +139,7 @@ def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WI
             factor = unpacked_next
         product, previous = warpgroup_mma_wait(0, deps=[product, previous])
         product = product * scale[:, None] * of_rows.load(gl.SliceLayout(0, PRODUCT))[None, :]
-        results.index(INDEX).permute((1, 0)).store(product.to(gl.bfloat16))  # to write whole lines
-        result = results.index(INDEX).load(LOADED)
-        at_line = weighted + (line + block)[:, None].to(gl.int64) * BLOCK
-        gl.store(at_line + columns[None, :], result, mask=(line >= 0)[:, None])
+        store_weighted(product, results.index(INDEX), weighted, line, block, LOADED)
     async_copy.wait_group(0)
 
 
@@ -147,7 +147,7 @@ def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WI
 def words(at, BLOCK: gl.constexpr):
     """at: the words of 64 columns of a block. Returns its planes; a thread has those of the numbers that it multiplies."""
     WORDS: gl.constexpr = BLOCK * BLOCK // 8
-    at += gl.arange(0, WORDS, gl.BlockedLayout([4], [32], [_GROUP_WARPS], [0]))
+    at += gl.arange(0, WORDS, gl.BlockedLayout([4], [32], [GROUP_WARPS], [0]))
     return gl.load(at), gl.load(at + WORDS), gl.load(at + 2 * WORDS)
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from plugins.moe import launch, packed_kernel
-from plugins.moe.arranged_launch import arranged_tile, product_constants, product_grid
+from plugins.moe.arranged_launch import arranged_tile, hopper_tile, on_hopper, product_constants, product_grid
 from plugins.moe.arranging import BLOCK, HALVES
 from plugins.moe.hopper_down_kernel import AHEAD, hopper_down_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
-from plugins.triton_launch import HOPPER_CAPABILITY, Launch, Wrap, ceil_div, unwrapped
+from plugins.triton_launch import Launch, Wrap, ceil_div, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
 """NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 263 + 141 µs; the other way round: 263 + 144. A plain read of as many
@@ -29,13 +29,9 @@ MANY_ROWS, MANY_ROWS_DOWN = arranged_tile(128, 128, 8, 4), arranged_tile(128, 12
 704 / 1300; 256 rows, 64 wide: 1132 + 739 / 2193 + 1466 at the last two.
 On an H200, at the last two: 1029 + 644 / 1967 + 1335; 256 rows, 128 wide, 8 warps: 1315 + 824 / 2366 + 1486."""
 
-_HOPPER_PARTS = 2
-"""Programs of the second product's kernel for Hopper that share a tile's columns; its tiles have the rows of MANY_ROWS. NVIDIA
-H200, Triton 3.6, 2048 / 4096 / 8192 / 16384 rows of 8 experts: 195 / 323 / 534 / 1006 µs; one part: 239 / 353 / 581 / 1014; in
-four, before the last changes: 1209 for 1137 at 16384. Triton's kernel in the same runs: 212 / 353 / 639 / 1235. At 1024 rows
-141, where that one, in SOME_ROWS, takes 139."""
-
-_MAX_HOPPER_STEPS = 11  # of 64 columns, for which shared memory has room
+_MAX_HOPPER_STEPS = 11
+"""Of 64 columns, for which shared memory has room. NVIDIA H200, Triton 3.6, the kernel for Hopper at 2048 / 4096 / 8192 / 16384
+rows: 195 / 323 / 534 / 1006 µs, Triton's 212 / 353 / 639 / 1235; at 1024 rows 141, where that one, in SOME_ROWS, takes 139."""
 
 _DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, MANY_ROWS: MANY_ROWS_DOWN}
 
@@ -53,13 +49,7 @@ def choose_down_tile(tile: Tile) -> Tile:
 def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
     """Whether the second product has a kernel for Hopper: for the device, the tile of the first one, and the sizes."""
     fits = AHEAD < ceil_div(activated.shape[1], BLOCK) <= _MAX_HOPPER_STEPS and hidden_size % BLOCK == 0
-    on_hopper = activated.is_cuda and torch.cuda.get_device_capability(activated.device) == HOPPER_CAPABILITY
-    return tile.rows == MANY_ROWS.rows and fits and on_hopper
-
-
-def hopper_tile(down_proj: Tensor) -> Tile:
-    """Of that kernel, with the warps of one of its groups."""
-    return arranged_tile(MANY_ROWS.rows, ceil_div(down_proj.shape[1], _HOPPER_PARTS) * BLOCK, num_warps=4, num_stages=1)
+    return tile.rows == MANY_ROWS.rows and fits and on_hopper(activated)
 
 
 def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert: Tensor, top_k: int, tile: Tile) -> Launch:
@@ -153,7 +143,7 @@ def weighted_rows(
     (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
     operands = (activated, down_proj, top_k_weights, row_order, tile_expert, scaled.shape[1])
     if down_tile is None and wrap is unwrapped and has_hopper_kernel(activated, scaled.shape[1], tile):
-        second = down(*operands, hopper_tile(down_proj), hopper_down_kernel)
+        second = down(*operands, hopper_tile(down_proj, tile), hopper_down_kernel)
     else:
         second = down(*operands, down_tile or choose_down_tile(tile))
     (weighted,) = second.run(wrap)
