@@ -6,19 +6,28 @@ tensors with NaN, or the largest integer) and the scales of experts that no row 
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from expert_formats import arranged
 from tolerances import assert_close
-from triton_interpreter import let_casts_know_e4m3, let_dot_read_bfloat16, let_empty_assembly_pass
+from triton_interpreter import (
+    let_casts_know_e4m3,
+    let_dot_read_bfloat16,
+    let_empty_assembly_pass,
+    let_fma_round_once,
+)
 
 from plugins.moe import alignment, fp8_launch
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.fp8 import from_fp8, to_fp8
+from plugins.moe.fp8_kernel import divided
 from plugins.moe.fp8_reference import experts_fp8_reference
 from plugins.moe.kernel_reference import down_reference, gate_up_reference
 
 let_dot_read_bfloat16()
 let_casts_know_e4m3()
 let_empty_assembly_pass()
+let_fma_round_once()
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -93,6 +102,23 @@ def test_fp8_rows_are_the_rows_rounded(columns, dtype):
     expected, expected_scale = to_fp8(rows)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(numbers.float(), expected.float())
+
+
+@triton.jit
+def divide_kernel(values, scales, quotients, COLUMNS: tl.constexpr):  # noqa: N803 - constants are in capitals
+    row, columns = tl.program_id(0), tl.arange(0, COLUMNS)
+    result = divided(tl.load(values + row * COLUMNS + columns), tl.load(scales + row))
+    tl.store(quotients + row * COLUMNS + columns, result)
+
+
+def test_a_division_is_rounded_once():
+    """To the bit PyTorch's, of float32 numbers up to 2^-30 of the largest, by the scales that this gives."""
+    values = torch.randn(200, 4096) * 2.0 ** -torch.randint(30, (200, 4096))
+    values[:, 5] = 0
+    scales = values.abs().amax(dim=1) / 448 * torch.logspace(-1, 1, 200)
+    quotients = torch.empty_like(values)
+    divide_kernel[(200,)](values, scales, quotients, COLUMNS=4096)
+    assert torch.equal(quotients, values / scales[:, None])
 
 
 def test_rows_as_they_are_lose_nothing():

@@ -80,6 +80,18 @@ def let_casts_know_e4m3() -> None:
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
+def let_fma_round_once() -> None:
+    """The interpreter rounds the product by itself; devices round the sum alone."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self, x, y, z):
+        wide = x.data.astype(np.longdouble) * y.data + z.data  # 64 bits hold a product of float32 numbers
+        return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
 def let_empty_assembly_pass() -> None:
     """The interpreter has no inline assembly; of none at all, its operands are the results."""
     from types import SimpleNamespace

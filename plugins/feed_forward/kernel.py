@@ -15,7 +15,7 @@ a scale for each row, which elsewhere is 1. Both kernels round where the definit
 import triton
 import triton.language as tl
 
-from plugins.moe.fp8_kernel import scale_of
+from plugins.moe.fp8_kernel import divided, scale_of
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def enter_kernel(
     scale = 1.0
     if SCALED:
         scale = scale_of(tl.max(tl.abs(for_experts), axis=0), expert_rows.dtype.element_ty)
-        for_experts = tl.div_rn(for_experts, scale)
+        for_experts = divided(for_experts, scale)
     tl.store(expert_rows + at, for_experts.to(expert_rows.dtype.element_ty), mask=inside)
     tl.store(row_scale + row, scale)
 

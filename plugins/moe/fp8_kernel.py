@@ -35,7 +35,7 @@ def scale_rows_kernel(rows, scaled_rows, row_scale, COLUMNS: tl.constexpr, BLOCK
     inside = columns < COLUMNS
     values = tl.load(rows + row * COLUMNS + columns, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(values), axis=0), scaled_rows.dtype.element_ty)
-    tl.store(scaled_rows + row * COLUMNS + columns, tl.div_rn(values, scale).to(scaled_rows.dtype.element_ty), mask=inside)
+    tl.store(scaled_rows + row * COLUMNS + columns, divided(values, scale).to(scaled_rows.dtype.element_ty), mask=inside)
     tl.store(row_scale + row, scale)
 
 
@@ -52,6 +52,19 @@ def scale_of(largest, dtype: tl.constexpr):
         power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         scale = power * 2.0**-14
     return scale
+
+
+@triton.jit
+def divided(values, scale):
+    """values / scale, rounded to the nearest, in three instructions a number, where a division by itself has a dozen, and a
+    branch for numbers that are very large, very small or 0.
+
+    A product with the inverse, corrected by what it leaves over (Markstein, "Computation of elementary functions on the IBM
+    RISC System/6000 processor", 1990).
+    """
+    inverse = tl.div_rn(1.0, scale)
+    quotient = values * inverse
+    return tl.fma(tl.fma(-quotient, scale, values), inverse, quotient)
 
 
 @triton.jit(do_not_specialize=("num_routed",))
