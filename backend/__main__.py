@@ -243,7 +243,7 @@ def _typed_lines(ask: Callable[[str], str]) -> Iterator[str]:
 def _instances(count: int | None, gpus: str) -> Instances | None:
     """None if neither is given."""
     numbers = [number for number in gpus.split(",") if number]
-    if not all(number.isdecimal() for number in numbers):
+    if gpus and not (numbers and all(number.isdecimal() for number in numbers)):
         _fail(f"--gpus: got {gpus!r}, expected numbers and commas like 0,1")
     return Instances(count=count or 1, gpus=tuple(map(int, numbers))) if count or numbers else None
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from builder.build import build_engine, write_manifest
@@ -93,6 +94,7 @@ def build(
         with console.status("reading the checkpoint") as status:
 
             def report(line: str) -> None:
+                line = escape(line)  # paths may have brackets
                 console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {line}", highlight=False, soft_wrap=True)
                 status.update(line)
 
@@ -127,7 +129,10 @@ def quantize(
     console, started = Console(), time.monotonic()
     try:
         errors = quantize_checkpoint(
-            checkpoint, output, console=console, report=lambda line: console.print(line, highlight=False, soft_wrap=True)
+            checkpoint,
+            output,
+            console=console,
+            report=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
         )
     except (BuildError, CheckpointError) as error:
         _fail(error)
@@ -177,10 +182,10 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
         _fail(error)
     console = Console()
     weight_bytes = sum(_num_elements(each.shape) * getattr(torch, each.dtype).itemsize for each in manifest.weights.values())
-    facts = Table("engine", str(engine), title_justify="left")
+    facts = Table("engine", escape(str(engine)), title_justify="left")
     facts.add_row("target, dtype", f"{manifest.build.target}, {manifest.build.dtype}")
     facts.add_row("device", str(manifest.gpu or manifest.build.device))
-    facts.add_row("checkpoint", f"{manifest.checkpoint.path} ({', '.join(manifest.checkpoint.files)})")
+    facts.add_row("checkpoint", escape(f"{manifest.checkpoint.path} ({', '.join(manifest.checkpoint.files)})"))
     facts.add_row("weights", f"{len(manifest.weights)} tensors, {weight_bytes / 1e6:,.1f} MB, inputs of the programs")
     facts.add_row("layers", f"{manifest.model.num_layers}: {', '.join(manifest.model.layer_types)}")
     facts.add_row("canvas, vocabulary", f"{manifest.model.canvas_length}, {manifest.model.vocab_size}")
@@ -217,8 +222,11 @@ def _fail(error: Exception) -> None:
 
 
 def main() -> None:
-    """The command line. SIGTERM ends it like an error does, so that what is half written is removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """The command line. SIGTERM, and a terminal that is closed, end it like an error does, so that what is half written is
+    removed; under nohup it goes on."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     app()
 
 

@@ -82,10 +82,9 @@ def build_engine(
         expert_weights, model, target=chosen, dtype=in_dtype, device=chosen_device, keep_onnx=keep_onnx
     )
     build = BuildConfig(target=chosen, dtype=in_dtype, device=chosen_device, expert_weights=chosen_weights, **choices)
-    if build.max_encode_tokens < model.canvas_length:
-        raise BuildError(
-            f"max_encode_tokens: got {build.max_encode_tokens}, expected at least one canvas, {model.canvas_length}"
-        )
+    _check_encodes_a_canvas(build, model)
+    if timing_cache and chosen != "tensorrt":
+        raise BuildError(f"timing_cache: got {timing_cache}, expected none: the target is {chosen}, TensorRT alone has timings")
     if build.expert_activations != "full" and model.experts_dtype is None:
         raise BuildError(
             f"expert_activations: got {build.expert_activations!r}, expected 'full': {checkpoint} has no FP8 experts; "
@@ -120,7 +119,7 @@ def build_engine(
             return existing
     if chosen == "inductor" and not existing:
         cpp_compiler()  # or tracing would be for nothing
-    with staged(place) as directory:
+    with staged(place, force=force) as directory:
         # 4. and 5.
         if existing:
             report("the programs are up to date, files of the checkpoint are not: copying them")
@@ -146,6 +145,17 @@ def build_engine(
         manifest.write(directory)
     report(f"engine {engine} written")
     return manifest
+
+
+def _check_encodes_a_canvas(build: BuildConfig, model: ModelConfig) -> None:
+    """
+    Raises:
+        BuildError: an encode pass could not take one canvas.
+    """
+    if build.max_encode_tokens < model.canvas_length:
+        raise BuildError(
+            f"max_encode_tokens: got {build.max_encode_tokens}, expected at least one canvas, {model.canvas_length}"
+        )
 
 
 def _only_inductor(model: ModelConfig, target: str, keep_onnx: bool) -> bool:
@@ -190,6 +200,7 @@ def write_manifest(
         expert_weights, model, target="inductor", dtype=model.dtype, device="cpu", keep_onnx=False
     )
     build = BuildConfig(target="inductor", dtype=model.dtype, expert_weights=chosen, **choices)
+    _check_encodes_a_canvas(build, model)
     manifest = describe(model, build, tensors, shapes, checkpoint, place)
     with staged(place) as directory:
         manifest.write(directory)

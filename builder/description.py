@@ -13,16 +13,13 @@ from builder.errors import BuildError
 from builder.quantization import FP8
 from builder.stored_weights import check_fp8_layout
 from builder.targets import current_gpu, versions
-from builder.weights import VISION_PREFIXES, Bound, all_weights, bindings, bound_weights, weight_dtype
+from builder.weights import CAST_FROM, VISION_PREFIXES, Bound, all_weights, bindings, bound_weights, weight_dtype
 from contract.checkpoint import Checkpoint
 from contract.cpu import this_cpu
 from contract.manifest import FORMAT_VERSION, BuildConfig, Manifest, Weight
 from contract.manifest import Checkpoint as CheckpointRecord
 from contract.model_config import ModelConfig
 from plugins import PLUGIN_ABI
-
-_CAST_FROM = ("float32", "bfloat16", "float16")
-"""Dtypes of tensors that the load casts to the engine's."""
 
 
 def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
@@ -46,7 +43,7 @@ def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[
 def _check_dtypes(tensors: Checkpoint, model: ModelConfig, names: Iterable[str]) -> None:
     problems = []
     for name in sorted(names):
-        expected = (FP8,) if weight_dtype(name, model, model.dtype) == FP8 else _CAST_FROM
+        expected = (FP8,) if weight_dtype(name, model, model.dtype) == FP8 else CAST_FROM
         if tensors.dtype(name) not in expected:
             problems.append(f"{name}: got {tensors.dtype(name)}, expected one of {', '.join(expected)}; save it again as one")
     if problems:

@@ -1,12 +1,13 @@
 """An engine that is there already: whether a build may replace it, and what of it can stay."""
 
+import json
 import os
 import shutil
 from filecmp import cmp
 from pathlib import Path
 
 from builder.errors import BuildError
-from contract.manifest import COPIED_FILES, Manifest, ManifestError, read_manifest
+from contract.manifest import COPIED_FILES, FILE_NAME, Manifest, ManifestError, read_manifest
 
 
 def existing_engine(directory: Path) -> Manifest | None:
@@ -16,6 +17,30 @@ def existing_engine(directory: Path) -> Manifest | None:
     except ManifestError:
         return None
     return manifest if manifest.programs else None
+
+
+def check_replaceable(directory: Path, *, force: bool) -> None:
+    """
+    Raises:
+        BuildError: `directory` holds what no engine has, or no manifest; or, without `force`, that of something else.
+    """
+    inside = sorted(directory.iterdir()) if directory.exists() else []
+    folders = [each.name for each in inside if each.is_dir()]
+    remedy = "expected an engine directory or a new one; choose another"
+    if folders:
+        raise BuildError(f"{directory}: holds the directory {folders[0]}, which no engine has; {remedy}")
+    if inside and not (directory / FILE_NAME).exists():
+        raise BuildError(f"{directory}: holds files but no {FILE_NAME}; {remedy}")
+    if inside and not force and not _is_manifest(directory / FILE_NAME):
+        raise BuildError(f"{directory}: {FILE_NAME} is none of an engine, or damaged; {remedy}, or give --force")
+
+
+def _is_manifest(path: Path) -> bool:
+    """Of any format."""
+    try:
+        return "format_version" in json.loads(path.read_text())
+    except (ValueError, TypeError):
+        return False
 
 
 def check_same_checkpoint(engine: Path, existing: Manifest, wanted: Manifest) -> None:

@@ -186,11 +186,14 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
     """
     limits = size_limits(config, build)
     least = {"tokens": minimum} if signature.name == "encode" else {}
-    dims = {
-        name: Dim(name.replace(".", "_"), min=least.get(name, smallest), max=most) for name, (smallest, most) in limits.items()
-    }
+    traced = _TRACED | {size: min(least[size] + 10, limits[size][1]) for size in least if least[size] > 1}
 
-    traced = _TRACED | {size: min(least[size] + 10, dims[size].max) for size in least if least[size] > 1}
+    def dim(name: str, smallest: int, most: int) -> Dim:
+        # A size that could have one value alone would be no size that varies; the session keeps to the limits.
+        largest = max(most, smallest + 1, traced[name.rpartition(".")[2]])
+        return Dim(name.replace(".", "_"), min=least.get(name, smallest), max=largest)
+
+    dims = {name: dim(name, *limit) for name, limit in limits.items()}
 
     def fake(binding: Binding) -> torch.Tensor:
         sizes = [traced[size.rpartition(".")[2]] if isinstance(size, str) else size for size in binding.shape]

@@ -56,6 +56,7 @@ def quantize_checkpoint(
     stored, dtype = StoredWeights(tensors), getattr(torch, model.dtype)
     if place.exists():
         raise BuildError(f"{output}: is there already; expected a new directory, remove it or choose another")
+    stored.check(text_weights(model.model_copy(update={"experts_dtype": None})))
     files = plan(model, stored)
     working = place.parent / f".{place.name}.unfinished"
     with writing(place):
@@ -71,6 +72,7 @@ def quantize_checkpoint(
                     errors = {} if layer is None else quantize_layer(model, stored, layer, content)
                     metadata = {"format": "pt"} | {f"error.{projection}": repr(error) for projection, error in errors.items()}
                     save_file(content, working / f"{name}.writing", metadata)
+                    (working / f"{name}.writing").chmod(0o644)  # safetensors gives access to the owner alone
                     os.replace(working / f"{name}.writing", working / name)
                 progress.advance(task)
         # 3.

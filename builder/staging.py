@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from builder.errors import BuildError
-from contract.manifest import FILE_NAME
+from builder.existing import check_replaceable
 
 
 def real_place(directory: Path) -> Path:
@@ -39,18 +39,15 @@ def writing(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(engine: Path) -> Iterator[Path]:
+def staged(engine: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary directory beside `engine` that takes its place when the block succeeds, and vanishes when it fails.
 
     Raises:
-        BuildError: `engine` holds files and is none, or something cannot be written; what is there then stays.
+        BuildError: `engine` may not be replaced (`check_replaceable`), or something cannot be written; what is there stays.
     """
     with writing(engine):
         engine.parent.mkdir(parents=True, exist_ok=True)
-        if engine.exists() and any(engine.iterdir()) and not (engine / FILE_NAME).exists():
-            raise BuildError(
-                f"{engine}: holds files but no {FILE_NAME}; expected an engine directory or a new one; choose another"
-            )
+        check_replaceable(engine, force=force)
         staging = Path(tempfile.mkdtemp(prefix=f".{engine.name}.", dir=engine.parent))
         try:
             staging.chmod(0o755)

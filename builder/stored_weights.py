@@ -10,18 +10,18 @@ A tensor T in FP8 has a tensor T + "_scale" beside it: one number for each outpu
 """  # noqa: E501
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from builder.errors import BuildError
 from builder.quantization import FP8, SCALE_SUFFIX
-from builder.weights import is_of_experts
+from builder.weights import CAST_FROM, VISION_PREFIXES, is_of_experts
 from contract.checkpoint import Checkpoint
 from plugins.moe.fp8 import from_fp8
 
-_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_OF_ONE_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -43,6 +43,46 @@ class StoredWeights:
         if strange:
             raise BuildError(f"{strange[0]}: a fixed scale of activations, expected none; quantize the original checkpoint")
         return sorted(name for name in self.names - scales if not self._is_of_experts(name))
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compares what will be read with `shapes`, those of the text model's weights, none in FP8.
+
+        Raises:
+            BuildError: one line for each tensor that is missing, unexpected, or of another shape or dtype.
+        """
+        plain = {name: shape for name, shape in shapes.items() if not is_of_experts(name)}
+        of_layers = {
+            f"{name}{suffix}": shape for name, shape in shapes.items() if is_of_experts(name) for suffix in ("", ".weight")
+        }
+        of_one = {name: int(match[1]) for name in self.names if (match := _OF_ONE_EXPERT.search(name))}
+        num_experts = next(iter(of_layers.values()))[0]
+        others = self.others()
+        problems = [f"{name}: missing, expected shape {list(plain[name])}" for name in sorted(plain.keys() - self.names)]
+        problems += [
+            f"{name}: unexpected tensor; quantize does not know what it is for"
+            for name in others
+            if name not in plain and not name.startswith(VISION_PREFIXES)
+        ]
+        problems += [
+            f"{name}: unexpected tensor, expected {num_experts} experts"
+            for name, expert in sorted(of_one.items())
+            if expert >= num_experts
+        ]
+        known = plain | of_layers
+        problems += [
+            f"{name}: got shape {list(self.tensors.shape(name))}, expected {list(known[name])}"
+            for name in sorted(known.keys() & self.names)
+            if self.tensors.shape(name) != tuple(known[name])
+        ]
+        read = {*others, *(of_layers.keys() & self.names), *(name for name in of_one if name.endswith(".weight"))}
+        dtypes = (*CAST_FROM, FP8)
+        problems += [
+            f"{name}: got {self.tensors.dtype(name)}, expected one of {', '.join(dtypes)}; save it again as one"
+            for name in sorted(read)
+            if self.tensors.dtype(name) not in dtypes
+        ]
+        if problems:
+            raise BuildError("\n".join(f"{self.tensors.directory}: {problem}" for problem in problems))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Any tensor but an expert's, FP8 turned back into `dtype`."""

@@ -20,6 +20,8 @@ SELF_CONDITIONING = "model.decoder.self_conditioning"
 VISION_TOWER = "model.encoder.vision_tower"
 VISION_PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
 VISION_PREFIXES = (f"{VISION_TOWER}.", "model.encoder.embed_vision.")
+CAST_FROM = ("float32", "bfloat16", "float16")
+"""Dtypes of tensors that the load casts to the engine's."""
 CLIPPING = ("input_min", "input_max", "output_min", "output_max")
 """Scalars of a linear layer that clamps what goes in and what comes out."""
 

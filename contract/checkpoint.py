@@ -66,8 +66,11 @@ class Checkpoint:
             path = directory / name
             try:
                 opened = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                problems.append(f"{path}: missing; {_INDEX} lists it, download the checkpoint again")
+            except FileNotFoundError:  # also where there is no permission
+                if path.exists():
+                    problems.append(f"{path}: cannot be read; give access to it")
+                else:
+                    problems.append(f"{path}: missing; {_INDEX} lists it, download the checkpoint again")
                 continue
             except (SafetensorError, OSError, ValueError) as error:
                 problems.append(f"{path}: truncated or damaged ({error}); download this file again")

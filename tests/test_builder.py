@@ -21,11 +21,12 @@ from builder.__main__ import app, main
 from builder.build import build_engine, write_manifest
 from builder.config import read_model_config
 from builder.errors import BuildError
+from builder.export import export_program, signatures
 from builder.targets import inductor
 from builder.targets.compiled import Compiled
 from builder.weights import VISION_PREFIXES, VISION_PROJECTION, all_weights, binding_shapes, bindings, text_weights
 from contract.checkpoint import Checkpoint, CheckpointError
-from contract.manifest import ManifestError, read_manifest
+from contract.manifest import BuildConfig, ManifestError, read_manifest
 
 REAL = Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B"
 
@@ -436,6 +437,30 @@ def test_a_directory_that_is_no_engine_is_not_replaced(quick, checkpoint, tmp_pa
     assert (tmp_path / "home" / "letter.txt").exists()
 
 
+@pytest.mark.parametrize("text", ['{"name": "my web app"}', "[1]", "{"])
+def test_a_manifest_of_something_else_is_replaced_only_by_force(text, quick, checkpoint, tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(text)
+    with pytest.raises(BuildError, match=r"app: manifest\.json is none of an engine, or damaged; .* or give --force"):
+        build_engine(checkpoint, tmp_path / "app")
+    assert (tmp_path / "app" / "manifest.json").read_text() == text
+    build_engine(checkpoint, tmp_path / "app", force=True)
+    assert read_manifest(tmp_path / "app").programs
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_in_an_engine_stays(force, quick, checkpoint, tmp_path):
+    """A checkpoint that was moved there, say."""
+    engine = tmp_path / "e"
+    build_engine(checkpoint, engine)
+    moved = Path(shutil.copytree(checkpoint, engine / "checkpoint"))
+    with pytest.raises(
+        BuildError, match="e: holds the directory checkpoint, which no engine has; expected an engine directory"
+    ):
+        build_engine(moved, engine, force=force)
+    assert (moved / "config.json").exists() and (engine / "denoise.pt2").exists()
+
+
 @pytest.fixture
 def refused():
     """Runs a command and returns its one line on standard error."""
@@ -489,24 +514,69 @@ def test_no_compiler_is_told_before_tracing(refused, checkpoint, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_sigterm_ends_a_build_like_an_error(quick, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "a closed terminal"])
+def test_a_signal_ends_a_build_like_an_error(number, quick, checkpoint, tmp_path, monkeypatch):
     staged = []
 
     def terminated(model, build, directory, report):
         staged.append(directory)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(10)
 
     monkeypatch.setattr("builder.build.compile_programs", terminated)
     monkeypatch.setattr(sys, "argv", ["builder", "build", str(checkpoint), str(tmp_path / "engines" / "e")])
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as ended:
             main()
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert ended.value.code == 143
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 128 + number
     assert len(staged) == 1 and list((tmp_path / "engines").iterdir()) == []
+
+
+def test_a_timing_cache_is_refused_where_nothing_reads_it(quick, checkpoint, tmp_path):
+    with pytest.raises(BuildError, match=r"timing_cache: got .*timings, expected none: the target is inductor"):
+        build_engine(checkpoint, tmp_path / "e", target="inductor", timing_cache=tmp_path / "timings")
+
+
+def test_an_encode_pass_takes_a_canvas(refused, checkpoint, tmp_path):
+    for command in ("build", "manifest"):
+        line = refused(command, checkpoint, tmp_path / "e", "--max-encode-tokens", 1)
+        assert line.startswith("error: max_encode_tokens: got 1, expected at least one canvas")
+
+
+def test_names_with_brackets_are_printed_as_they_are(quick, checkpoint, tmp_path):
+    for name in ("[b]e", "[/b]e"):
+        build = CliRunner().invoke(app, ["build", str(checkpoint), str(tmp_path / name)], env={"COLUMNS": "300"})
+        shown = CliRunner().invoke(app, ["inspect", str(tmp_path / name)], env={"COLUMNS": "300"})
+        assert build.exit_code == shown.exit_code == 0, (build.exception, shown.exception)
+        assert f"engine {tmp_path / name} written" in build.stdout and str(tmp_path / name) in shown.stdout
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(checkpoint, monkeypatch):
+    """safetensors says the same of both."""
+
+    def refused(path, framework):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("contract.checkpoint.safe_open", refused)
+    shards(checkpoint)[0].unlink()
+    with pytest.raises(CheckpointError) as raised:
+        Checkpoint(checkpoint)
+    lines = str(raised.value).splitlines()
+    assert lines[0].endswith("download the checkpoint again")
+    assert all(line.endswith("cannot be read; give access to it") for line in lines[1:]) and len(lines) > 1
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_sequences": 1}, {"max_head_rows": 1}, {"max_head_rows": 4}, {"page_size": 2**26}], ids=str
+)
+def test_programs_are_traced_for_the_smallest_limits(limits, checkpoint):
+    model, build = read_model_config(checkpoint), BuildConfig(target="inductor", dtype="float32", **limits)
+    for signature in signatures(model, build):
+        assert export_program(signature, model, build).outputs
 
 
 def test_the_real_target_is_refused_by_name_where_it_cannot_be_built(checkpoint, tmp_path):

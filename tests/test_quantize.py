@@ -64,6 +64,7 @@ def test_experts_become_fp8_and_nothing_else_changes(original, quantized):
     for name in ("tokenizer.json", "generation_config.json"):
         assert (quantized / name).read_bytes() == (original / name).read_bytes()
     assert sorted(path.name for path in quantized.parent.iterdir()) == ["checkpoint", "quantized"]
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in quantized.iterdir()), "only its owner can read it"
 
 
 def test_the_configuration_says_so(original, quantized):
@@ -184,6 +185,46 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             result[f"{name}.weight" if "experts." in name else name] = tensor
     return result
+
+
+def with_experts(tensors: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
+    name = f"{EXPERTS}.down_proj"
+    return tensors | {name: tensors[name].repeat(2, 1, 1)[:num_experts]}
+
+
+NORM = "model.decoder.norm.weight"
+CHANGES = {
+    r"experts\.down_proj: got shape \[14, 48, 24\], expected \[12, 48, 24\]": lambda tensors: with_experts(tensors, 14),
+    r"experts\.down_proj: got shape \[8, 48, 24\], expected \[12, 48, 24\]": lambda tensors: with_experts(tensors, 8),
+    r"experts\.down_proj: got I8, expected one of float32": lambda tensors: (
+        tensors | {f"{EXPERTS}.down_proj": tensors[f"{EXPERTS}.down_proj"].to(torch.int8)}
+    ),
+    r"norm\.weight: got F64, expected one of float32": lambda tensors: tensors | {NORM: tensors[NORM].double()},
+    r"norm\.weight: missing, expected shape \[48\]": lambda tensors: {
+        name: tensor for name, tensor in tensors.items() if name != NORM
+    },
+    r"strange: unexpected tensor": lambda tensors: tensors | {"model.decoder.strange": tensors[NORM].clone()},
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_source_with_other_tensors_is_refused_before_anything_is_written(message, original, tmp_path):
+    source = rewritten(original, tmp_path / "source", CHANGES[message](every_tensor(original)))
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BuildError, match=message) as raised:
+        quantize_checkpoint(source, tmp_path / "out")
+    assert str(raised.value).startswith(f"{source}: ") and "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_more_experts_than_the_configuration_has_are_refused(original, quantized, tmp_path):
+    tensors = one_by_one(every_tensor(quantized))
+    more = {name.replace(".11.", ".12."): tensor.clone() for name, tensor in tensors.items() if f"{EXPERTS}.11." in name}
+    source = rewritten(original, tmp_path / "source", tensors | more)
+    with pytest.raises(BuildError, match=r"experts\.12\..*: unexpected tensor, expected 12 experts"):
+        quantize_checkpoint(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("layout", [one_by_one, fused])

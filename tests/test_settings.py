@@ -119,9 +119,10 @@ def test_a_config_that_cannot_be_written(tmp_path):
     assert (result.exit_code, result.output) == (1, f"error: --output: {output} {reason}\n")
 
 
-def test_gpus_must_be_numbers():
-    result = CliRunner().invoke(app, ["config", "--output", "/nowhere/config.pbtxt", "--gpus", "0,one"])
-    assert result.exit_code == 1 and "--gpus: got '0,one', expected numbers and commas like 0,1" in result.output
+@pytest.mark.parametrize("given", ["0,one", ",", "1,-2"])
+def test_gpus_must_be_numbers(given):
+    result = CliRunner().invoke(app, ["config", "--output", "/nowhere/config.pbtxt", "--gpus", given])
+    assert result.exit_code == 1 and f"--gpus: got '{given}', expected numbers and commas like 0,1" in result.output
 
 
 @pytest.mark.parametrize(
