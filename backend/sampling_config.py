@@ -112,9 +112,9 @@ class SamplingConfig:
 
         1. Unknown names are refused, all at once.
         2. Parameters of other servers are accepted with a value that asks for nothing, else refused, all at once.
-        3. Aliases become our names; giving both is refused. None is as if not given.
+        3. Aliases become our names; giving both is refused. None is as if not given. A number as logprobs, which is how
+           completions ask, stands for true and that many top_logprobs.
         4. Numbers and flags that arrive as strings are coerced, as are the keys of logit_bias.
-        5. A number as logprobs, which is how completions ask, stands for true and that many top_logprobs.
         """
         if not isinstance(mapping, Mapping):
             _refuse(f"sampling parameters: got {shown(mapping)}, expected a JSON object")
@@ -128,8 +128,7 @@ class SamplingConfig:
             named = ", ".join(f"{name}={shown(mapping[name])}" for name in asking)
             _refuse(f"{named}: not supported by this server; remove it")
         values = {name: value for name, value in canonical(mapping).items() if name not in _NEUTRAL_VALUES}  # 3.
-        values = {name: _coerced(name, value) for name, value in values.items()}  # 4.
-        return cls(**_with_flag_for_logprobs(values))  # 5.
+        return cls(**{name: _coerced(name, value) for name, value in values.items()})  # 4.
 
     def resolve(self, defaults: GenerationDefaults) -> ResolvedSampling:
         """Fills in the checkpoint's defaults and scales the temperature schedule.
@@ -176,9 +175,9 @@ class SamplingConfig:
 
 
 def canonical(mapping: Mapping[str, object]) -> dict[str, object]:
-    """One source of parameters with aliases under our names and without None, so that sources can be laid over each other.
+    """3. of `from_mapping`, for one source of parameters: sources can then be laid over each other.
 
-    Raises RequestError INVALID_ARGUMENT for a parameter given under both of its names.
+    Raises RequestError INVALID_ARGUMENT for a parameter given under both of its names, or with two numbers.
     """
     values = {name: value for name, value in mapping.items() if value is not None}
     for alias, name in _ALIASES.items():
@@ -186,7 +185,7 @@ def canonical(mapping: Mapping[str, object]) -> dict[str, object]:
             if name in values:
                 _refuse(f"{name} and {alias}: both given, but mean the same; remove one")
             values[name] = values.pop(alias)
-    return values
+    return _with_flag_for_logprobs(values)
 
 
 def _checked_stop(stop: object) -> tuple[str, ...]:
@@ -233,13 +232,15 @@ def _coerced(name: str, value: object) -> object:
 
 
 def _with_flag_for_logprobs(values: dict[str, object]) -> dict[str, object]:
-    """5. of `from_mapping`."""
-    logprobs = NUMBERS["top_logprobs"].coerced(values.get("logprobs"))
+    """With what a number as logprobs stands for."""
+    coerced = NUMBERS["top_logprobs"].coerced
+    logprobs = coerced(coerced_flag(values.get("logprobs")))
     if isinstance(logprobs, bool) or not isinstance(logprobs, int):
         return values
-    if values.setdefault("top_logprobs", logprobs) != logprobs:
-        _refuse(f"logprobs={logprobs} and top_logprobs={shown(values['top_logprobs'])}: differ; give one number")
-    return {**values, "logprobs": True}
+    top_logprobs = values.get("top_logprobs", logprobs)
+    if coerced(top_logprobs) != logprobs:
+        _refuse(f"logprobs={logprobs} and top_logprobs={shown(top_logprobs)}: differ; give one number")
+    return {**values, "logprobs": True, "top_logprobs": logprobs}
 
 
 def _is_neutral(name: str, value: object) -> bool:

@@ -127,6 +127,32 @@ def test_a_request_goes_to_the_service_when_its_images_have_come(server_model, a
     assert [flags for _, flags in sender.sent] == [0, 1]
 
 
+def test_images_that_come_after_the_end_are_not_held(server_model, answering):
+    """They may be handed in while their request ends."""
+    sender = Sender()
+    answer = accepted(server_model, answering, sender, handle=5)
+    answering._events.put((answer, canvas("stop")))
+    wait_until(lambda: answering.released == [answer])
+    answering._events.put((answer, ("late",)))
+    wait_until(lambda: answering.released == [answer, answer])
+    assert answering.submitted == [] and len(sender.sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("seen", "device", "expected"),
+    [(None, "1", "1"), ("", "1", "1"), ("4,5", "1", "5"), ("GPU-a, MIG-b", "1", "MIG-b")],
+    ids=["all", "nothing said", "numbers", "names"],
+)
+def test_a_worker_has_the_gpu_that_triton_means(seen, device, expected, server_model, monkeypatch):
+    """Triton counts those that the server sees."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    args = {"model_instance_kind": "GPU", "model_instance_device_id": device}
+    assert server_model.worker_environment(args) == {"CUDA_VISIBLE_DEVICES": expected}
+    assert server_model.worker_environment(args | {"model_instance_kind": "CPU"}) == {}
+
+
 def test_images_that_the_service_refuses_end_their_request(server_model, answering):
     sender = Sender()
     answer = accepted(server_model, answering, sender, None, images=("a",))

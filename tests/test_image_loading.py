@@ -17,7 +17,7 @@ from backend.images.limits import ImageLimits
 from backend.images.loading import ImageLoader
 from backend.images.local import local_images
 from backend.images.pool import ImagePool
-from backend.images.preprocess import preprocess
+from backend.images.preprocess import max_patch_bytes, preprocess
 from builder.config import read_model_config
 
 VISION = read_model_config(TINY).vision
@@ -127,6 +127,16 @@ def test_a_number_of_soft_tokens_that_there_is_not():
         replace(LOADER, max_soft_tokens=71)
 
 
+SIZE = len(PNG) + max_patch_bytes(70, VISION)
+
+
+def test_patches_take_no_more_than_is_counted():
+    for size in ((48, 48), (30, 40), (1, 60), (500, 3), (333, 334)):
+        image = preprocess(Image.new("RGB", size), 70, VISION)
+        assert image.patches.nbytes + image.positions.nbytes <= max_patch_bytes(70, VISION)
+    assert replace(LOADER, max_soft_tokens=70).num_bytes([PNG, PNG]) == 2 * SIZE
+
+
 class HeldLoader(ImageLoader):
     """Loads when it may."""
 
@@ -147,8 +157,9 @@ def gate(monkeypatch) -> threading.Event:
 
 @pytest.fixture
 def held(gate):
-    """A pool of one thread that begins when `gate` is set, for two images as they are sent."""
-    pool = ImagePool(HeldLoader(limits=ImageLimits(), vision=VISION, max_soft_tokens=70), max_bytes=2 * len(PNG), num_threads=1)
+    """A pool of one thread that begins when `gate` is set, for two images with their patches."""
+    loader = HeldLoader(limits=ImageLimits(), vision=VISION, max_soft_tokens=70)
+    pool = ImagePool(loader, max_bytes=2 * SIZE, num_threads=1)
     yield pool
     gate.set()
     pool.close()
@@ -179,17 +190,16 @@ def test_memory_is_bounded_until_requests_end(held, gate):
     held.submit("b", [PNG], arrived.append)
     with pytest.raises(RequestError) as caught:
         held.submit("c", [PNG], arrived.append)
-    size = len(PNG)
     assert caught.value.code == "UNAVAILABLE"
     assert (
         str(caught.value)
-        == f"images: got {size} bytes beside {2 * size} of other requests, at most {2 * size} in all; try again later"
+        == f"images: got {SIZE} bytes beside {2 * SIZE} of other requests, at most {2 * SIZE} in all; try again later"
     )
     held.release("b")
     held.submit("c", [PNG], arrived.append)
     gate.set()
     wait_until(lambda: len(arrived) == 2)  # a and c: what was released before its turn is not loaded
-    with pytest.raises(RequestError, match="beside"):  # patches count too, and these are larger than their files
+    with pytest.raises(RequestError, match="beside"):  # patches count as long as they are there
         held.submit("d", [PNG], arrived.append)
     for owner in ("a", "c", "never there"):
         held.release(owner)
@@ -198,11 +208,10 @@ def test_memory_is_bounded_until_requests_end(held, gate):
 
 
 def test_images_that_never_fit_are_not_asked_for_again(held):
-    size = len(PNG)
     with pytest.raises(RequestError) as caught:
         held.submit("a", [PNG] * 3, lambda _: None)
     assert caught.value.code == "INVALID_ARGUMENT"
-    assert str(caught.value) == f"images: got {3 * size} bytes, expected at most {2 * size} in all; send fewer or smaller ones"
+    assert str(caught.value) == f"images: got {3 * SIZE} bytes, expected at most {2 * SIZE} in all; send fewer or smaller ones"
 
 
 def test_an_unexpected_failure_says_nothing_of_itself(held, gate, monkeypatch):

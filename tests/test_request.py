@@ -117,6 +117,14 @@ def test_precedence(tensors, parameters, max_tokens):
     assert parse_request(asking(parameters, **tensors)).sampling.max_tokens == max_tokens
 
 
+@pytest.mark.parametrize("in_json", [True, False], ids=["sampling_parameters", "request parameter"])
+def test_a_number_as_logprobs_stays_beside_the_flag_of_another_source(in_json):
+    """It is two parameters in one, and the flag is laid over the first alone."""
+    tensors = {"return_logprobs": np.array([True])} | ({"sampling_parameters": strings('{"logprobs": 5}')} if in_json else {})
+    sampling = parse_request(asking(parameters={} if in_json else {"logprobs": 5}, **tensors)).sampling
+    assert (sampling.logprobs, sampling.top_logprobs) == (True, 5)
+
+
 @pytest.mark.parametrize("value", [0.8, 0.1, 1.0, 0.3333333, 0.0])
 def test_a_temperature_is_the_same_as_a_tensor_and_in_json(value):
     as_tensor = parse_request(asking(temperature=np.array([value], np.float32)))

@@ -112,6 +112,12 @@ def test_a_wrong_setting_is_named_in_one_line(parameters, words):
     assert result.exit_code == 1 and words in result.output
 
 
+def test_settings_are_read_back_as_they_were_written():
+    settings = Settings(load_timeout_s=1234567.0, progress_timeout_s=0.1, queue_timeout_s=30.0)
+    assert settings.parameters()["queue_timeout_s"] == "30"
+    assert Settings.from_parameters(settings.parameters()) == settings
+
+
 def test_a_config_that_cannot_be_written(tmp_path):
     output = tmp_path / "no" / "config.pbtxt"
     result = CliRunner().invoke(app, ["config", "--output", str(output)])

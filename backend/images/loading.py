@@ -21,7 +21,7 @@ from backend.errors import refused
 from backend.images.decode import decode, decode_base64, upright_rgb
 from backend.images.fetch import fetch
 from backend.images.limits import ImageLimits
-from backend.images.preprocess import SOFT_TOKEN_BUDGETS, ImagePatches, preprocess
+from backend.images.preprocess import SOFT_TOKEN_BUDGETS, ImagePatches, max_patch_bytes, preprocess
 from contract.model_config import VisionConfig
 
 ImageSource = str | bytes | os.PathLike | Image.Image
@@ -54,16 +54,22 @@ class ImageLoader:
     def load(self, sources: Sequence[ImageSource]) -> tuple[ImagePatches, ...]:
         """Raises RequestError INVALID_ARGUMENT, one line that names the image, `image[0]` the first."""
         self.check(sources)
-        budget = self.max_soft_tokens or (self.vision.soft_tokens_per_image if self.vision else 0)
         return tuple(
-            preprocess(self._image(f"image[{index}]", source), budget, self.vision) for index, source in enumerate(sources)
+            preprocess(self._image(f"image[{index}]", source), self._soft_tokens, self.vision)
+            for index, source in enumerate(sources)
         )
 
     def num_bytes(self, sources: Sequence[ImageSource]) -> int:
-        """What holding the sources takes at most, URLs with what they may lead to."""
-        return sum(
+        """What the sources, URLs with what they may lead to, and their patches take at most."""
+        sent = (
             self.limits.max_bytes if is_url(source) else len(source) for source in sources if isinstance(source, str | bytes)
         )
+        return sum(sent) + len(sources) * (max_patch_bytes(self._soft_tokens, self.vision) if self.vision else 0)
+
+    @property
+    def _soft_tokens(self) -> int:
+        """Of one image at most."""
+        return self.max_soft_tokens or (self.vision.soft_tokens_per_image if self.vision else 0)
 
     def _image(self, name: str, source: ImageSource) -> Image.Image:
         if isinstance(source, Image.Image):

@@ -1,7 +1,8 @@
 """Images loaded apart from the thread that takes requests, by a few threads, within a bound on memory.
 
 Decoding takes tens of milliseconds and fetching seconds, and neither may hold up a server's other requests. What images take
-in memory is counted from the moment a request is here until it has ended: first as they were sent, then as patches.
+in memory is counted from the moment a request is here until it has ended: first as they were sent, with the patches that they
+may become, then as patches.
 """
 
 import logging

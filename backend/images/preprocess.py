@@ -58,6 +58,12 @@ def preprocess(image: Image.Image, max_soft_tokens: int, vision: VisionConfig) -
     return ImagePatches(patches=patches, positions=positions, digest=digest.digest())
 
 
+def max_patch_bytes(max_soft_tokens: int, vision: VisionConfig) -> int:
+    """Of the patches of one image and their positions."""
+    of_patch = 3 * vision.patch_size**2 + 2 * np.dtype(np.int32).itemsize
+    return max_soft_tokens * vision.pooling_kernel_size**2 * of_patch
+
+
 def _grid(width: int, height: int, max_soft_tokens: int, vision: VisionConfig) -> tuple[int, int]:
     """Columns and rows of soft tokens of an image of width x height pixels."""
     if max_soft_tokens not in SOFT_TOKEN_BUDGETS:

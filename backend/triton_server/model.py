@@ -10,6 +10,7 @@ so that neither Triton nor the engine waits for a client. Imports only inside th
 """
 
 import json
+import os
 import queue
 import threading
 import time
@@ -179,6 +180,7 @@ class DiffusionGemmaModel:
     ) -> None:
         """Gives one answer what has come for it, or ends it if its client has gone. A failure here ends this answer alone."""
         if answer.finished:
+            self._images.release(answer)  # they may have been handed in after it had ended
             return
         try:
             if isinstance(event, tuple):
@@ -229,8 +231,14 @@ def _outcome(error: RequestError, *, was_accepted: bool) -> Outcome:
 
 
 def worker_environment(args: dict[str, str]) -> dict[str, str]:
-    """What an instance's worker finds in its environment: an instance on a GPU has that GPU alone, as its first."""
-    return {"CUDA_VISIBLE_DEVICES": args["model_instance_device_id"]} if args["model_instance_kind"] == "GPU" else {}
+    """What an instance's worker finds in its environment: an instance on a GPU has that GPU alone, as its first.
+
+    Triton counts the GPUs that the server sees, which its own environment may have chosen, by number or by name.
+    """
+    if args["model_instance_kind"] != "GPU":
+        return {}
+    device, seen = args["model_instance_device_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[int(device)].strip() if seen else device}
 
 
 def _logged_internal_error() -> RequestError:

@@ -113,7 +113,13 @@ class Settings(BaseModel):
 
 
 def _text(value: bool | int | float | str) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else repr(value).removesuffix(".0")
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _line(error: Mapping[str, Any]) -> str:
