@@ -85,7 +85,8 @@ class TerminalChat:
         if not is_terminal:
             for piece in pieces:
                 result.add(piece)
-            self._console.print(drawn(result), highlight=False, soft_wrap=True)
+            self._console.file.write(f"{drawn(result)}\n")  # printing would make spaces of tabs
+            self._console.file.flush()
             return result
         with Live(console=self._console, auto_refresh=False, vertical_overflow="visible") as live:
             for piece in pieces:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from tiny_tasks import TASKS, Question, questions
 
 from backend import LLM, RequestError, SamplingConfig
 from backend.chat.tools import ToolCall
-from backend.generation import Generation
+from backend.generation import Generation, Piece
 from backend.terminal_chat import TerminalChat
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +167,13 @@ def test_the_terminal_chat(llm):
     assert notes == "thinking on\n" and thought.endswith(f"\n{first.answer}\n") and "=" in thought
     nothing, notes, all_answered = typed(llm, "/nonsense", terminal=False)
     assert (nothing, all_answered) == ("", True) and "/quit" in notes
+
+
+def test_an_answer_that_is_not_for_a_terminal_is_as_the_model_wrote_it():
+    text = "all:\n\t[bold]make[/bold] é\n"
+    piece = Piece(text=text, reasoning="", tool_calls=[], token_ids=[1], canvas_index=0, num_steps=1, is_draft=False)
+    answering = SimpleNamespace(stream_chat=lambda *_, **choices: [piece])
+    assert typed(answering, "a Makefile, please", terminal=False) == (f"{text}\n", "", True)
 
 
 @pytest.mark.parametrize("bad", ["a" * 5000, "caf\udce9"])

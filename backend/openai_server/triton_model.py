@@ -17,6 +17,13 @@ from backend.triton_server.signature import INPUTS
 _DATATYPES = {each.name: "BYTES" if each.datatype == "STRING" else each.datatype for each in INPUTS}
 # Codes of `RequestError`, which `triton_server/response.py` puts before the line.
 _STATUSES = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504, "CANCELLED": 503, "INTERNAL": 500}
+_CHANNEL = [
+    ("grpc.enable_http_proxy", 0),  # whatever proxy the environment names is not for a server that is named here
+    # Without these, which tritonclient sets only where no others are given, gRPC refuses answers of more than 4 MiB: some
+    # thousand tokens with their log probabilities.
+    ("grpc.max_receive_message_length", grpcclient.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.max_send_message_length", grpcclient.MAX_GRPC_MESSAGE_SIZE),
+]
 _ERROR = re.compile(rf"(?:\[request id: [^\]]*\] )?\[(?P<code>{'|'.join(_STATUSES)})\] (?P<line>.*)", re.DOTALL)
 
 
@@ -41,8 +48,7 @@ class TritonModel:
     def __init__(self, url: str, name: str):
         """url: host:port of the server's gRPC service."""
         self.url, self.name = url, name
-        # Whatever proxy the environment names is not for a server that is named here.
-        self._client = grpcclient.InferenceServerClient(url, channel_args=[("grpc.enable_http_proxy", 0)])
+        self._client = grpcclient.InferenceServerClient(url, channel_args=_CHANNEL)
 
     async def close(self) -> None:
         await self._client.close()
