@@ -525,7 +525,8 @@ def test_a_signal_ends_a_build_like_an_error(number, quick, checkpoint, tmp_path
 
     monkeypatch.setattr("builder.build.compile_programs", terminated)
     monkeypatch.setattr(sys, "argv", ["builder", "build", str(checkpoint), str(tmp_path / "engines" / "e")])
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    # Whatever these tests were started under: nohup ignores the second.
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as ended:
             main()
@@ -534,6 +535,19 @@ def test_a_signal_ends_a_build_like_an_error(number, quick, checkpoint, tmp_path
             signal.signal(each, handler)
     assert ended.value.code == 128 + number
     assert len(staged) == 1 and list((tmp_path / "engines").iterdir()) == []
+
+
+def test_under_nohup_a_build_goes_on_when_the_terminal_is_closed(quick, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["builder", "build", str(checkpoint), str(tmp_path / "e")])
+    before = {signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 0
 
 
 def test_a_timing_cache_is_refused_where_nothing_reads_it(quick, checkpoint, tmp_path):
