@@ -41,12 +41,8 @@ def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[
 
 
 def _check_dtypes(tensors: Checkpoint, model: ModelConfig, names: Iterable[str]) -> None:
-    problems = []
-    for name in sorted(names):
-        expected = (FP8,) if weight_dtype(name, model, model.dtype) == FP8 else CAST_FROM
-        if tensors.dtype(name) not in expected:
-            problems.append(f"{name}: got {tensors.dtype(name)}, expected one of {', '.join(expected)}; save it again as one")
-    if problems:
+    expected = {name: (FP8,) if weight_dtype(name, model, model.dtype) == FP8 else CAST_FROM for name in names}
+    if problems := tensors.of_other_dtypes(expected):
         raise BuildError("\n".join(f"{tensors.directory}: {problem}" for problem in problems))
 
 

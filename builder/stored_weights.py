@@ -57,7 +57,7 @@ class StoredWeights:
         of_one = {name: int(match[1]) for name in self.names if (match := _OF_ONE_EXPERT.search(name))}
         num_experts = next(iter(of_layers.values()))[0]
         others = self.others()
-        problems = [f"{name}: missing, expected shape {list(plain[name])}" for name in sorted(plain.keys() - self.names)]
+        problems = self.tensors.missing(plain)
         problems += [
             f"{name}: unexpected tensor; quantize does not know what it is for"
             for name in others
@@ -68,19 +68,9 @@ class StoredWeights:
             for name, expert in sorted(of_one.items())
             if expert >= num_experts
         ]
-        known = plain | of_layers
-        problems += [
-            f"{name}: got shape {list(self.tensors.shape(name))}, expected {list(known[name])}"
-            for name in sorted(known.keys() & self.names)
-            if self.tensors.shape(name) != tuple(known[name])
-        ]
-        read = {*others, *(of_layers.keys() & self.names), *(name for name in of_one if name.endswith(".weight"))}
-        dtypes = (*CAST_FROM, FP8)
-        problems += [
-            f"{name}: got {self.tensors.dtype(name)}, expected one of {', '.join(dtypes)}; save it again as one"
-            for name in sorted(read)
-            if self.tensors.dtype(name) not in dtypes
-        ]
+        problems += self.tensors.misshapen(plain | of_layers)
+        read = [*others, *(of_layers.keys() & self.names), *(name for name in of_one if name.endswith(".weight"))]
+        problems += self.tensors.of_other_dtypes(dict.fromkeys(read, (*CAST_FROM, FP8)))
         if problems:
             raise BuildError("\n".join(f"{self.tensors.directory}: {problem}" for problem in problems))
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class Checkpoint:
             raise CheckpointError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
         return sorted(names)
 
-    def names(self) -> Iterable[str]:
+    def names(self) -> KeysView[str]:
         return self._file_of.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -121,20 +121,33 @@ class Checkpoint:
         Raises:
             CheckpointError: one line for each missing, unexpected or wrongly shaped tensor.
         """
-        names = set(self.names())
-        problems = [f"{name}: missing, expected shape {list(expected[name])}" for name in sorted(set(expected) - names)]
-        problems += [
+        unexpected = [
             f"{name}: unexpected tensor; this builder does not know what it is for"
-            for name in sorted(names - set(expected))
+            for name in sorted(self.names() - expected.keys())
             if not name.startswith(ignored_prefixes)
         ]
-        problems += [
+        if problems := [*self.missing(expected), *unexpected, *self.misshapen(expected)]:
+            raise CheckpointError("\n".join(f"{self.directory}: {problem}" for problem in problems))
+
+    def missing(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """A line for each tensor that is not there."""
+        return [f"{name}: missing, expected shape {list(expected[name])}" for name in sorted(expected.keys() - self.names())]
+
+    def misshapen(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """A line for each tensor that is there in another shape."""
+        return [
             f"{name}: got shape {list(self.shape(name))}, expected {list(expected[name])}"
-            for name in sorted(set(expected) & names)
+            for name in sorted(expected.keys() & self.names())
             if self.shape(name) != tuple(expected[name])
         ]
-        if problems:
-            raise CheckpointError("\n".join(f"{self.directory}: {problem}" for problem in problems))
+
+    def of_other_dtypes(self, expected: Mapping[str, Sequence[str]]) -> list[str]:
+        """A line for each tensor whose dtype is none of those `expected` has for it."""
+        return [
+            f"{name}: got {self.dtype(name)}, expected one of {', '.join(dtypes)}; save it again as one"
+            for name, dtypes in sorted(expected.items())
+            if self.dtype(name) not in dtypes
+        ]
 
     def fingerprint(self) -> dict[str, FileFingerprint]:
         """File name → fingerprint, for every file that holds tensors."""

@@ -113,13 +113,9 @@ class Settings(BaseModel):
 
 
 def _text(value: bool | int | float | str) -> str:
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else repr(value).removesuffix(".0")
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _line(error: Mapping[str, Any]) -> str:

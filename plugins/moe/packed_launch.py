@@ -9,11 +9,11 @@ from torch import Tensor
 
 from plugins.moe import launch, packed_kernel
 from plugins.moe.arranged_launch import arranged_tile, hopper_tile, on_hopper, product_constants, product_grid
-from plugins.moe.arranging import BLOCK, HALVES
+from plugins.moe.arranging import BLOCK, HALVES, num_depths
 from plugins.moe.hopper_down_kernel import AHEAD, hopper_down_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
-from plugins.triton_launch import Launch, Wrap, ceil_div, unwrapped
+from plugins.triton_launch import Launch, Wrap, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
 """NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 263 + 141 µs; the other way round: 263 + 144. A plain read of as many
@@ -48,7 +48,7 @@ def choose_down_tile(tile: Tile) -> Tile:
 
 def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
     """Whether the second product has a kernel for Hopper: for the device, the tile of the first one, and the sizes."""
-    fits = AHEAD < ceil_div(activated.shape[1], BLOCK) <= _MAX_HOPPER_STEPS and hidden_size % BLOCK == 0
+    fits = AHEAD < num_depths(activated.shape[1]) <= _MAX_HOPPER_STEPS and hidden_size % BLOCK == 0
     return tile.rows == MANY_ROWS.rows and fits and on_hopper(activated)
 
 
