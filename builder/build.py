@@ -25,7 +25,7 @@ from builder.onnx_export import to_onnx
 from builder.staging import real_place, staged
 from builder.targets import choose_device, choose_expert_weights, choose_target, compiler
 from builder.targets.cpu_operators import compile_operators, cpp_compiler
-from builder.targets.inductor import has_compiled_operators
+from builder.targets.inductor import has_compiled_operators, own_cache
 from builder.weights import all_weights, vision_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import (
@@ -217,10 +217,11 @@ def compile_programs(model: ModelConfig, build: BuildConfig, directory: Path, re
     at_once = min(len(tasks), os.cpu_count() or 1) if build.device == "cuda" else 1
     report("compiling " + ", ".join(f"{name} ({len(least)} times)" for name, least in wanted.items()))
     if at_once == 1:
-        done = {(task[2], task[3]): _compile(*task) for task in tasks}
+        with own_cache():
+            done = {(task[2], task[3]): _compile(*task) for task in tasks}
     else:
         with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running = {pool.submit(_compile, *task): (task[2], task[3]) for task in tasks}
+            running = {pool.submit(_compile_alone, *task): (task[2], task[3]) for task in tasks}
             for future in as_completed(running):
                 done[running[future]] = future.result()
                 report(f"compiled {future.result().file}")
@@ -237,6 +238,11 @@ def _compile(model: ModelConfig, build: BuildConfig, name: str, minimum: int, di
     program = export_program(signature, model, build, minimum)  # 4.
     compiled = compiler(build, model)(program, directory)  # 5.
     return Program(file=compiled.file, inputs=program.inputs, weights=program.weights, outputs=program.outputs)
+
+
+def _compile_alone(*task: Any) -> Program:
+    with own_cache():
+        return _compile(*task)
 
 
 def compile_plans(

@@ -39,9 +39,13 @@ _MORE_ROWS = (512, 2048)
 
 @dataclass(frozen=True, kw_only=True)
 class TracedProgram:
-    """An exported program with the bindings that it is called with, in order: `inputs`, then `weights`; all on `device`."""
+    """An exported program with the bindings that it is called with, in order: `inputs`, then `weights`; all on `device`.
+
+    minimum: the least tokens of an encode program; else 1.
+    """
 
     name: str
+    minimum: int
     device: Device
     exported: ExportedProgram
     inputs: tuple[Binding, ...]
@@ -238,6 +242,7 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
     )
     return TracedProgram(
         name=signature.name if minimum == 1 else f"{signature.name}.{minimum}",
+        minimum=minimum,
         device=build.device,
         exported=exported,
         inputs=signature.inputs,

@@ -1,10 +1,13 @@
 """Building for a GPU and loading what was built for one, as far as it goes on a machine without a GPU."""
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from small_checkpoints import TINY, network_session, random_checkpoint
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from typer.testing import CliRunner
 
 from backend.session import Session
@@ -15,10 +18,10 @@ from builder.build import compile_programs
 from builder.config import read_model_config
 from builder.description import describe
 from builder.errors import BuildError
-from builder.export import Signature, export_program, minimums, signatures
+from builder.export import Signature, TracedProgram, export_program, minimums, signatures
 from builder.targets import choose_device
 from builder.targets.compiled import Compiled
-from builder.targets.inductor import _store_shared, opened
+from builder.targets.inductor import _store_shared, opened, own_cache
 from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Gpu, ManifestError, Program, Variant
@@ -167,9 +170,27 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
         user_inputs = set(program.exported.graph_signature.user_inputs)
         inputs = [node.meta["val"] for node in program.exported.graph.nodes if node.name in user_inputs]
         assert {each.device.type for each in inputs} == {"cuda"}
-        names = [str(node.target) for node in opened(program).graph.nodes if node.op == "call_function"]
-        ours = Counter(name.split(".")[1] for name in names if name.startswith("diffusiongemma."))
-        assert ours == expected[signature.name]
+        assert called(program) == expected[signature.name]
+    encode = signatures(model, build)[0]
+    for minimum, name in ((512, "feed_forward_triton"), (2048, "feed_forward")):
+        program = export_program(encode, model, build_config(max_encode_tokens=8192), minimum)
+        assert called(program) == {"normed_heads_triton": layers, "paged_attention": layers - 1, name: layers - 1}
+
+
+def called(program: TracedProgram) -> Counter:
+    """How many times the opened program calls each of our operators."""
+    names = [str(node.target) for node in opened(program).graph.nodes if node.op == "call_function"]
+    return Counter(name.split(".")[1] for name in names if name.startswith("diffusiongemma."))
+
+
+def test_two_compilations_share_no_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with own_cache():
+        own, of_triton = Path(cache_dir()), os.environ["TRITON_CACHE_DIR"]
+        assert own.is_dir() and own != tmp_path and of_triton == str(own / "triton")
+    assert Path(cache_dir()) == tmp_path and "TRITON_CACHE_DIR" not in os.environ
+    assert not own.exists()
 
 
 def test_stored_values_change_nothing(tmp_path):

@@ -5,7 +5,7 @@ activated [N * k, F].
 
 | kernel | inputs | scalars | outputs | a program computes |
 |---|---|---|---|---|
-| scale_rows | rows [R, C] | | scaled_rows [R, C], row_scale [R] | one row |
+| scale_rows | rows [R, C] | R | scaled_rows [R, C], row_scale [R] | ROWS rows |
 | gate_up_fp8 | hidden as scaled_rows, row_scale [N], gate_up_proj, weight_scale [E, 2 F], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, BLOCKS blocks |
 | down_fp8 | activated as scaled_rows, row_scale [N * k], down_proj, weight_scale [E, D], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, BLOCKS blocks |
 
@@ -27,16 +27,21 @@ import triton.language as tl
 from plugins.moe.arranged_kernel import down_arranged, gate_up_arranged
 
 
-@triton.jit
-def scale_rows_kernel(rows, scaled_rows, row_scale, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """scaled_rows * row_scale = rows, with `scale_of` each row's largest element; e4m3 elements are rounded to the nearest."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=("num_rows",))
+def scale_rows_kernel(rows, num_rows, scaled_rows, row_scale, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """scaled_rows * row_scale = rows, with `scale_of` each row's largest element; e4m3 elements are rounded to the nearest.
+
+    Grid: (R / ROWS,).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    inside = columns < COLUMNS
-    values = tl.load(rows + row * COLUMNS + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(values), axis=0), scaled_rows.dtype.element_ty)
-    tl.store(scaled_rows + row * COLUMNS + columns, divided(values, scale).to(scaled_rows.dtype.element_ty), mask=inside)
-    tl.store(row_scale + row, scale)
+    inside = (row < num_rows)[:, None] & (columns < COLUMNS)[None, :]
+    at = row.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    values = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.abs(values), axis=1), scaled_rows.dtype.element_ty)
+    scaled = divided(values, scale[:, None])
+    tl.store(scaled_rows + at, scaled.to(scaled_rows.dtype.element_ty), mask=inside)
+    tl.store(row_scale + row, scale, mask=row < num_rows)
 
 
 @triton.jit
