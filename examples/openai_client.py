@@ -44,9 +44,10 @@ def think(client: OpenAI) -> None:
 def call_a_tool(client: OpenAI) -> None:
     messages = [{"role": "user", "content": "What is the weather in ulm?"}]
     message = client.chat.completions.create(model=MODEL, messages=messages, tools=TOOLS).choices[0].message
+    messages.append(message.model_dump(exclude_none=True))
     for call in message.tool_calls or []:
         print(f"calls {call.function.name}({call.function.arguments})")
-        messages += [message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": "rain"})
     print(client.chat.completions.create(model=MODEL, messages=messages, tools=TOOLS).choices[0].message.content)
 
 

@@ -101,9 +101,7 @@ def test_plain_text_comes_out_as_it_is(text):
 @ANY_CASE
 @given(MARKUP)
 def test_a_call_is_a_call_or_the_text_that_it_is(body):
-    for tag in set(SPECIAL) - {'<|"|>'}:
-        body = body.replace(tag, "")
-    if any(tag in body for tag in set(SPECIAL) - {'<|"|>'}):
+    if any(tag in body for tag in ("<|tool_call>", "<tool_call|>")):
         return
     whole = f"<|tool_call>{body}<tool_call|>"
     text, thought, calls = read(f"before{whole}after")
@@ -181,6 +179,10 @@ def test_a_thought_that_the_prompt_has_opened():
         ('<|tool_call>call:f{first name:<|"|>é😀<|"|>}<tool_call|>', ("", "", [("f", '{"first name": "é😀"}')])),
         ("<|tool_call>call:a.b/c-d{}<tool_call|>", ("", "", [("a.b/c-d", "{}")])),
         ("<|channel>thought\n<channel|><|tool_call>call:f{}<tool_call|>", ("", "", [("f", "{}")])),
+        (
+            '<|tool_call>call:f{a:<|"|><|channel>thought\nx<channel|><turn|><|"|>}<tool_call|>B<|channel>thought\nC',
+            ("B", "C", [("f", r'{"a": "<|channel>thought\nx<channel|><turn|>"}')]),  # no thought begins in a call
+        ),
     ],
 )
 def test_calls_by_hand(text, expected):
@@ -281,3 +283,6 @@ def test_tokens_of_a_thought():
     assert count("12<channel|>3", in_thought=True) == 2
     assert count("<|channel>12<|tool_call>call") == 2
     assert count("3") == 0
+    call = "<|tool_call>call:f{<|channel>12<tool_call|><|channel>3"
+    assert (count(call, with_tools=True), count(call)) == (1, 3)
+    assert count("a:1}<tool_call|>", in_thought=True, with_tools=True, prefill="<channel|><|tool_call>call:f{") == 0

@@ -149,6 +149,14 @@ def assistant(**fields) -> list[dict]:
             (assistant(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),),
             "messages[1].tool_calls[0].function.arguments: got '[1]', expected the text of a JSON object",
         ),
+        (
+            (assistant(tool_calls=[{"function": {"name": "f", "arguments": '{"a": NaN}'}}]),),
+            "messages[1].tool_calls[0].function.arguments: got NaN, which is not a JSON number: '{\"a\": NaN}'; expected",
+        ),
+        (
+            (assistant(tool_calls=[{"function": {"name": "f", "arguments": r'{"a": "\ud800"}'}}]),),
+            "messages[1].tool_calls[0].function.arguments: got half of a surrogate pair, which is no character",
+        ),
         (([USER, {"role": "tool", "content": "a"}],), "messages[1].tool_call_id: got None, expected the id of a tool call"),
         (
             ([*assistant(tool_calls=[CALL]), {"role": "tool", "tool_call_id": "c2", "content": "a"}],),

@@ -270,6 +270,7 @@ def user(text: str) -> list[dict]:
         ("[1]", 400, ["body", "[1]", "JSON object"]),
         ('{"model": "diffusiongemma", "messages": NaN}', 400, ["body", "NaN"]),
         ('{"model": "diffusiongemma", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, ["surrogate"]),
+        ('{"model": "diffusiongemma", "model": "another"}', 400, ["body: got key 'model' 2 times, expected a JSON object"]),
         ({}, 400, ["body", "no messages"]),
         ({"model": MODEL, "messages": []}, 400, ["messages", "at least 1"]),
         ({"model": MODEL, "messages": "hello"}, 400, ["messages"]),

@@ -45,7 +45,7 @@ class AnswerParser:
 
     def __init__(self, form: AnswerFormat):
         self._splitter = TagSplitter(form.tags)
-        self._reasoning = ReasoningParser(in_thought=form.in_thought)
+        self._reasoning = ReasoningParser(in_thought=form.in_thought, with_tools=form.with_tools)
         self._tools = ToolCallParser(with_calls=form.with_tools, keep_tags=form.keep_special_tokens)
         self._num_calls = 0
         self.push(form.prefill)

@@ -3,7 +3,6 @@
 Everything that is refused raises RequestError INVALID_ARGUMENT, one line: where, got, expected.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from backend.errors import RequestError
+from backend.json_text import read_json
 from backend.parameters import shown
 
 T = TypeVar("T")
@@ -211,12 +211,13 @@ def _for_template(listed: list[Message], given: Sequence[Mapping[str, Any]]) -> 
 def _arguments(where: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, dict):
         return arguments
+    expected = "expected the text of a JSON object"
     try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        value = None
+        value = read_json(arguments or "{}")
+    except ValueError as error:
+        _refuse(f"{where}: got {error}: {shown(arguments)}; {expected}")
     if not isinstance(value, dict):
-        _refuse(f"{where}: got {shown(arguments)}, expected the text of a JSON object")
+        _refuse(f"{where}: got {shown(arguments)}, {expected}")
     return value
 
 

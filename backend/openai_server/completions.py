@@ -8,7 +8,7 @@ from typing import Any
 from openai.types import Completion, CompletionChoice
 
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
-from backend.openai_server.logprobs import completion_logprobs
+from backend.openai_server.logprobs import TextOffsets, completion_logprobs
 from backend.openai_server.parameters import choices_a_prompt, completion_inputs, new_id
 from backend.openai_server.triton_model import Part, TritonModel
 
@@ -28,15 +28,16 @@ class Completions:
         """The Completion. Raises ApiError."""
         async for _, _ in self._parts(stream=False):
             pass
-        choices = [_choice(index, choice, 0) for index, choice in enumerate(self._choices)]
+        choices = [_choice(index, choice, choice.text, TextOffsets()) for index, choice in enumerate(self._choices)]
         return self._completion(choices, usage=usage(self._choices, self._choices_a_prompt))
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Completions with what each part adds, and at last the usage, if it is asked for. Raises ApiError."""
+        offsets = [TextOffsets() for _ in self._choices]
         async with aclosing(self._parts(stream=True)) as parts:
             async for index, part in parts:
-                offset = len(self._choices[index].text) - len(part.text)
-                yield self._completion([_choice(index, part, offset)], **({"usage": None} if self._include_usage else {}))
+                choice = _choice(index, part, self._choices[index].text, offsets[index])
+                yield self._completion([choice], **({"usage": None} if self._include_usage else {}))
         if self._include_usage:
             yield self._completion([], usage=usage(self._choices, self._choices_a_prompt))
 
@@ -54,11 +55,12 @@ class Completions:
         return completion.model_dump(exclude_unset=True)
 
 
-def _choice(index: int, of: Choice | Part, text_offset: int) -> CompletionChoice:
-    """finish_reason is None, against OpenAI's type but not its API, in all chunks but the last."""
+def _choice(index: int, of: Choice | Part, text: str, offsets: TextOffsets) -> CompletionChoice:
+    """text: the choice's text so far. finish_reason is None, against OpenAI's type but not its API, in all chunks but the
+    last."""
     return CompletionChoice.model_construct(
         index=index,
         text=of.text,
         finish_reason=finish_reason(of.finish_reason),
-        logprobs=completion_logprobs(of.logprobs, text_offset) if of.logprobs is not None else None,
+        logprobs=completion_logprobs(of.logprobs, text, offsets) if of.logprobs is not None else None,
     )

@@ -1,20 +1,61 @@
 """Log probabilities in the form of `/v1/completions`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from openai.types.completion_choice import Logprobs
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
-def completion_logprobs(entries: Sequence[dict[str, Any]], text_offset: int) -> Logprobs:
-    """entries: as in chat completions. text_offset: where the text of the first token begins, in characters."""
-    offsets = []
-    for entry in entries:
-        offsets.append(text_offset)
-        text_offset += len(entry["token"])
+
+class TextOffsets:
+    """Where the tokens of one choice begin in its text, both of which come in parts.
+
+    Tokens are found by their bytes: special tokens, which the text leaves out, take no place in it, and several tokens may be
+    one character. A token may come before its text; its place is then an estimate, which those after it do not rely on.
+    """
+
+    def __init__(self):
+        self._at = 0  # bytes of the text before the first token that waits for its text
+        self._begun = 0  # characters that begin in them
+        self._waiting: list[bytes] = []
+
+    def next(self, tokens: Sequence[bytes], text: str) -> list[int]:
+        """The places of the next tokens, in characters. tokens: their bytes. text: all of the choice's so far."""
+        data = text.encode()
+        places, num_placed = [], len(self._waiting)
+        tokens, self._waiting = [*self._waiting, *tokens], []
+        begun_waiting = 0
+        for token in tokens:
+            places.append(self._begun + begun_waiting - (not _begun(token[:1])))
+            if self._waiting or (not data.startswith(token, self._at) and token.startswith(data[self._at :])):
+                self._waiting.append(token)
+                begun_waiting += _begun(token)
+            elif data.startswith(token, self._at):
+                self._pass(token)
+            elif data.startswith(_REPLACEMENT, self._at):  # for a byte that is of no character
+                self._pass(_REPLACEMENT)
+        return places[num_placed:]
+
+    def _pass(self, data: bytes) -> None:
+        self._at += len(data)
+        self._begun += _begun(data)
+
+
+def completion_logprobs(entries: Sequence[Mapping[str, Any]], text: str, offsets: TextOffsets) -> Logprobs:
+    """entries: of the next tokens, as in chat completions. text: all of the choice's so far."""
     return Logprobs(
         tokens=[entry["token"] for entry in entries],
         token_logprobs=[entry["logprob"] for entry in entries],
         top_logprobs=[{each["token"]: each["logprob"] for each in entry["top_logprobs"]} for entry in entries],
-        text_offset=offsets,
+        text_offset=offsets.next([_bytes(entry) for entry in entries], text),
     )
+
+
+def _bytes(entry: Mapping[str, Any]) -> bytes:
+    return entry["token"].encode() if entry["bytes"] is None else bytes(entry["bytes"])
+
+
+def _begun(data: bytes) -> int:
+    """How many characters begin in a piece of UTF-8."""
+    return sum(byte & 0xC0 != 0x80 for byte in data)

@@ -1,7 +1,5 @@
 """HTTP bodies → checked parameters, by the `openai` package's own types, and their place in the OpenAPI document."""
 
-import json
-import math
 from typing import Any
 
 from fastapi import Request
@@ -11,6 +9,7 @@ from pydantic import TypeAdapter, with_config
 
 from backend.chat.messages import checked
 from backend.errors import RequestError
+from backend.json_text import read_json
 from backend.openai_server.errors import ApiError, bad_request, unknown_model
 from backend.openai_server.settings import OpenAISettings
 from backend.parameters import shown
@@ -43,13 +42,12 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
     """
     sent = await _limited(request, settings.max_body_bytes)
     try:
-        body = json.loads(sent.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
-        if b"\\ud" in sent or b"\\uD" in sent:  # else no half can be there, and this takes long for images
-            json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise bad_request("body: got half of a surrogate pair, which is no character; send valid Unicode") from None
+        body = read_json(sent.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        got = f"bytes that are not UTF-8 (at byte {error.start})"
+        raise bad_request(f"body: got {got}, expected a JSON object in UTF-8") from None
     except ValueError as error:
-        raise bad_request(f"body: got malformed JSON ({error}), expected a JSON object") from None
+        raise bad_request(f"body: got {error}, expected a JSON object") from None
     if not isinstance(body, dict):
         raise bad_request(f"body: got {shown(body)}, expected a JSON object")
     try:
@@ -77,15 +75,3 @@ def body_schema(adapter: TypeAdapter, served_name: str) -> tuple[dict, dict]:
     components = schema.pop("$defs", {})
     schema["properties"]["model"] = {"const": served_name}
     return schema, components
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    """1e999 is a JSON number, but an infinite float, which nothing behind here can be sent."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise bad_request(f"body: got {shown(text)} as a number, expected at most 1.8e308 in size")
-    return number

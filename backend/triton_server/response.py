@@ -34,7 +34,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
-from backend.chat.answer import AnswerDelta, AnswerParser, joined
+from backend.chat.answer import AnswerDelta, AnswerFormat, AnswerParser, joined
 from backend.chat.logprobs import described_logprobs
 from backend.chat.reasoning import ThoughtTokens
 from backend.errors import RequestError
@@ -65,7 +65,7 @@ class Answer:
         self.request = replace(request, images=())  # whoever loads them has them; they are large
         self._tokenizer = tokenizer
         self._parser = AnswerParser(request.answer) if request.answer else None
-        self._thought_tokens = ThoughtTokens(tokenizer, in_thought=request.answer.in_thought) if request.answer else None
+        self._thought_tokens = _thought_tokens(tokenizer, request.answer) if request.answer else None
         self._held_back: list[tuple[CanvasOutput, AnswerDelta]] = []
         self._num_sent = 0
         self._cumulative_logprob = 0.0
@@ -193,6 +193,10 @@ def send_error(sender, request_id: str, error: RequestError) -> None:
     )
     response = pb_utils.InferenceResponse(error=pb_utils.TritonError(line, code))
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _thought_tokens(tokenizer: Tokenizer, form: AnswerFormat) -> ThoughtTokens:
+    return ThoughtTokens(tokenizer, in_thought=form.in_thought, with_tools=form.with_tools, prefill=form.prefill)
 
 
 def _string(name: str, text: str):

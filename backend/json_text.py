@@ -1,0 +1,44 @@
+"""JSON as it is taken from clients: what can be written as JSON again, in UTF-8, and means one thing."""
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+
+def read_json(text: str) -> Any:
+    """The value in `text`.
+
+    Raises ValueError that says what was got: malformed JSON, a key twice, NaN, a number beyond every float, half of a surrogate
+    pair, or too many brackets within brackets.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+        if "\\ud" in text or "\\uD" in text:  # else no half can be there, and this takes long for images
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON ({error.msg} at character {error.pos})") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {key!r} {count} times")
+    return unique
+
+
+def _finite(number: str) -> float:
+    """1e999 is a JSON number, but an infinite float, which nothing behind here can be sent."""
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number}, which is more than numbers can be")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name}, which is not a JSON number")
