@@ -12,6 +12,7 @@ import argparse
 import base64
 import io
 import json
+import mimetypes
 import queue
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def main() -> None:
     parser.add_argument("--api-key", default="none")
     options = parser.parse_args()
     image = base64.b64encode(options.image.read_bytes() if options.image else drawn()).decode()
-    print(f"OpenAI  {ask_openai(options.base_url, options.api_key, image, options.question)}")
+    kind = mimetypes.guess_type(options.image or "drawn.png")[0]
+    print(f"OpenAI  {ask_openai(options.base_url, options.api_key, f'data:{kind};base64,{image}', options.question)}")
     print(f"Triton  {ask_triton(options.url, image, options.question)}")
 
 
@@ -44,12 +46,9 @@ def drawn() -> bytes:
     return written.getvalue()
 
 
-def ask_openai(base_url: str, api_key: str, image: str, question: str) -> str:
+def ask_openai(base_url: str, api_key: str, url: str, question: str) -> str:
     """The image goes within the message, as a data URL."""
-    content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-        {"type": "text", "text": question},
-    ]
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     with OpenAI(base_url=base_url, api_key=api_key) as client:
         completion = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": content}])
     return completion.choices[0].message.content

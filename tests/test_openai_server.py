@@ -361,7 +361,7 @@ def test_a_client_that_goes_frees_its_place(server, stream):
 
 
 def test_without_a_triton_server_it_says_so(tmp_path):
-    settings = OpenAISettings(triton_url="127.0.0.1:1", port=0)
+    settings = OpenAISettings(triton_url="127.0.0.1:1", port=0, max_body_bytes=1000)
     with FrontEnd(settings, tmp_path / "openai.log") as front_end, httpx2.Client(trust_env=False) as http:
         for reply in (
             http.get(f"{front_end.url}/health"),
@@ -370,6 +370,7 @@ def test_without_a_triton_server_it_says_so(tmp_path):
             assert reply.status_code == 503
             assert "Triton server at 127.0.0.1:1" in reply.json()["error"]["message"]
         assert http.get(f"{front_end.url}/metrics").status_code == 404
+        assert http.post(f"{front_end.url}/v1/completions", content=" " * 1001).status_code == 413
 
 
 def test_a_front_end_that_cannot_start_says_why(tmp_path):

@@ -49,6 +49,7 @@ class FrontEnd:
         settings = self._settings
         command = [sys.executable, "-m", "backend", "openai", "--triton", settings.triton_url, "--host", settings.host]
         command += ["--port", str(settings.port), "--model", settings.model, "--served-name", settings.served_name]
+        command += ["--max-body-bytes", str(settings.max_body_bytes)]
         if settings.triton_metrics_url:
             command += ["--triton-metrics", settings.triton_metrics_url]
         if settings.api_keys:
