@@ -108,7 +108,8 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
         return {each.name: minimums(each, build) for each in signatures(model, build)}
 
     assert least() == {"encode": (1, 512), "denoise": (1,), "head": (1,), "vision": (1,)}
-    assert least(max_encode_tokens=8192)["encode"] == (1, 512, 2048)
+    assert least(max_encode_tokens=8192)["encode"] == (1, 512, 2048, 4096)
+    assert least(max_encode_tokens=4096)["encode"] == (1, 512, 2048)
     assert least(max_encode_tokens=512)["encode"] == (1,)
     assert set(least(device="cpu").values()) == set(least(dtype="float32").values()) == {(1,)}
 
@@ -122,6 +123,7 @@ def test_variants_are_compiled_and_recorded(monkeypatch, tmp_path):
     assert programs["encode"].variants == (
         Variant(minimum=512, file="encode.512.pt2"),
         Variant(minimum=2048, file="encode.2048.pt2"),
+        Variant(minimum=4096, file="encode.4096.pt2"),
     )
     assert (programs["head"].file, programs["head"].variants) == ("head.pt2", ())
 
@@ -172,7 +174,7 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
         assert {each.device.type for each in inputs} == {"cuda"}
         assert called(program) == expected[signature.name]
     encode = signatures(model, build)[0]
-    for minimum, name in ((512, "feed_forward_triton"), (2048, "feed_forward")):
+    for minimum, name in ((2048, "feed_forward_triton"), (4096, "feed_forward")):
         program = export_program(encode, model, build_config(max_encode_tokens=8192), minimum)
         assert called(program) == {"normed_heads_triton": layers, "paged_attention": layers - 1, name: layers - 1}
 

@@ -12,17 +12,13 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from builder.export import TracedProgram
+from builder.export import CALLED_FROM, TracedProgram
 from builder.targets.compiled import Compiled
 from contract.manifest import BuildConfig
 from plugins.cpu import COMPILED
 from plugins.library import NAMESPACE
 
 _aten = torch.ops.aten
-
-_CALLED_FROM = 2048
-"""Tokens from which on encode calls the feed-forward operator. NVIDIA H200, 26B shape, packed experts, 2048 / 8192 tokens:
-34.6 / 126.6 ms opened, 33.5 / 121.8 called, with Hopper's kernel for the second product and the MLP beside the experts."""
 
 
 @contextmanager
@@ -82,8 +78,8 @@ def opened(program: TracedProgram) -> ExportedProgram:
     """The program with plugin operators replaced by their kernels' launches, which the compiler sees through.
 
     Of the text model attention stays a call, which finds the kernel for the device. So does the feed-forward operator, of
-    denoise and of encode for many tokens: its launches depend on the device and on sizes that are known at the call alone.
-    What that costs the host denoise, which is captured in CUDA graphs, pays once, and encode while kernels of many tokens run.
+    denoise and of encode for very many tokens: its launches depend on the device and on sizes that are known at the call
+    alone. What that costs the host denoise, which is captured in CUDA graphs, pays once, and encode while kernels run.
     """
     from plugins.attention.cuda import CUDA_DECOMPOSITIONS as ATTENTION  # only here: they need triton
     from plugins.feed_forward.cuda import CUDA_DECOMPOSITIONS as FEED_FORWARD
@@ -92,7 +88,7 @@ def opened(program: TracedProgram) -> ExportedProgram:
     kernels = dict(HEADS)
     if program.name == "vision":
         kernels |= ATTENTION
-    if program.name != "denoise" and program.minimum < _CALLED_FROM:
+    if program.name != "denoise" and program.minimum < CALLED_FROM:
         kernels |= FEED_FORWARD
     exported = program.exported.run_decompositions(kernels)
     _store_shared(exported)

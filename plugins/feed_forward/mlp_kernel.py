@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | mlp_gate_up | rows [N, D], gate_up_proj [2 F, D] | num_rows | activated [N, F] | a tile, TILE_WIDTH columns |
 | mlp_down | activated [N, F], down_proj [D, F] | num_rows | output [N, D] | a tile, TILE_WIDTH columns |
-| activate | gate_up [N, 2 F] | | activated [N, F] | one row, BLOCK columns |
+| activate | gate_up [N, 2 F] | num_rows | activated [N, F] | ROWS rows, BLOCK columns |
 
 The tiles leave most of a multiprocessor's memory to others, so that the products run beside those of the experts; a library's
 kernel waits for a whole multiprocessor.
@@ -83,13 +83,14 @@ def mlp_down_kernel(
     )
 
 
-@triton.jit
-def activate_kernel(gate_up, activated, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: (N, F / BLOCK). Rounds gelu_tanh(gate) before it is multiplied, as the definition does."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < WIDTH
+@triton.jit(do_not_specialize=("num_rows",))
+def activate_kernel(gate_up, num_rows, activated, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: (F / BLOCK, N / ROWS). Rounds gelu_tanh(gate) before it is multiplied, as the definition does."""
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (rows < num_rows) & (columns < WIDTH)
     dtype = activated.dtype.element_ty
-    gate = tl.load(gate_up + row * (2 * WIDTH) + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(activated + row * WIDTH + columns, (rounded(gelu_tanh(gate), dtype) * up).to(dtype), mask=inside)
+    at = gate_up + rows * (2 * WIDTH) + columns
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    tl.store(activated + rows * WIDTH + columns, (rounded(gelu_tanh(gate), dtype) * up).to(dtype), mask=inside)
