@@ -2,10 +2,14 @@
 
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter_runs import InterpreterRuns
 from small_checkpoints import TINY
 from transformers import AutoTokenizer
 
@@ -15,6 +19,27 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(TINY.parent))
 
 from tiny_tasks import TASKS, Question, questions  # noqa: E402
+
+_RUNS = pytest.StashKey[InterpreterRuns]()
+
+
+def pytest_collection_finish(session):
+    marks = [mark for item in session.items for mark in item.iter_markers("interpreted")]
+    if find_spec("triton") and not session.config.option.collectonly:
+        session.config.stash[_RUNS] = InterpreterRuns(dict.fromkeys(mark.args[0] for mark in marks))
+
+
+def pytest_sessionfinish(session):
+    if runs := session.config.stash.get(_RUNS, None):
+        runs.stop()
+
+
+@pytest.fixture
+def check_interpreted(request) -> Callable[[], None]:
+    """Fails if a case that the test's mark names has failed."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+    mark = request.node.get_closest_marker("interpreted")
+    return partial(request.config.stash[_RUNS].check, *mark.args)
 
 
 @pytest.fixture(scope="session")

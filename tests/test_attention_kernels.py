@@ -1,9 +1,8 @@
 """The attention kernels equal their references, in Triton's interpreter: see `attention_kernel_cases.py`."""
 
-from pathlib import Path
-
-from triton_interpreter import run_in_interpreter
+import pytest
 
 
-def test_attention_kernels_equal_their_references():
-    run_in_interpreter(str(Path(__file__).with_name("attention_kernel_cases.py")))
+@pytest.mark.interpreted("attention_kernel_cases.py")
+def test_attention_kernels_equal_their_references(check_interpreted):
+    check_interpreted()

@@ -1,13 +1,11 @@
 """The captured loop's steps equal the plain loop's, uncaptured and in Triton's interpreter: see `captured_loop_cases.py`."""
 
-from pathlib import Path
-
 import pytest
-from triton_interpreter import run_in_interpreter
 
 
-def test_captured_steps_equal_plain_steps():
-    run_in_interpreter(str(Path(__file__).with_name("captured_loop_cases.py")))
+@pytest.mark.interpreted("captured_loop_cases.py")
+def test_captured_steps_equal_plain_steps(check_interpreted):
+    check_interpreted()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_interpreter import run_in_interpreter
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
@@ -17,8 +16,9 @@ from plugins.vocabulary.logprobs import logprobs_launch
 ROWS, SLOTS, VOCAB_SIZE, CANVAS_LENGTH, MOST = 1024, 65, 262_144, 256, 20
 
 
-def test_kernels_equal_the_plain_sampler():
-    run_in_interpreter(str(Path(__file__).with_name("extras_kernel_cases.py")))
+@pytest.mark.interpreted("extras_kernel_cases.py")
+def test_kernels_equal_the_plain_sampler(check_interpreted):
+    check_interpreted()
 
 
 def described(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
