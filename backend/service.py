@@ -120,6 +120,10 @@ class Service:
         with self._lock:
             return self._worker.pid if self._worker else None
 
+    def tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt as `submit` takes it. Raises RequestError INVALID_ARGUMENT for text that is none."""
+        return prompt_tokens(self._tokenizer, self._engine.bos_token, prompt) if isinstance(prompt, str) else list(prompt)
+
     def submit(
         self,
         prompt: str | Sequence[int],
@@ -138,8 +142,7 @@ class Service:
                 for a prompt longer than the model's positions, UNAVAILABLE over the queue's limit, while closing, or after too
                 many deaths. What else can never be served is found by the worker.
         """
-        token_ids = prompt_tokens(self._tokenizer, self._engine.bos_token, prompt) if isinstance(prompt, str) else list(prompt)
-        token_ids = expand(token_ids, images, self._engine.model)
+        token_ids = expand(self.tokens(prompt), images, self._engine.model)
         resolved = sampling.resolve(self._engine.defaults)
         check_positions(self._engine.model, token_ids, resolved)  # here, so that millions of tokens go nowhere
         with self._lock:

@@ -69,10 +69,15 @@ def answering(server_model):
     def submit(prompt, sampling, on_output, *, images, **choices):
         if images == ("bad",):
             raise RequestError("INVALID_ARGUMENT", "prompt: got no place for an image")
-        model.submitted.append(images)
+        model.submitted.append((prompt, images))
         return 9
 
-    model._service = SimpleNamespace(cancel=model.cancelled.append, submit=submit)
+    def tokens(prompt):
+        if prompt == "half":
+            raise RequestError("INVALID_ARGUMENT", "prompt: got half of a surrogate pair")
+        return [len(prompt), threading.get_ident()]
+
+    model._service = SimpleNamespace(cancel=model.cancelled.append, submit=submit, tokens=tokens)
     model._images = SimpleNamespace(release=model.released.append)
     model._events, model._metrics = queue.SimpleQueue(), MetricValues()
     model._exported = SimpleNamespace(apply=lambda delta: None, clear_gauges=lambda: None)
@@ -84,8 +89,8 @@ def answering(server_model):
     assert not thread.is_alive()
 
 
-def accepted(server_model, model, sender: Sender, handle: int | None, images: tuple[str, ...] = ()):
-    request = GenerationRequest(request_id="7", prompt="", images=images, stream=True, sampling=SamplingConfig())
+def accepted(server_model, model, sender: Sender, handle: int | None, images: tuple[str, ...] = (), prompt: str = "abc"):
+    request = GenerationRequest(request_id="7", prompt=prompt, images=images, stream=True, sampling=SamplingConfig())
     answer = server_model.Answer(sender, request, tokenizer=None)
     answer.handle = handle
     model._events.put((answer, server_model._ACCEPTED))
@@ -119,9 +124,10 @@ def test_a_request_goes_to_the_service_when_its_images_have_come(server_model, a
     sender = Sender()
     answer = accepted(server_model, answering, sender, None, images=("a",))
     assert answer.request.images == ()  # which are large, and with those who load them
-    answering._events.put((answer, ("patches",)))
+    answering._on_images(answer, ("patches",))
     wait_until(lambda: answer.handle == 9)
-    assert answering.submitted == [("patches",)] and answering.released == []
+    # The tokens come from the thread that has loaded the images: the answering thread carries all other answers.
+    assert answering.submitted == [([3, threading.get_ident()], ("patches",))] and answering.released == []
     answering._events.put((answer, canvas("stop")))
     wait_until(lambda: answering.released == [answer])
     assert [flags for _, flags in sender.sent] == [0, 1]
@@ -133,7 +139,7 @@ def test_images_that_come_after_the_end_are_not_held(server_model, answering):
     answer = accepted(server_model, answering, sender, handle=5)
     answering._events.put((answer, canvas("stop")))
     wait_until(lambda: answering.released == [answer])
-    answering._events.put((answer, ("late",)))
+    answering._on_images(answer, ("late",))
     wait_until(lambda: answering.released == [answer, answer])
     assert answering.submitted == [] and len(sender.sent) == 2
 
@@ -156,10 +162,19 @@ def test_a_worker_has_the_gpu_that_triton_means(seen, device, expected, server_m
 def test_images_that_the_service_refuses_end_their_request(server_model, answering):
     sender = Sender()
     answer = accepted(server_model, answering, sender, None, images=("a",))
-    answering._events.put((answer, ("bad",)))
+    answering._on_images(answer, ("bad",))
     wait_until(lambda: answering.released == [answer])
     assert sender.sent == [("[request id: 7] [INVALID_ARGUMENT] prompt: got no place for an image", 1)]
     assert answering.cancelled == []
+
+
+def test_a_prompt_with_images_that_is_no_text_ends_its_request(server_model, answering):
+    sender = Sender()
+    answer = accepted(server_model, answering, sender, None, images=("a",), prompt="half")
+    answering._on_images(answer, ("patches",))
+    wait_until(lambda: answering.released == [answer])
+    assert sender.sent == [("[request id: 7] [INVALID_ARGUMENT] prompt: got half of a surrogate pair", 1)]
+    assert answering.submitted == []
 
 
 def test_a_request_that_goes_while_its_images_load_never_reaches_the_service(server_model, answering):
@@ -167,7 +182,7 @@ def test_a_request_that_goes_while_its_images_load_never_reaches_the_service(ser
     answer = accepted(server_model, answering, sender, None, images=("a",))
     sender.cancelled = True
     wait_until(lambda: answering.released == [answer])
-    answering._events.put((answer, ("patches",)))
+    answering._on_images(answer, ("patches",))
     other = accepted(server_model, answering, Sender(), 6)
     answering._events.put((other, canvas("stop")))
     wait_until(lambda: other.finished)

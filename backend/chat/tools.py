@@ -21,7 +21,7 @@ _MAX_DEPTH = 64
 _NAME = re.compile(r"\s*call:([^\s{}]+)\s*(?=\{)")
 _SPACE = re.compile(r"\s*")
 _TEXT = re.compile(re.escape(QUOTE) + "(.*?)" + re.escape(QUOTE), re.DOTALL)
-_BARE_KEY = re.compile(r"[^\s:,{}\[\]<>]+(?: +[^\s:,{}\[\]<>]+)*")
+_BARE_KEY = re.compile(r"[^\s:,{}\[\]<>\"]+(?: +[^\s:,{}\[\]<>\"]+)*")
 _WORD = re.compile(r"[-+.\w]+")
 _ATOM = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _MAX_NUMBER_LENGTH = 300  # readers of JSON refuse or misread longer ones

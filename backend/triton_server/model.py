@@ -1,7 +1,7 @@
 """The server class: what Triton Inference Server calls when the model is loaded, asked and unloaded.
 
     Triton's thread      execute: parse, submit, return        ─┐
-    threads for images   the images of a request, loaded       ─┤
+    threads for images   such a request's images and tokens    ─┤
     supervising thread   on_output of every request            ─┼─▶ one queue ─▶ the answering thread: every response
     client               cancel, disconnect, time-out (polled) ─┘
 
@@ -17,6 +17,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import triton_python_backend_utils as pb_utils
 
@@ -38,6 +39,13 @@ from backend.worker_process import WorkerError
 _POLL_INTERVAL_S = 0.05  # is_cancelled() takes 35 us: 300 requests cost a fifth of one core
 _EXPORT_INTERVAL_S = 0.2
 _ACCEPTED, _WORKER_DIED, _CLOSED = object(), object(), object()
+
+
+class _Ready(NamedTuple):
+    """What a request with images is handed over with."""
+
+    prompt_ids: list[int]
+    images: tuple[ImagePatches, ...]
 
 
 class DiffusionGemmaModel:
@@ -118,18 +126,29 @@ class DiffusionGemmaModel:
         self._events.put((answer, _ACCEPTED))
         try:
             if parsed.images:
-                self._images.submit(answer, parsed.images, lambda loaded: self._events.put((answer, loaded)))
+                self._images.submit(answer, parsed.images, partial(self._on_images, answer))
             else:
-                self._submit(answer)
+                self._submit(answer, parsed.prompt)
         except RequestError as error:
             self._events.put((answer, error))
         except Exception:  # as in execute
             self._events.put((answer, _logged_internal_error()))
 
-    def _submit(self, answer: Answer, images: tuple[ImagePatches, ...] = ()) -> None:
+    def _on_images(self, answer: Answer, loaded: tuple[ImagePatches, ...] | RequestError) -> None:
+        """On a thread for images, which also finds the prompt's tokens: of megabytes of text they take seconds."""
+        event: _Ready | RequestError
+        try:
+            event = loaded if isinstance(loaded, RequestError) else _Ready(self._service.tokens(answer.request.prompt), loaded)
+        except RequestError as error:
+            event = error
+        except Exception:  # as in execute
+            event = _logged_internal_error()
+        self._events.put((answer, event))
+
+    def _submit(self, answer: Answer, prompt: str | list[int], images: tuple[ImagePatches, ...] = ()) -> None:
         request = answer.request
         answer.handle = self._service.submit(
-            request.prompt,
+            prompt,
             request.sampling,
             partial(self._on_output, answer),
             images=images,
@@ -175,15 +194,13 @@ class DiffusionGemmaModel:
         self._exported.apply(self._metrics.drain())
         self._exported.clear_gauges()
 
-    def _advance(
-        self, answer: Answer, event: tuple[ImagePatches, ...] | CanvasOutput | DraftOutput | RequestError | None
-    ) -> None:
+    def _advance(self, answer: Answer, event: _Ready | CanvasOutput | DraftOutput | RequestError | None) -> None:
         """Gives one answer what has come for it, or ends it if its client has gone. A failure here ends this answer alone."""
         if answer.finished:
             self._images.release(answer)  # they may have been handed in after it had ended
             return
         try:
-            if isinstance(event, tuple):
+            if isinstance(event, _Ready):
                 event = self._submitted(answer, event)
             abandoned = answer.abandoned()
             if abandoned and answer.is_cancellable:
@@ -203,10 +220,10 @@ class DiffusionGemmaModel:
         if answer.finished:
             self._metrics.count("requests_total", label_value=outcome)
 
-    def _submitted(self, answer: Answer, images: tuple[ImagePatches, ...]) -> RequestError | None:
+    def _submitted(self, answer: Answer, ready: _Ready) -> RequestError | None:
         """Hands a request over whose images have come; returns the error if it is refused."""
         try:
-            self._submit(answer, images)
+            self._submit(answer, *ready)
         except RequestError as error:
             return error
         return None
