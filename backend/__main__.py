@@ -96,9 +96,7 @@ def openai_front_end(
     served_name: Annotated[str, typer.Option(help="What clients call the model.")] = "diffusiongemma",
     api_key: Annotated[list[str] | None, typer.Option(help="A key that clients may send; may be repeated.")] = None,
     api_key_file: _ApiKeyFile = None,
-    max_body_bytes: Annotated[
-        int, typer.Option(help="Of one request; the default holds seven images of 20 MiB.")
-    ] = 201_326_592,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request, images in base64 included.")] = 192 * 1024**2,
 ) -> None:
     """Serve OpenAI's API in front of a running Triton server until SIGINT or SIGTERM."""
     from backend.openai_server.serve import FrontEndError, serve

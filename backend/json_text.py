@@ -13,8 +13,9 @@ def read_json(text: str) -> Any:
     pair, or too many brackets within brackets.
     """
     try:
+        text.encode()
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
-        if "\\ud" in text or "\\uD" in text:  # else no half can be there, and this takes long for images
+        if "\\ud" in text or "\\uD" in text:  # else no half can be there, and writing takes long for images
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON ({error.msg} at character {error.pos})") from None

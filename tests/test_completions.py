@@ -101,7 +101,7 @@ def test_log_probabilities_say_where_their_tokens_are():
         ([([b"a", b"\xff", b"\xff", b"b"], "a\ufffd\ufffdb")], [[0, 1, 2, 3]]),  # bytes of none
         ([([b"the", b" en", b"d"], "the"), ([b"\xc3\xa9"], " endé")], [[0, 3, 6], [7]]),  # held back: it may be a stop string
         ([([b"the", b" end"], "the ")], [[0, 3]]),  # ended by a stop string within a token
-        ([([], ""), ([b"a"], "a")], [[], [0]]),
+        ([([b""], ""), ([], ""), ([b"a"], "a")], [[0], [], [0]]),
     ],
 )
 def test_places_of_tokens_in_the_text(parts, places):

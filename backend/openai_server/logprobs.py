@@ -27,7 +27,8 @@ class TextOffsets:
         tokens, self._waiting = [*self._waiting, *tokens], []
         begun_waiting = 0
         for token in tokens:
-            places.append(self._begun + begun_waiting - (not _begun(token[:1])))
+            goes_on = token != b"" and not _begun(token[:1])  # with a character that has begun
+            places.append(self._begun + begun_waiting - goes_on)
             if self._waiting or (not data.startswith(token, self._at) and token.startswith(data[self._at :])):
                 self._waiting.append(token)
                 begun_waiting += _begun(token)
