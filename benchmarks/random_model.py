@@ -9,7 +9,7 @@ import torch
 
 from backend.kv_cache import PagedKVCache
 from backend.session import RunProgram, Session, load_program
-from builder.build import compile_programs
+from builder.compiling import compile_programs
 from builder.config import read_model_config
 from builder.description import ConfigAlone, describe
 from builder.export import signatures

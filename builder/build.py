@@ -5,27 +5,25 @@ stop if all can. 4. Trace each program and 5. compile it. 6. Copy the tokenizer'
 finished directory in place, in one rename.
 """
 
-import multiprocessing
-import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx
 from rich.console import Console
 
+from builder.compiling import compile_programs
 from builder.config import read_model_config
 from builder.description import ConfigAlone, checked, describe
 from builder.errors import BuildError
 from builder.existing import check_same_checkpoint, copies_are_current, copy_programs, existing_engine, programs_can_stay
-from builder.export import Signature, TracedProgram, export_program, minimums, signatures
+from builder.export import Signature, TracedProgram, export_program, signatures
 from builder.onnx_export import to_onnx
 from builder.staging import real_place, staged
 from builder.targets import choose_device, choose_expert_weights, choose_target, compiler
 from builder.targets.cpu_operators import compile_operators, cpp_compiler
-from builder.targets.inductor import has_compiled_operators, own_cache
+from builder.targets.inductor import has_compiled_operators
 from builder.weights import all_weights, vision_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import (
@@ -34,7 +32,6 @@ from contract.manifest import (
     BuildConfig,
     Manifest,
     Program,
-    Variant,
     read_manifest,
 )
 from contract.model_config import ModelConfig
@@ -207,42 +204,6 @@ def write_manifest(
     source = "their files" if isinstance(tensors, Checkpoint) else "config.json alone"
     report(f"manifest of {len(shapes)} tensors, from {source}, written to {engine}; it has no programs")
     return manifest
-
-
-def compile_programs(model: ModelConfig, build: BuildConfig, directory: Path, report: Report) -> dict[str, Program]:
-    """Traces and compiles every program with its variants into `directory`: for a GPU all at once, each in its own process."""
-    wanted = {each.name: minimums(each, build) for each in signatures(model, build)}
-    tasks = [(model, build, name, minimum, directory) for name, least in wanted.items() for minimum in least]
-    done: dict[tuple[str, int], Program] = {}
-    at_once = min(len(tasks), os.cpu_count() or 1) if build.device == "cuda" else 1
-    report("compiling " + ", ".join(f"{name} ({len(least)} times)" for name, least in wanted.items()))
-    if at_once == 1:
-        with own_cache():
-            done = {(task[2], task[3]): _compile(*task) for task in tasks}
-    else:
-        with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running = {pool.submit(_compile_alone, *task): (task[2], task[3]) for task in tasks}
-            for future in as_completed(running):
-                done[running[future]] = future.result()
-                report(f"compiled {future.result().file}")
-    return {
-        name: done[name, 1].model_copy(
-            update={"variants": tuple(Variant(minimum=each, file=done[name, each].file) for each in least[1:])}
-        )
-        for name, least in wanted.items()
-    }
-
-
-def _compile(model: ModelConfig, build: BuildConfig, name: str, minimum: int, directory: Path) -> Program:
-    [signature] = [each for each in signatures(model, build) if each.name == name]
-    program = export_program(signature, model, build, minimum)  # 4.
-    compiled = compiler(build, model)(program, directory)  # 5.
-    return Program(file=compiled.file, inputs=program.inputs, weights=program.weights, outputs=program.outputs)
-
-
-def _compile_alone(*task: Any) -> Program:
-    with own_cache():
-        return _compile(*task)
 
 
 def compile_plans(

@@ -3,6 +3,7 @@
 Tracing runs on fake tensors, so a 26B model is exported in the memory of its graph.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -226,7 +227,8 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
         },
         dict.fromkeys(signature.weights),
     )
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
         exported = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
         if build.device == "cpu":
             exported = exported.run_decompositions(PLAIN_DECOMPOSITIONS)

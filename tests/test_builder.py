@@ -307,10 +307,10 @@ def quick(monkeypatch):
         (directory / "operators.so").write_text("operators")
         return "operators.so"
 
-    monkeypatch.setattr("builder.build.compiler", lambda build, model: compile_program)
+    monkeypatch.setattr("builder.compiling.compiler", lambda build, model: compile_program)
     monkeypatch.setattr("builder.build.compile_operators", compile_operators)
     monkeypatch.setattr(
-        "builder.build.export_program",
+        "builder.compiling.export_program",
         lambda signature, model, build, minimum: type("Traced", (), {**vars(signature), "outputs": ()}),
     )
 
@@ -422,7 +422,7 @@ def test_a_build_that_fails_leaves_the_old_engine(quick, checkpoint, tmp_path, m
     def broken(program, directory):
         raise BuildError("no compiler")
 
-    monkeypatch.setattr("builder.build.compiler", lambda build, model: broken)
+    monkeypatch.setattr("builder.compiling.compiler", lambda build, model: broken)
     with pytest.raises(BuildError, match="no compiler"):
         build_engine(checkpoint, engine, force=True)
     assert {path.name: path.read_bytes() for path in engine.iterdir()} == before

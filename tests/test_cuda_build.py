@@ -12,19 +12,18 @@ from typer.testing import CliRunner
 
 from backend.session import Session
 from backend.weights import bind_weights
-from builder import build as building
 from builder.__main__ import app
-from builder.build import compile_programs
+from builder.compiling import compile_programs, own_cache
 from builder.config import read_model_config
 from builder.description import describe
 from builder.errors import BuildError
 from builder.export import Signature, TracedProgram, export_program, minimums, signatures
 from builder.targets import choose_device
 from builder.targets.compiled import Compiled
-from builder.targets.inductor import _store_shared, opened, own_cache
+from builder.targets.inductor import _store_shared, opened
 from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
-from contract.manifest import BuildConfig, Gpu, ManifestError, Program, Variant
+from contract.manifest import BuildConfig, Gpu, ManifestError, Program, Variant, read_manifest
 from contract.model_config import ModelConfig
 
 H200 = Gpu(name="NVIDIA H200", compute_capability=(9, 0))
@@ -116,8 +115,8 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
 
 def test_variants_are_compiled_and_recorded(monkeypatch, tmp_path):
     model = read_model_config(TINY).model_copy(update={"canvas_length": 256})
-    monkeypatch.setattr(building.os, "cpu_count", lambda: 1)  # in this process, where the compiler is replaced
-    monkeypatch.setattr(building, "compiler", lambda *_: lambda program, _: Compiled(file=f"{program.name}.pt2"))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # in this process, where the compiler is replaced
+    monkeypatch.setattr("builder.compiling.compiler", lambda *_: lambda program, _: Compiled(file=f"{program.name}.pt2"))
     programs = compile_programs(model, build_config(max_encode_tokens=8192), tmp_path, lambda line: None)
     assert programs["encode"].file == "encode.pt2"
     assert programs["encode"].variants == (
@@ -130,7 +129,7 @@ def test_variants_are_compiled_and_recorded(monkeypatch, tmp_path):
 
 def test_a_missing_variant_is_named(engine_of_an_h200, gpu, tmp_path):
     head = Program(file="manifest.json", inputs=(), weights=(), outputs=(), variants=(Variant(minimum=4, file="head.4.pt2"),))
-    manifest = building.read_manifest(engine_of_an_h200)
+    manifest = read_manifest(engine_of_an_h200)
     manifest.model_copy(update={"programs": {"head": head}}).write(engine_of_an_h200)
     with pytest.raises(ManifestError, match=r"head\.4\.pt2: missing; build the engine again with --force"):
         Session.load(engine_of_an_h200)
@@ -186,13 +185,15 @@ def called(program: TracedProgram) -> Counter:
 
 
 def test_two_compilations_share_no_files(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "common"))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    with own_cache():
-        own, of_triton = Path(cache_dir()), os.environ["TRITON_CACHE_DIR"]
-        assert own.is_dir() and own != tmp_path and of_triton == str(own / "triton")
-    assert Path(cache_dir()) == tmp_path and "TRITON_CACHE_DIR" not in os.environ
-    assert not own.exists()
+    seen = []
+    for _ in range(2):
+        with own_cache(str(tmp_path)):
+            seen.append(Path(cache_dir()))
+            assert seen[-1].is_dir() and os.environ["TRITON_CACHE_DIR"] == str(seen[-1] / "triton")
+        assert Path(cache_dir()) == tmp_path / "common" and "TRITON_CACHE_DIR" not in os.environ
+    assert len({*seen, tmp_path / "common"}) == 3
 
 
 def test_stored_values_change_nothing(tmp_path):

@@ -1,12 +1,8 @@
 """The `inductor` target: one AOTInductor package a program, for the CPU or for the GPU that is here."""
 
 import io
-import os
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,29 +15,6 @@ from plugins.cpu import COMPILED
 from plugins.library import NAMESPACE
 
 _aten = torch.ops.aten
-
-
-@contextmanager
-def own_cache() -> Iterator[None]:
-    """A directory for what the compiler leaves, for one process alone, removed at the end.
-
-    In the one that it has for all it writes files in place, under names that follow from the program: of two builds of the same
-    programs at once, each can take files into its package that the other is writing.
-    """
-    from torch._inductor.utils import clear_caches  # only here: it imports the compiler
-
-    with tempfile.TemporaryDirectory(prefix="compile-", ignore_cleanup_errors=True) as directory:
-        places = {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": str(Path(directory, "triton"))}
-        before = {name: os.environ[name] for name in places if name in os.environ}
-        os.environ.update(places)
-        clear_caches()  # what this process remembers of the directory of before
-        try:
-            yield
-        finally:
-            for name in places:
-                del os.environ[name]
-            os.environ.update(before)
-            clear_caches()
 
 
 def compile_program(program: TracedProgram, directory: Path) -> Compiled:

@@ -1,0 +1,109 @@
+"""The programs of an engine, traced and compiled for the `inductor` target: for a GPU all at once, each in its own process.
+
+What they leave in the compiler's cache goes with the build. The cache that PyTorch has for all is written in place, under names
+that follow from the programs: of two builds of the same programs at once, each would take files that the other is writing.
+"""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from builder.errors import BuildError
+from builder.export import export_program, minimums, signatures
+from builder.targets import compiler
+from contract.manifest import BuildConfig, Program, Variant
+from contract.model_config import ModelConfig
+
+
+def compile_programs(
+    model: ModelConfig, build: BuildConfig, directory: Path, report: Callable[[str], None]
+) -> dict[str, Program]:
+    """Every program with its variants, written into `directory`.
+
+    For a GPU, a script that calls this needs `if __name__ == "__main__"` around it, as all that starts Python processes does.
+
+    Raises:
+        BuildError: a process was ended from outside.
+    """
+    wanted = {each.name: minimums(each, build) for each in signatures(model, build)}
+    report("compiling " + ", ".join(f"{name} ({len(least)} times)" for name, least in wanted.items()))
+    done: dict[tuple[str, int], Program] = {}
+    # What is being written when the build is stopped may be there a little longer.
+    with tempfile.TemporaryDirectory(prefix="compile-", ignore_cleanup_errors=True) as caches:
+        tasks = [(name, minimum) for name, least in wanted.items() for minimum in least]
+        at_once = min(len(tasks), os.cpu_count() or 1) if build.device == "cuda" else 1
+        if at_once == 1:
+            with own_cache(caches):
+                done = {task: _compile(model, build, *task, directory) for task in tasks}
+        else:
+            with processes(at_once) as pool:
+                running = {pool.submit(_compile_alone, caches, model, build, *task, directory): task for task in tasks}
+                for future in as_completed(running):
+                    done[running[future]] = future.result()
+                    report(f"compiled {future.result().file}")
+    return {
+        name: done[name, 1].model_copy(
+            update={"variants": tuple(Variant(minimum=each, file=done[name, each].file) for each in least[1:])}
+        )
+        for name, least in wanted.items()
+    }
+
+
+def _compile(model: ModelConfig, build: BuildConfig, name: str, minimum: int, directory: Path) -> Program:
+    [signature] = [each for each in signatures(model, build) if each.name == name]
+    program = export_program(signature, model, build, minimum)
+    compiled = compiler(build, model)(program, directory)
+    return Program(file=compiled.file, inputs=program.inputs, weights=program.weights, outputs=program.outputs)
+
+
+def _compile_alone(caches: str, *task: Any) -> Program:
+    with own_cache(caches):
+        return _compile(*task)
+
+
+@contextmanager
+def processes(at_once: int) -> Iterator[ProcessPoolExecutor]:
+    """They end with the block, whatever ends it. Raises BuildError if one of them was ended from outside."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, context, initializer=_leave_interrupts_to_the_builder) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise BuildError(
+                "compiling: a process was ended from outside, most likely because memory was short; free some, or build with "
+                "fewer cores (taskset --cpu-list 0 …), of which each takes a gigabyte"
+            ) from None
+        except BaseException:  # an error, or a signal: leaving the block would wait for the other programs
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _leave_interrupts_to_the_builder() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def own_cache(caches: str) -> Iterator[None]:
+    """A directory of its own, in `caches`, for what the compiler leaves."""
+    from torch._inductor.utils import clear_caches  # only here: it imports the compiler
+
+    directory = tempfile.mkdtemp(dir=caches)
+    places = {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": str(Path(directory, "triton"))}
+    before = {name: os.environ[name] for name in places if name in os.environ}
+    os.environ.update(places)
+    clear_caches()  # what this process remembers of the directory of before
+    try:
+        yield
+    finally:
+        for name in places:
+            del os.environ[name]
+        os.environ.update(before)
+        clear_caches()
