@@ -210,7 +210,9 @@ def plan(
     engine: Annotated[Path, typer.Argument(help="Engine directory, or one that has a manifest alone.")],
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory for everything, such as 80GB or 79.6GiB.")],
     device: Annotated[str | None, typer.Option(help="cpu or cuda; without it, what the engine was built for.")] = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences at once that the server is to take.")] = 16,
+    max_sequences: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at once that the server is to take; 16, if the engine takes as many.")
+    ] = None,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a sequence; may be repeated.")] = None,
 ) -> None:
     """Say what serving an engine takes in memory, and how many sequences of which length fit; nothing is loaded."""

@@ -60,5 +60,5 @@ def check_images(manifest: Manifest, prompt_ids: Sequence[int], images: Sequence
         raise RequestError(
             "INVALID_ARGUMENT",
             f"images: got one of {most} soft tokens, expected at most {most_allowed}, the tokens of one encode pass; "
-            "lower max_soft_tokens, or rebuild the engine with a larger --max-encode-tokens",
+            "lower image_soft_tokens, or rebuild the engine with a larger --max-encode-tokens",
         )

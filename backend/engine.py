@@ -31,6 +31,7 @@ class Engine:
             ManifestError: see `plan_memory`, and on a GPU `check_free`.
         """
         model, build = session.manifest.model, session.manifest.build
+        limits = limits.resolved(build.max_sequences)
         self.plan = plan_memory(session.manifest, limits, device_type=session.device.type)
         for line in self.plan.report().splitlines():
             _logger.info("%s", line)

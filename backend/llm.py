@@ -56,7 +56,7 @@ class LLM:
         self,
         engine_dir: str | PathLike,
         *,
-        max_sequences: int = 16,
+        max_sequences: int | None = None,
         max_cached_tokens: int | None = None,
         checkpoint_dir: str | PathLike | None = None,
         image_soft_tokens: int | None = None,

@@ -20,7 +20,7 @@ as many pages again where memory allows, for windows of prefixes that no sequenc
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backend.pass_memory import (
     denoise_bytes,
@@ -34,7 +34,7 @@ from backend.pass_memory import (
 from contract.manifest import Manifest, ManifestError
 from contract.model_config import LayerType
 
-_DEFAULT_SEQUENCE_TOKENS = 8192
+_DEFAULT_SEQUENCES, _DEFAULT_SEQUENCE_TOKENS = 16, 8192
 _FEWEST_SEQUENCES = 4  # that the default counts with
 _RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
 """cpu: resident with PyTorch 2.13, 240 MB once the engine's modules are imported, 390 with compiled programs loaded. cuda: an
@@ -47,8 +47,9 @@ _GB = 1e9
 class EngineLimits:
     """What an engine may use.
 
-    max_sequences: sequences denoised at once. max_cached_tokens: tokens that the KV pages of full-attention layers hold, over
-    all sequences. memory_bytes: for everything together, weights included. Without either, see the module docstring.
+    max_sequences: sequences denoised at once; None is 16, or as many as the engine takes. max_cached_tokens: tokens that the KV
+    pages of full-attention layers hold, over all sequences. memory_bytes: for everything together, weights included. Without
+    either, see the module docstring.
 
     prefix_cache: keep committed pages for prompts with the same beginning. commit_last: also the last canvas of every request.
     max_pass_rows: canvas positions that one denoising pass takes; None is `max_encode_tokens` on the CPU, where larger passes
@@ -56,7 +57,7 @@ class EngineLimits:
     sampler's chunk.
     """
 
-    max_sequences: int = 16
+    max_sequences: int | None = None
     max_cached_tokens: int | None = None
     memory_bytes: int | None = None
     prefix_cache: bool = True
@@ -71,6 +72,16 @@ class EngineLimits:
                 raise ManifestError(f"{name}: got {value}, expected at least 1")
         if self.max_cached_tokens is not None and self.memory_bytes is not None:
             raise ManifestError("max_cached_tokens and memory_bytes: got both, but each decides how many KV pages there are")
+
+    def resolved(self, most: int) -> "EngineLimits":
+        """With a number of sequences. most: that the engine takes. Raises ManifestError for more than that."""
+        wanted = min(_DEFAULT_SEQUENCES, most) if self.max_sequences is None else self.max_sequences
+        if wanted > most:
+            raise ManifestError(
+                f"max_sequences: got {wanted}, expected 1 to {most}; lower it, "
+                "or rebuild the engine with a larger --max-sequences"
+            )
+        return replace(self, max_sequences=wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +145,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
         ManifestError: max_sequences is more than the engine takes, or memory_bytes does not hold what every engine needs.
     """
     model, build = manifest.model, manifest.build
-    if limits.max_sequences > build.max_sequences:
-        raise ManifestError(
-            f"max_sequences: got {limits.max_sequences}, expected 1 to {build.max_sequences}; "
-            "rebuild the engine with a larger --max-sequences"
-        )
+    limits = limits.resolved(build.max_sequences)
     kept = {kind: each.window - 1 if each.window else None for kind, each in model.attention.items()}
     page_bytes = {kind: build.page_size * token_bytes(model, kind, build.dtype) for kind in model.attention}
     fixed = {

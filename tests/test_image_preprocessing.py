@@ -78,12 +78,12 @@ def test_a_digest_tells_images_apart():
 
 def test_what_cannot_be_cut_into_patches_is_refused():
     for arguments, message in [
-        ((picture(9, 9), 100), "max_soft_tokens: got 100, expected one of 70, 140, 280, 560, 1120"),
+        ((picture(9, 9), 100), "image_soft_tokens: got 100, expected one of 70, 140, 280, 560, 1120"),
         ((Image.new("RGB", (0, 5)), 70), "image: got 0 x 5 pixels, expected at least 1 x 1"),
         (
             (picture(900, 9), 280),
-            "image: got 900 x 9 pixels, 501 x 3 patches with max_soft_tokens 280, expected at most 256 along a side; "
-            "crop it or lower max_soft_tokens",
+            "image: got 900 x 9 pixels, 501 x 3 patches with image_soft_tokens 280, expected at most 256 along a side; "
+            "crop it or lower image_soft_tokens",
         ),
     ]:
         with pytest.raises(RequestError) as refused:

@@ -144,7 +144,7 @@ def test_an_image_larger_than_a_pass_is_refused(checkpoint):
         add(scheduler, [IMAGE, 5], [picture(100, 100)])
     assert str(refused.value) == (
         "images: got one of 64 soft tokens, expected at most 48, the tokens of one encode pass; "
-        "lower max_soft_tokens, or rebuild the engine with a larger --max-encode-tokens"
+        "lower image_soft_tokens, or rebuild the engine with a larger --max-encode-tokens"
     )
     assert refused.value.code == "INVALID_ARGUMENT"
 

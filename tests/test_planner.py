@@ -118,12 +118,18 @@ def test_the_report(session):
     assert lines[1] == "fits    sequences of so many tokens: 2 of 1,024, 1 of 2,048"
 
 
+@pytest.mark.parametrize(("most", "expected"), [(64, 16), (16, 16), (5, 5)])
+def test_an_engine_that_takes_few_sequences_is_given_as_many(session, most, expected):
+    build = session.manifest.build.model_copy(update={"max_sequences": most})
+    assert plan_memory(session.manifest.model_copy(update={"build": build}), EngineLimits()).max_sequences == expected
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
         ({"max_sequences": 0}, "max_sequences: got 0, expected at least 1"),
         ({"memory_bytes": -1}, "memory_bytes: got -1, expected at least 1"),
-        ({"max_sequences": 65}, "max_sequences: got 65, expected 1 to 64; rebuild the engine"),
+        ({"max_sequences": 65}, "max_sequences: got 65, expected 1 to 64; lower it, or rebuild the engine"),
         ({"max_cached_tokens": 1, "memory_bytes": 1}, "max_cached_tokens and memory_bytes: got both"),
     ],
 )

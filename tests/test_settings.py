@@ -90,8 +90,8 @@ def test_parameters_of_the_python_backend_are_not_ours():
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"max_sequences": "0"}, "parameter max_sequences: got '0', expected a whole number of at least 1"),
-        ({"max_sequences": "many"}, "parameter max_sequences: got 'many', expected a whole number of at least 1"),
+        ({"max_sequences": "-1"}, "parameter max_sequences: got '-1', expected a whole number of at least 0"),
+        ({"max_sequences": "many"}, "parameter max_sequences: got 'many', expected a whole number of at least 0"),
         ({"max_queued": "1.5"}, "parameter max_queued: got '1.5', expected a whole number of at least 0"),
         ({"queue_timeout_s": "inf"}, "parameter queue_timeout_s: got 'inf', expected a number of seconds of at least 0"),
         ({"prefix_cache": "maybe"}, "parameter prefix_cache: got 'maybe', expected true or false"),

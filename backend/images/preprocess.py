@@ -68,7 +68,7 @@ def _grid(width: int, height: int, max_soft_tokens: int, vision: VisionConfig) -
     """Columns and rows of soft tokens of an image of width x height pixels."""
     if max_soft_tokens not in SOFT_TOKEN_BUDGETS:
         budgets = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
-        raise RequestError("INVALID_ARGUMENT", f"max_soft_tokens: got {max_soft_tokens}, expected one of {budgets}")
+        raise RequestError("INVALID_ARGUMENT", f"image_soft_tokens: got {max_soft_tokens}, expected one of {budgets}")
     if not width or not height:
         raise RequestError("INVALID_ARGUMENT", f"image: got {width} x {height} pixels, expected at least 1 x 1")
     kernel = vision.pooling_kernel_size
@@ -83,8 +83,8 @@ def _grid(width: int, height: int, max_soft_tokens: int, vision: VisionConfig) -
     if max(columns, rows) * kernel > vision.position_embedding_size:
         raise RequestError(
             "INVALID_ARGUMENT",
-            f"image: got {width} x {height} pixels, {columns * kernel} x {rows * kernel} patches with max_soft_tokens "
+            f"image: got {width} x {height} pixels, {columns * kernel} x {rows * kernel} patches with image_soft_tokens "
             f"{max_soft_tokens}, expected at most {vision.position_embedding_size} along a side; crop it or lower "
-            "max_soft_tokens",
+            "image_soft_tokens",
         )
     return columns, rows

@@ -26,7 +26,9 @@ class Settings(BaseModel):
         min_length=1,
         description="engine directory; a relative one starts at the folder of config.pbtxt",
     )
-    max_sequences: int = Field(16, ge=1, description="sequences denoised at once, at most what the engine was built for")
+    max_sequences: int = Field(
+        0, ge=0, description="sequences denoised at once, at most what the engine was built for; 0: 16, or as many as that"
+    )
     max_cached_tokens: int = Field(0, ge=0, description="tokens that the KV pages hold over all sequences; 0: see memory_bytes")
     memory_bytes: int = Field(
         0, ge=0, description="memory for everything, weights included; 0: KV pages for 8,192 tokens a sequence"
@@ -82,7 +84,7 @@ class Settings(BaseModel):
         return WorkerConfig(
             engine_dir=(model_dir / self.engine_dir).resolve(),
             limits={
-                "max_sequences": self.max_sequences,
+                "max_sequences": self.max_sequences or None,
                 "max_cached_tokens": self.max_cached_tokens or None,
                 "memory_bytes": self.memory_bytes or None,
                 "prefix_cache": self.prefix_cache,
