@@ -1,9 +1,8 @@
 """The backend's command line: `python -m backend serve`, `openai`, `generate`, `chat` and `plan`."""
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -11,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from backend.errors import RequestError
-from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, TritonServer
+from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, TritonServer, leave_on_signals
 from backend.triton_server.model_config import Instances, config_pbtxt
 from backend.triton_server.request import parse_json_object
 from backend.triton_server.settings import Settings
@@ -43,12 +42,14 @@ def serve(
     instances: _NumInstances = None,
     gpus: _Gpus = "",
 ) -> None:
-    """Serve an engine with Triton Inference Server, and OpenAI's API in front of it, until SIGINT or SIGTERM."""
+    """Serve an engine with Triton Inference Server, and OpenAI's API in front of it, until it is told to stop."""
     from backend.openai_server.serve import FrontEnd, FrontEndError
     from backend.openai_server.settings import OpenAISettings, read_api_keys
 
-    for each in (signal.SIGINT, signal.SIGTERM):  # both, for who starts it in the background of a shell gets SIGINT ignored
-        signal.signal(each, lambda *_: sys.exit(0))  # leaves the `with` block
+    leave_on_signals()
+    parameters = _parameters(setting)
+    if engine is not None and "engine_dir" in parameters:
+        _fail(f"--set engine_dir: got {parameters['engine_dir']} beside --engine {engine}; remove one")
     server = TritonServer(
         engine_dir=engine,
         model_repository=model_repository,
@@ -56,7 +57,7 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         metrics_port=metrics_port,
-        parameters=dict(each.partition("=")[::2] for each in setting),
+        parameters=parameters,
         instances=_instances(instances, gpus),
     )
     try:
@@ -129,7 +130,7 @@ def config(
 ) -> None:
     """Write the model's config.pbtxt."""
     try:
-        settings = Settings.from_parameters(dict(each.partition("=")[::2] for each in setting))
+        settings = Settings.from_parameters(_parameters(setting))
     except ValueError as error:
         _fail(str(error))
     text = config_pbtxt(settings, _instances(instances, gpus) or Instances())
@@ -233,6 +234,17 @@ def plan(
         _fail(str(error))
     rows = capacities(manifest, memory_bytes, device_type=device_type, lengths=sorted(length or LENGTHS))
     Console().print(table(rows))
+
+
+def _parameters(settings: Sequence[str]) -> dict[str, str]:
+    """What `--set` says."""
+    parameters: dict[str, str] = {}
+    for each in settings:
+        name, _, value = each.partition("=")
+        if name in parameters:
+            _fail(f"--set {name}: got {parameters[name]!r} and {value!r}, expected one value")
+        parameters[name] = value
+    return parameters
 
 
 def _typed_lines(ask: Callable[[str], str]) -> Iterator[str]:

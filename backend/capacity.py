@@ -31,7 +31,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ManifestError: it is none.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|)\s*", text.upper())
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]I?B|)\s*", text.upper())
     if not found or not float(found[1]):
         raise ManifestError(f"memory: got {text!r}, expected a size such as 80GB, 79.6GiB or a number of bytes")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -6,6 +6,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,13 +43,17 @@ class WorkerProcess:
         options |= {"limits": json.dumps(dict(config.limits))}
         # The worker is this very program, wherever its parent found it.
         paths = filter(None, (packages, os.environ.get("PYTHONPATH")))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(config.environment)
+        # The worker unpacks its programs there, and has no time to remove them when it is killed.
+        self._temporary = tempfile.TemporaryDirectory(prefix="diffusiongemma_worker_", ignore_cleanup_errors=True)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": self._temporary.name}
+        environment |= config.environment
         command = [sys.executable, "-m", "backend.worker", *(f"--{name}={value}" for name, value in options.items())]
         try:
             with theirs:
                 self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         except OSError as error:
             self._connection.close()
+            self._temporary.cleanup()
             raise WorkerError(f"engine worker: {command[0]} cannot be started ({error.strerror})") from None
         # A worker that reads nothing fills the socket; only this thread waits then.
         self._writing = threading.Thread(target=self._write, name="engine worker's outbox", daemon=True)
@@ -78,6 +83,7 @@ class WorkerProcess:
         self._outbox.put(None)
         self._writing.join()
         self._connection.close()
+        self._temporary.cleanup()
 
     def _ending(self) -> str:
         try:

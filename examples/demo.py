@@ -18,7 +18,7 @@ from triton_client import tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for a checkout that is not installed
 
-from backend.triton_server.launch import ServerError, TritonServer
+from backend.triton_server.launch import ServerError, TritonServer, leave_on_signals
 from checkpoints.tiny_tasks import Question, questions
 
 STREAMED_TASKS = ("count", "thought")
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="which questions are asked")
     options = parser.parse_args()
 
+    leave_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 120)
     with TritonServer(engine_dir=options.engine_dir, grpc_port=0, http_port=0, metrics_port=0) as server:
         console.print(f"tritonserver serves {options.engine_dir} on {server.grpc_url} (gRPC)")

@@ -170,7 +170,7 @@ def test_the_commands(tmp_path):
 def test_refusals(engine, tmp_path):
     with pytest.raises(ManifestError, match="got a manifest alone, expected an engine with its programs; build it with"):
         Session.load(engine)
-    for text in ("eighty", "0GB", "80 gigabytes"):
+    for text in ("eighty", "0GB", "80 gigabytes", "9" * 400 + "GB"):
         with pytest.raises(ManifestError, match=f"memory: got '{text}', expected a size such as 80GB"):
             parse_bytes(text)
     assert (parse_bytes("80GB"), parse_bytes("79.5 GiB"), parse_bytes("1000")) == (80 * 10**9, int(79.5 * 2**30), 1000)

@@ -17,11 +17,13 @@ from server_processes import leftovers
 from backend.triton_server.launch import MODEL_REPOSITORY, ServerError, TritonServer
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_serve_stops_cleanly(engine_dir, stop):
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--openai-port", "0"]
-    command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir), *ports]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent) as process:
+    command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir), "--host", "localhost", *ports]
+    # Whatever these tests were started under: nohup ignores SIGHUP.
+    at_first = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent, **at_first) as process:
         line = process.stdout.readline()
         ready = re.fullmatch(r"ready  gRPC (\S+)  HTTP \S+  metrics \S+  OpenAI (\S+)  log (\S+)  OpenAI log (\S+)\n", line)
         url, openai_url, log, openai_log = ready.groups()

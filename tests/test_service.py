@@ -5,6 +5,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -171,9 +172,11 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_closing_refuses_new_requests_and_fails_the_rest(engine_dir):
+def test_closing_refuses_new_requests_and_fails_the_rest(engine_dir, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     watched = Watched(engine_dir)
     pid = watched.worker_pid()
+    assert list(tmp_path.glob("*/aotinductor*"))  # the worker's programs
     asked = Asked(watched.service, ENDLESS)
     asked.next()
     watched.service.close(timeout_s=0)
@@ -182,6 +185,7 @@ def test_closing_refuses_new_requests_and_fails_the_rest(engine_dir):
     with pytest.raises(RequestError, match="shutting down"):
         Asked(watched.service, SHORT)
     assert not Path(f"/proc/{pid}").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_closing_lets_requests_finish(engine_dir):

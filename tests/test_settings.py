@@ -27,7 +27,7 @@ OTHERS = Settings(
     max_pass_rows=64,
     cpu_threads=3,
     max_queued=0,
-    queue_timeout_s=0.25,
+    queue_timeout_s=1.25,
     draft_interval_s=0.5,
     image_soft_tokens=140,
     max_images=2,
@@ -77,7 +77,7 @@ def test_every_setting_reaches_the_worker_or_the_service(tmp_path):
     assert EngineLimits(**Settings(memory_bytes=7).worker_config(tmp_path, {}).limits) == EngineLimits(memory_bytes=7)
     assert dict(worker.environment) == {"A": "b", "OMP_NUM_THREADS": "3"}
     assert Settings().worker_config(tmp_path, {"A": "b"}).environment == {"A": "b"}
-    assert (limits.max_queued, limits.queue_timeout_s, limits.load_timeout_s) == (0, 0.25, 1e6)
+    assert (limits.max_queued, limits.queue_timeout_s, limits.load_timeout_s) == (0, 1.25, 1e6)
     assert (limits.progress_timeout_s, limits.max_deaths, limits.deaths_window_s) == (1.5, 7, 0)
     assert Settings(engine_dir="../x").worker_config(tmp_path / "m", {}).engine_dir == tmp_path / "x"
 
@@ -93,7 +93,8 @@ def test_parameters_of_the_python_backend_are_not_ours():
         ({"max_sequences": "-1"}, "parameter max_sequences: got '-1', expected a whole number of at least 0"),
         ({"max_sequences": "many"}, "parameter max_sequences: got 'many', expected a whole number of at least 0"),
         ({"max_queued": "1.5"}, "parameter max_queued: got '1.5', expected a whole number of at least 0"),
-        ({"queue_timeout_s": "inf"}, "parameter queue_timeout_s: got 'inf', expected a number of seconds of at least 0"),
+        ({"queue_timeout_s": "inf"}, "parameter queue_timeout_s: got 'inf', expected a number of seconds of at least 1"),
+        ({"progress_timeout_s": "0"}, "parameter progress_timeout_s: got '0', expected a number of seconds of at least 1"),
         ({"prefix_cache": "maybe"}, "parameter prefix_cache: got 'maybe', expected true or false"),
         (
             {"max_image_pixels": "89478486"},
@@ -113,7 +114,7 @@ def test_a_wrong_setting_is_named_in_one_line(parameters, words):
 
 
 def test_settings_are_read_back_as_they_were_written():
-    settings = Settings(load_timeout_s=1234567.0, progress_timeout_s=0.1, queue_timeout_s=30.0)
+    settings = Settings(load_timeout_s=1234567.0, progress_timeout_s=1.1, queue_timeout_s=30.0)
     assert settings.parameters()["queue_timeout_s"] == "30"
     assert Settings.from_parameters(settings.parameters()) == settings
 
@@ -175,3 +176,18 @@ def test_the_tensors_of_the_config_are_those_of_the_table():
         assert found == [(spec.name, f"TYPE_{spec.datatype}", spec.dims) for spec in table]
     assert all(tensor.optional for tensor in config.input)
     assert {spec.name for spec in INPUTS} == set(READERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--set", "max_queued=1", "--set", "max_queued=9"], "--set max_queued: got '1' and '9', expected one value"),
+        (["--set", "engine_dir=/b", "--engine", "/a"], "--set engine_dir: got /b beside --engine /a; remove one"),
+        (["--host", "nowhere.invalid", "--engine", "/a"], "host: 'nowhere.invalid' has no IPv4 address ("),
+    ],
+)
+def test_what_a_server_is_told_must_be_one_thing(arguments, line, monkeypatch):
+    monkeypatch.setattr("backend.__main__.leave_on_signals", lambda: None)  # they are this process's
+    monkeypatch.setattr("backend.triton_server.launch.stage_model", lambda *_: None)
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 1 and result.output.startswith(f"error: {line}")

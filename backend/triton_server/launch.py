@@ -108,6 +108,7 @@ class TritonServer:
             self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
             stage_backend(self._staging / "backends" / "python")
             stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
+            self._host = _address(self._host)
             self._ports = _free_ports(self._host, self._ports)
             self._start()
             self._wait_until_ready()
@@ -274,6 +275,23 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": str(MODEL_REPOSITORY.parent),
     }
     return os.environ | {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in first.items()}
+
+
+def _address(host: str) -> str:
+    """The numbers of a host's name: Triton's HTTP services take nothing else. Raises ServerError if it has none."""
+    try:
+        return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise ServerError(f"host: {host!r} has no IPv4 address ({error.strerror}); pass another --host") from None
+
+
+def leave_on_signals() -> None:
+    """SIGINT, SIGTERM and a terminal that is closed leave `with` blocks; under nohup the last does nothing."""
+    numbers = [signal.SIGINT, signal.SIGTERM]  # both, for who starts it in the background of a shell gets SIGINT ignored
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, lambda *_: sys.exit(0))
 
 
 def _free_ports(host: str, ports: Mapping[str, int]) -> dict[str, int]:

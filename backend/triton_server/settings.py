@@ -14,6 +14,7 @@ from backend.service import ServiceLimits
 from backend.worker_process import WorkerConfig
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Limit = Annotated[float, Field(ge=1, allow_inf_nan=False)]  # seconds; what is healthy is silent for part of one
 
 
 class Settings(BaseModel):
@@ -38,7 +39,7 @@ class Settings(BaseModel):
     max_pass_rows: int = Field(0, ge=0, description="canvas positions that one denoising pass takes; 0: what suits the device")
     cpu_threads: int = Field(0, ge=0, description="threads that the engine's worker computes with on the CPU; 0: all cores")
     max_queued: int = Field(256, ge=0, description="requests that may wait for a place among these sequences")
-    queue_timeout_s: Seconds = Field(60.0, description="seconds that a request may wait for its place")
+    queue_timeout_s: Limit = Field(60.0, description="seconds that a request may wait for its place")
     draft_interval_s: Seconds = Field(0.05, description="seconds between drafts, for requests that ask for them")
     image_soft_tokens: int = Field(
         0, ge=0, description="tokens of an image: 70, 140, 280, 560, 1120; 0: what the checkpoint says"
@@ -50,8 +51,8 @@ class Settings(BaseModel):
     image_threads: int = Field(4, ge=1, description="threads that decode and fetch images")
     fetch_images: bool = Field(False, description="true fetches images from URLs of the internet that clients name")
     fetch_timeout_s: Seconds = Field(5.0, description="seconds that fetching an image may take")
-    load_timeout_s: Seconds = Field(1800.0, description="seconds that loading the engine may take")
-    progress_timeout_s: Seconds = Field(120.0, description="seconds that one step may take before the worker is taken for hung")
+    load_timeout_s: Limit = Field(1800.0, description="seconds that loading the engine may take")
+    progress_timeout_s: Limit = Field(120.0, description="seconds that one step may take before the worker is taken for hung")
     max_worker_deaths: int = Field(
         3, ge=1, description="after so many deaths of the engine worker within worker_deaths_window_s the model is unloaded"
     )
