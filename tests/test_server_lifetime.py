@@ -83,7 +83,7 @@ def test_a_dead_server_is_noticed_and_cleared_away(engine_dir):
     [
         ({"engine_dir": "/nowhere/engine"}, ["/nowhere/engine", "manifest.json"]),
         ({"model_repository": "/nowhere"}, ["/nowhere/diffusiongemma", "config.pbtxt", "--model-repository"]),
-        ({"parameters": {"max_sequences": "0"}}, ["max_sequences", "'0'", "at least 1"]),
+        ({"parameters": {"max_sequences": "-1"}}, ["max_sequences", "'-1'", "at least 0"]),
         ({"parameters": {"nonsense": "1"}}, ["nonsense", "config.pbtxt"]),
         ({"http_port": None}, ["http port", "--http-port"]),
     ],
