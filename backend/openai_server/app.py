@@ -94,7 +94,7 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
     app.add_exception_handler(
         HTTPException, lambda _, error: JSONResponse(ApiError(error.status_code, str(error.detail)).body(), error.status_code)
     )
-    # What recurses here is reading and writing JSON, as deep as the body.
+    # What recurses here is writing JSON, as deep as the body; what is too deep to be read is refused by `read_body`.
     too_deep = ApiError(400, "body: got JSON that is nested too deeply, expected fewer levels", param="body")
     app.add_exception_handler(RecursionError, lambda *_: JSONResponse(too_deep.body(), too_deep.status))
     app.add_exception_handler(

@@ -29,11 +29,11 @@ class TextOffsets:
         for token in tokens:
             goes_on = token != b"" and not _begun(token[:1])  # with a character that has begun
             places.append(self._begun + begun_waiting - goes_on)
-            if self._waiting or (not data.startswith(token, self._at) and token.startswith(data[self._at :])):
+            if not self._waiting and data.startswith(token, self._at):
+                self._pass(token)
+            elif self._waiting or token.startswith(data[self._at :]):
                 self._waiting.append(token)
                 begun_waiting += _begun(token)
-            elif data.startswith(token, self._at):
-                self._pass(token)
             elif data.startswith(_REPLACEMENT, self._at):  # for a byte that is of no character
                 self._pass(_REPLACEMENT)
         return places[num_placed:]
