@@ -1,8 +1,8 @@
 """A chat in the terminal that shows the canvas as it resolves.
 
 On a terminal the answer is redrawn as drafts come: what is decided in the terminal's own colour, the draft of the canvas that
-is being denoised dimmed. Elsewhere the questions are the lines of standard input, and only answers are printed; what else there
-is to say goes to a console of its own.
+is being denoised dimmed. Elsewhere the lines of standard input are read, commands and questions, and only answers are printed;
+what else there is to say goes to a console of its own.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,6 +16,7 @@ from rich.text import Text
 from backend.errors import RequestError
 from backend.generation import Generation, Piece
 from backend.llm import LLM
+from backend.parameters import shown
 from backend.sampling_config import SamplingConfig
 
 HELP = "/image PATH: a picture for the next question   /think: think first, or no longer   /new: forget the chat   /quit: leave"
@@ -52,7 +53,8 @@ class TerminalChat:
                 self._template_kwargs["enable_thinking"] = not self._template_kwargs.get("enable_thinking")
                 self._note(f"thinking {'on' if self._template_kwargs['enable_thinking'] else 'off'}")
             elif said.startswith("/"):
-                self._note(HELP)
+                self._note(f"error: got {shown(said)}, which is no command; {HELP}")
+                all_answered = False
             elif said:
                 all_answered &= self._ask(said)
         return all_answered

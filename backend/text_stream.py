@@ -57,6 +57,10 @@ class _Piece(NamedTuple):
     in_scope: bool
 
 
+def special_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
 class TextStream:
     """One request's decoder.
 
@@ -79,8 +83,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop, self._scope = tuple(stop), stop_scope
         self._is_open = stop_scope.is_open
-        added = tokenizer.get_added_tokens_decoder()
-        self._skipped = {index for index, token in added.items() if token.special} if skip_special_tokens else set()
+        self._skipped = special_tokens(tokenizer) if skip_special_tokens else frozenset()
         self._num_tokens = 0
         self._context: list[int] = []  # the last decided token
         self._context_length = 0  # characters it decodes to on its own

@@ -13,7 +13,7 @@ from backend import json_text
 from backend.openai_server.app import create_app
 from backend.openai_server.completions import Completions
 from backend.openai_server.errors import bad_request
-from backend.openai_server.logprobs import TextOffsets
+from backend.openai_server.logprobs import TextOffsets, completion_logprobs
 from backend.openai_server.parameters import chat_inputs
 from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import Part
@@ -94,12 +94,13 @@ def test_log_probabilities_say_where_their_tokens_are():
 @pytest.mark.parametrize(
     ("parts", "places"),
     [
-        ([([b"a", b"<eos>", b"b"], "ab")], [[0, 1, 1]]),  # a special token has no text
-        ([([b"a"], "a"), ([b"<eos>"], ""), ([b"b", b"c"], "bc")], [[0], [1], [1, 2]]),
+        ([([b"a", b"", b"b"], "ab")], [[0, 1, 1]]),  # a special token has no text
+        ([([b"a"], "a"), ([b""], ""), ([b"b", b"c"], "bc")], [[0], [1], [1, 2]]),
+        ([([b"a", b"", b""], "a"), ([b"b"], "b")], [[0, 1, 1], [1]]),  # at a canvas's end
         ([([b"<", b"b", b"\xf0", b"\x9f", b"\x98", b"\x80", b"c"], "<b😀c")], [[0, 1, 2, 2, 2, 2, 3]]),  # bytes of a character
         ([([b"a", b"\xf0"], "a"), ([b"\x9f", b"\x98"], ""), ([b"\x80", b"c"], "😀c")], [[0, 1], [1, 1], [1, 2]]),
         ([([b"a", b"\xff", b"\xff", b"b"], "a\ufffd\ufffdb")], [[0, 1, 2, 3]]),  # bytes of none
-        ([([b"the", b" en", b"d"], "the"), ([b"\xc3\xa9"], " endé")], [[0, 3, 6], [7]]),  # held back: it may be a stop string
+        ([([b"the", b" end"], "the "), ([b"\xc3\xa9"], "endé")], [[0, 3], [7]]),  # held back: it may be a stop string
         ([([b"the", b" end"], "the ")], [[0, 3]]),  # ended by a stop string within a token
         ([([b""], ""), ([], ""), ([b"a"], "a")], [[0], [], [0]]),
     ],
@@ -270,6 +271,44 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_kept(says_its_length):
         assert message == "body: got more than 1000 bytes, expected at most these; send fewer or smaller images"
         served = client.post("/v1/completions", json={"model": "diffusiongemma", "prompt": PROMPT})
         assert served.json()["choices"][0]["text"] == " three four"
+
+
+def test_choices_that_would_need_a_large_body_many_times_are_refused():
+    settings, asked = OpenAISettings(max_body_bytes=1000), {"model": "diffusiongemma", "prompt": "a" * 500}
+    with TestClient(create_app(settings, Model())) as client:
+        length = len(json.dumps({**asked, "n": 2}, separators=(",", ":")))
+        refused = client.post("/v1/completions", json={**asked, "n": 2})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+        [message] = refused.json()["error"]["message"].splitlines()
+        assert message == f"n: got 2 choices of {length} bytes, expected at most 1000 bytes in all; send several requests"
+        for served in ({**asked, "n": 1}, {**asked, "prompt": "a", "n": 8}):
+            assert client.post("/v1/completions", json=served).status_code == 200
+
+
+def test_a_client_that_goes_while_it_sends_is_no_error_of_the_server():
+    sent = []
+    arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> dict:
+        return next(arriving)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    asyncio.run(create_app(OpenAISettings(), Model())({**scope, "raw_path": b"", "root_path": ""}, receive, send))
+    assert sent[0]["status"] == 499
+
+
+def test_of_alternatives_that_print_alike_the_most_likely_is_named():
+    alternatives = [
+        {"token": "\ufffd", "logprob": -1.0, "bytes": [0xC3]},
+        {"token": "a", "logprob": -2.0, "bytes": [0x61]},
+        {"token": "\ufffd", "logprob": -3.0, "bytes": [0xC4]},
+    ]
+    entry = {"token": "a", "logprob": -2.0, "bytes": [0x61], "top_logprobs": alternatives}
+    assert completion_logprobs([entry], "a", TextOffsets()).top_logprobs == [{"\ufffd": -1.0, "a": -2.0}]
 
 
 def test_the_parameter_at_fault_is_named_without_its_value():

@@ -139,6 +139,16 @@ def test_how_tokens_are_described(llm):
     assert entry("<|channel>")["token"] == "<|channel>"
 
 
+def test_the_bytes_of_tokens_are_those_of_the_text(server, render):
+    body = {"text_input": render(first("sum")), "return_logprobs": True}
+    sampling = {"ignore_eos": True, "max_tokens": 64, "seed": 1}
+    for skipped in (True, False):
+        given = json.dumps({**sampling, "skip_special_tokens": skipped})
+        entries = json.loads((answer := generated(server, {**body, "sampling_parameters": given}))["logprobs"])
+        assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == answer["text_output"]
+        assert any(entry["token"] == "<turn|>" for entry in entries)
+
+
 def test_outputs_that_a_client_does_not_want(server):
     names = ("finish_reason", "num_input_tokens", "num_output_tokens")
     answer = generated(server, inputs(first("sum"), **{f"return_{name}": False for name in names}))

@@ -24,7 +24,11 @@ from backend.parameters import shown
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _REDIRECTS = (301, 302, 303, 307, 308)
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What some release of Python, or all, counts as global: translations to IPv4, site-local addresses, documentation, and the
+# services of clouds that only their own machines reach, some of which tell credentials.
+_NOT_PUBLIC = tuple(
+    map(ipaddress.ip_network, "64:ff9b::/96 fec0::/10 3fff::/20 192.0.0.0/24 192.88.99.0/24 168.63.129.16/32".split())
+)
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "diffusiongemma-engine"}
 
 
@@ -33,9 +37,10 @@ def is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
-        if address.sixtofour is not None or address.teredo is not None or address in _NAT64:
+        if address.sixtofour is not None or address.teredo is not None:
             return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    barred = address.is_multicast or address.is_reserved or any(address in network for network in _NOT_PUBLIC)
+    return address.is_global and not barred
 
 
 def fetch(name: str, url: str, limits: ImageLimits, *, allowed: Callable[[Address], bool] = is_public) -> bytes:

@@ -28,13 +28,12 @@ from starlette.exceptions import HTTPException
 
 from backend.openai_server.chat import ChatCompletions
 from backend.openai_server.completions import Completions
-from backend.openai_server.errors import ApiError
+from backend.openai_server.errors import ApiError, client_gone
 from backend.openai_server.requests import CHAT, COMPLETION, body_schema, read_body
 from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import TritonModel
 
 T = TypeVar("T")
-_CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody reads it
 _METRICS_TIMEOUT_S = 10
 
 
@@ -156,7 +155,7 @@ async def _unless_disconnected(request: Request, result: Awaitable[T]) -> T:
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ApiError(_CLIENT_CLOSED_REQUEST, "the client has gone")
+            raise client_gone()
     finally:
         for task in (work, gone):
             task.cancel()

@@ -33,6 +33,11 @@ def bad_request(message: str) -> ApiError:
     return ApiError(400, message, param=name.partition("=")[0] if colon and " " not in name else None)
 
 
+def client_gone() -> ApiError:
+    """Nobody reads it, nor its status, which is nginx's."""
+    return ApiError(499, "the client has gone")
+
+
 def unknown_model(name: object, served_name: str) -> ApiError:
     message = f"model: got {shown(name)}, expected {served_name!r}"
     return ApiError(404, message, code="model_not_found", param="model")

@@ -11,32 +11,26 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 class TextOffsets:
     """Where the tokens of one choice begin in its text, both of which come in parts.
 
-    Tokens are found by their bytes: special tokens, which the text leaves out, take no place in it, and several tokens may be
-    one character. A token may come before its text; its place is then an estimate, which those after it do not rely on.
+    Tokens are found by their bytes: those that the text leaves out have none, and several tokens may be one character. They
+    come with their text; some of the last one's may come later, or be cut off by a stop string.
     """
 
     def __init__(self):
-        self._at = 0  # bytes of the text before the first token that waits for its text
+        self._at = 0  # bytes of the text before the next token
         self._begun = 0  # characters that begin in them
-        self._waiting: list[bytes] = []
 
     def next(self, tokens: Sequence[bytes], text: str) -> list[int]:
         """The places of the next tokens, in characters. tokens: their bytes. text: all of the choice's so far."""
         data = text.encode()
-        places, num_placed = [], len(self._waiting)
-        tokens, self._waiting = [*self._waiting, *tokens], []
-        begun_waiting = 0
+        places = []
         for token in tokens:
             goes_on = token != b"" and not _begun(token[:1])  # with a character that has begun
-            places.append(self._begun + begun_waiting - goes_on)
-            if not self._waiting and data.startswith(token, self._at):
+            places.append(self._begun - goes_on)
+            if token.startswith(data[self._at : self._at + len(token)]):
                 self._pass(token)
-            elif self._waiting or token.startswith(data[self._at :]):
-                self._waiting.append(token)
-                begun_waiting += _begun(token)
             elif data.startswith(_REPLACEMENT, self._at):  # for a byte that is of no character
                 self._pass(_REPLACEMENT)
-        return places[num_placed:]
+        return places
 
     def _pass(self, data: bytes) -> None:
         self._at += len(data)
@@ -48,9 +42,17 @@ def completion_logprobs(entries: Sequence[Mapping[str, Any]], text: str, offsets
     return Logprobs(
         tokens=[entry["token"] for entry in entries],
         token_logprobs=[entry["logprob"] for entry in entries],
-        top_logprobs=[{each["token"]: each["logprob"] for each in entry["top_logprobs"]} for entry in entries],
+        top_logprobs=[_by_text(entry["top_logprobs"]) for entry in entries],
         text_offset=offsets.next([_bytes(entry) for entry in entries], text),
     )
+
+
+def _by_text(alternatives: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The most likely comes first; of tokens that print alike it is the one that is named."""
+    named: dict[str, float] = {}
+    for each in alternatives:
+        named.setdefault(each["token"], each["logprob"])
+    return named
 
 
 def _bytes(entry: Mapping[str, Any]) -> bytes:

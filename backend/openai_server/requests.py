@@ -6,11 +6,12 @@ from fastapi import Request
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import TypeAdapter, with_config
+from starlette.requests import ClientDisconnect
 
 from backend.chat.messages import checked
 from backend.errors import RequestError
 from backend.json_text import read_json
-from backend.openai_server.errors import ApiError, bad_request, unknown_model
+from backend.openai_server.errors import ApiError, bad_request, client_gone, unknown_model
 from backend.openai_server.settings import OpenAISettings
 from backend.parameters import shown
 
@@ -38,7 +39,8 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
     """The body as it came, if it is right as far as OpenAI's types say.
 
     Raises:
-        ApiError: 413 for one that is too large, 404 for another model, 400 for what else is wrong.
+        ApiError: 413 for one that is too large, 404 for another model, 499 for a client that goes before all has come, 400 for
+            what else is wrong.
     """
     sent = await _limited(request, settings.max_body_bytes)
     try:
@@ -56,16 +58,24 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
         raise bad_request(str(error).replace("body.", "", 1)) from None
     if body["model"] != settings.served_name:
         raise unknown_model(body["model"], settings.served_name)
+    copies = body.get("n") or 1  # every choice is a request of its own to the model
+    if copies * len(sent) > settings.max_body_bytes:
+        got = f"{shown(copies)} choices of {len(sent)} bytes"
+        raise bad_request(f"n: got {got}, expected at most {settings.max_body_bytes} bytes in all; send several requests")
     return body
 
 
 async def _limited(request: Request, max_bytes: int) -> bytes:
     """The body; what is longer is not kept, whatever length the client says."""
     received = bytearray()
-    async for piece in request.stream():
-        received += piece
-        if len(received) > max_bytes:
-            raise ApiError(413, f"body: got more than {max_bytes} bytes, expected at most these; send fewer or smaller images")
+    try:
+        async for piece in request.stream():
+            received += piece
+            if len(received) > max_bytes:
+                got = f"more than {max_bytes} bytes"
+                raise ApiError(413, f"body: got {got}, expected at most these; send fewer or smaller images")
+    except ClientDisconnect:
+        raise client_gone() from None
     return bytes(received)
 
 

@@ -39,6 +39,7 @@ from backend.chat.logprobs import described_logprobs
 from backend.chat.reasoning import ThoughtTokens
 from backend.errors import RequestError
 from backend.job import CanvasOutput, DraftOutput
+from backend.text_stream import special_tokens
 from backend.triton_server.request import GenerationRequest
 
 # Triton's codes by ours, the best first: releases differ in what they have, and none has a deadline.
@@ -66,6 +67,8 @@ class Answer:
         self._tokenizer = tokenizer
         self._parser = AnswerParser(request.answer) if request.answer else None
         self._thought_tokens = _thought_tokens(tokenizer, request.answer) if request.answer else None
+        described_without = request.sampling.logprobs and request.sampling.skip_special_tokens
+        self._without_text = special_tokens(tokenizer) if described_without else frozenset()
         self._held_back: list[tuple[CanvasOutput, AnswerDelta]] = []
         self._num_sent = 0
         self._cumulative_logprob = 0.0
@@ -173,7 +176,7 @@ class Answer:
         logprobs = list(chain.from_iterable(output.logprobs or [] for output in outputs))
         tops = list(chain.from_iterable(output.top_logprobs or [] for output in outputs))
         self._cumulative_logprob += sum(logprobs)
-        described = described_logprobs(self._tokenizer, token_ids, logprobs, tops)
+        described = described_logprobs(self._tokenizer, token_ids, logprobs, tops, without_text=self._without_text)
         return {
             "token_logprobs": np.array(logprobs, np.float32),
             "cumulative_logprob": np.array([self._cumulative_logprob], np.float32),
