@@ -229,7 +229,7 @@ _LAYOUTS = (
     "SwizzledSharedLayout",
 )
 _LANGUAGE = SimpleNamespace(
-    **{name: getattr(torch, name) for name in ("bfloat16", "float32", "int32", "int64", "uint8", "uint16")},
+    **{name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int32", "int64", "uint8", "uint16")},
     **{name: lambda *_: None for name in _LAYOUTS},
     float8e4nv=torch.float8_e4m3fn,
     constexpr=gl.constexpr,

@@ -19,6 +19,7 @@ from plugins.moe import alignment, fp8_launch
 from plugins.moe.arranged_launch import hopper_tile
 from plugins.moe.arranging import arranged_shape
 from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
+from plugins.moe.hopper_down_kernel import hopper_down_wide_kernel
 from plugins.triton_launch import Launch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
@@ -86,6 +87,22 @@ def test_second_product_for_hopper_compiles(rows, tile, grid, tmp_path):
     ptx = described.compile(HOPPER).asm["ptx"]
     assert ptx.count("f32.e4m3.e4m3") == instructions["wgmma.mma_async"] == 2 * (5 * 4 + 2)
     assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
+    assert "prmt" not in ptx, "numbers are taken apart and put together again"
+    check_weights_stay_in_their_threads(ptx)
+    check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
+
+
+def test_second_product_of_full_rows_for_hopper_compiles(tmp_path):
+    """A step converts 32 numbers a thread, in pairs; one factor is made before the first step."""
+    rows, scale, down_proj, *others = launches(16384, False)["down"].inputs
+    words = torch.empty(*down_proj.shape[:2], down_proj.shape[2] // 4, dtype=torch.int32, device="meta")
+    tile = hopper_tile(words, fp8_launch.MANY_ROWS)
+    described = fp8_launch.down(rows, scale, words, *others, tile, torch.bfloat16, hopper_down_wide_kernel)
+    assert described.grid == (2, 1151)
+    instructions = check_compiles(described, tmp_path, "16384 rows", groups=2)
+    ptx = described.compile(HOPPER).asm["ptx"]
+    assert ptx.count("f32.f16.f16") == instructions["wgmma.mma_async"] == 2 * 11 * 4
+    assert ptx.count("cvt.rn.f16x2.e4m3x2") == 2 * (11 + 1) * 16
     assert "prmt" not in ptx, "numbers are taken apart and put together again"
     check_weights_stay_in_their_threads(ptx)
     check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")

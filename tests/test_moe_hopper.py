@@ -6,6 +6,7 @@ Memory that must not be read is NaN, or outside of a tensor: an error.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from plugins.moe.arranged_launch import hopper_tile
 from plugins.moe.arranging import BLOCK, arrange, arranged_shape
 from plugins.moe.fp8 import FP8, from_fp8, to_fp8
 from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
-from plugins.moe.hopper_down_kernel import hopper_down_kernel
+from plugins.moe.hopper_down_kernel import hopper_down_packed_kernel, hopper_down_wide_kernel
 from plugins.moe.kernel_reference import align_reference, down_reference
 from plugins.moe.launch import Tile
 from plugins.moe.packing import ROW_FACTOR, pack, packed_shape, unpack
@@ -59,11 +60,13 @@ def packed_product(activated: Tensor, weight: Tensor, unused: list[int]) -> Prod
     return Product(activated, unpack(packed, *weight.shape[1:]), launch, exists)
 
 
-def fp8_product(activated: Tensor, weight: Tensor, unused: list[int]) -> Product:
+def fp8_product(activated: Tensor, weight: Tensor, unused: list[int], *, fp8_rows: bool) -> Product:
     (numbers, scale), (rows, row_scale) = to_fp8(weight), to_fp8(activated)
+    if not fp8_rows:
+        rows = (activated.float() / row_scale[:, None]).half()
     stands_for = from_fp8(numbers, scale)
     scale[unused] = float("nan")
-    arranged = arrange(numbers, 1, narrow=True)
+    arranged = arrange(numbers, 1, narrow=fp8_rows)
 
     def launch(top_k_weights, routing, tile, kernel=None):
         others = (scale, top_k_weights, *routing)
@@ -73,14 +76,26 @@ def fp8_product(activated: Tensor, weight: Tensor, unused: list[int]) -> Product
         return fp8_launch.down(rows, row_scale, words, *others, hopper_tile(words, tile), activated.dtype, kernel)
 
     def exists(tile):
-        return fp8_launch.has_hopper_kernel(rows, weight.shape[1], tile)
+        return fp8_launch.hopper_kernel(rows, weight.shape[1], tile) is not None
 
     return Product(from_fp8(rows, row_scale).to(activated.dtype), stands_for, launch, exists)
 
 
-PRODUCTS = {"packed": (packed_product, hopper_down_kernel), "FP8": (fp8_product, hopper_down_fp8_kernel)}
-TILES = {"packed": [packed_launch.MANY_ROWS], "FP8": [fp8_launch.SOME_FP8_ROWS, fp8_launch.MANY_FP8_ROWS]}
-SIZES = {"packed": [(256, 256), (192, 224), (64, 320)], "FP8": [(256, 256), (192, 224), (64, 320), (128, 144)]}
+PRODUCTS = {
+    "packed": (packed_product, hopper_down_packed_kernel),
+    "FP8": (partial(fp8_product, fp8_rows=True), hopper_down_fp8_kernel),
+    "FP8 weights": (partial(fp8_product, fp8_rows=False), hopper_down_wide_kernel),
+}
+TILES = {
+    "packed": [packed_launch.MANY_ROWS],
+    "FP8": [fp8_launch.SOME_FP8_ROWS, fp8_launch.MANY_FP8_ROWS],
+    "FP8 weights": [fp8_launch.MANY_ROWS],
+}
+SIZES = {
+    "packed": [(256, 256), (192, 224), (64, 320)],
+    "FP8": [(256, 256), (192, 224), (64, 320), (128, 144)],
+    "FP8 weights": [(256, 320), (192, 376), (64, 328)],
+}
 CASES = [(kind, tile, *sizes) for kind, tiles in TILES.items() for tile in tiles for sizes in (*SIZES[kind], (2816, 704))]
 
 
@@ -112,7 +127,7 @@ def test_equals_the_reference(kind, tile, hidden_size, width, index_of):
 @pytest.mark.parametrize(
     ("kind", "rows", "capability", "width", "expected"),
     [
-        ("packed", 2048, (9, 0), 704, "hopper_down_kernel"),
+        ("packed", 2048, (9, 0), 704, "hopper_down_packed_kernel"),
         ("packed", 2048, (10, 0), 704, "down_packed_kernel"),
         ("packed", 2048, (9, 0), 768, "down_packed_kernel"),
         ("packed", 512, (9, 0), 704, "down_packed_kernel"),
@@ -122,11 +137,14 @@ def test_equals_the_reference(kind, tile, hidden_size, width, index_of):
         ("FP8", 2048, (9, 0), 832, "down_fp8_kernel"),
         ("FP8", 2048, (9, 0), 712, "down_fp8_kernel"),
         ("FP8", 256, (9, 0), 704, "down_fp8_kernel"),
-        ("FP8 weights", 2048, (9, 0), 704, "down_fp8_kernel"),
+        ("FP8 weights", 2048, (9, 0), 704, "hopper_down_wide_kernel"),
+        ("FP8 weights", 2048, (9, 0), 700, "down_fp8_kernel"),
+        ("FP8 weights", 2048, (9, 0), 768, "down_fp8_kernel"),
+        ("FP8 weights", 1024, (9, 0), 704, "down_fp8_kernel"),
     ],
 )
 def test_which_kernel_is_launched(kind, rows, capability, width, expected, monkeypatch):
-    """Devices, rows too long for shared memory or not of whole 16 bytes, few rows, rows that are not FP8."""
+    """Devices, rows too long for shared memory or not of whole 16 bytes, few rows."""
     launched = []
     monkeypatch.setattr(Launch, "run", lambda self, wrap: launched.append(self.kernel.__name__) or self.outputs)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -146,7 +164,7 @@ def test_which_kernel_is_launched(kind, rows, capability, width, expected, monke
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [1, 2048, 5000])
-@pytest.mark.parametrize(("hidden_size", "width"), [(2816, 704), (320, 224)])
+@pytest.mark.parametrize(("hidden_size", "width"), [(2816, 704), (320, 352)])
 @pytest.mark.parametrize(("kind", "tile"), [(kind, tile) for kind, tiles in TILES.items() for tile in tiles])
 def test_a_gpu_gives_the_bits_of_the_kernel_for_all(kind, tile, hidden_size, width, rows):
     """Of 128 experts, some without rows; and the operator takes it."""

@@ -17,7 +17,7 @@ from hopper import (
 
 from plugins.moe import alignment, packed_launch
 from plugins.moe.arranged_launch import hopper_tile
-from plugins.moe.hopper_down_kernel import hopper_down_kernel
+from plugins.moe.hopper_down_kernel import hopper_down_packed_kernel
 from plugins.moe.packing import packed_shape
 from plugins.triton_launch import Launch
 
@@ -58,7 +58,8 @@ def test_compiles(rows, name, tmp_path):
 def test_second_product_of_many_rows_compiles(tmp_path):
     """Its two groups of warps are each as one of Triton's programs."""
     operands = launches(16384)["down"].inputs
-    described = packed_launch.down(*operands, HIDDEN, hopper_tile(operands[1], packed_launch.MANY_ROWS), hopper_down_kernel)
+    tile = hopper_tile(operands[1], packed_launch.MANY_ROWS)
+    described = packed_launch.down(*operands, HIDDEN, tile, hopper_down_packed_kernel)
     assert described.grid == (2, 1151)
     instructions = check_compiles(described, tmp_path, "16384 rows", groups=2, spilled=8)
     ptx = described.compile(HOPPER).asm["ptx"]

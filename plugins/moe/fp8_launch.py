@@ -13,6 +13,7 @@ from plugins.moe import fp8_kernel, launch
 from plugins.moe.arranged_launch import arranged_tile, hopper_tile, on_hopper, product_constants, product_grid
 from plugins.moe.arranging import BLOCK, HALVES, arranged_shape, num_depths
 from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
+from plugins.moe.hopper_down_kernel import FP8_AHEAD, MAX_STEPS, hopper_down_wide_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.triton_launch import Launch, Wrap, ceil_div, unwrapped
 
@@ -37,9 +38,9 @@ MANY_FP8_ROWS = arranged_tile(128, 128, 4, 3, depth=128)
 1413 + 1050; that 64 wide: 270 + 188 / 437 + 301 / 796 + 541 / 1549 + 1074; 8 warps at 8192: 858 + 724."""
 
 _HOPPER_DEPTHS = range(2, 13)
-"""How many times 64 columns there may be: one whole step, and what shared memory has room for. NVIDIA H200, Triton 3.6, the
-kernel for Hopper at 512 / 1024 / 2048 / 4096 / 8192 / 16384 rows: 75 / 88 / 120 / 197 / 357 / 642 µs, Triton's 80 / 104 / 170 /
-268 / 490 / 919; in tiles of the other size, 1024 to 4096: 85 / 127 / 217."""
+"""How many times 64 columns FP8 rows may have: one whole step, and what shared memory has room for. NVIDIA H200, Triton 3.6,
+the kernel for Hopper at 512 / 1024 / 2048 / 4096 / 8192 / 16384 rows: 75 / 88 / 120 / 197 / 357 / 642 µs, Triton's 80 / 104 /
+170 / 268 / 490 / 919; in tiles of the other size, 1024 to 4096: 85 / 127 / 217."""
 
 _SCALED_ROWS = 2
 """Rows of a program of scale_rows. NVIDIA H200, Triton 3.6, 704 columns, 2048 / 8192 / 32768 / 131072 rows: 2.8 / 5.5 / 19.9 /
@@ -65,11 +66,18 @@ def choose_down_tile(tile: Tile) -> Tile:
     return _DOWN_TILES.get(tile, tile)
 
 
-def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
-    """Whether the second product has a kernel for Hopper: for the rows, the device, the first one's tile, and the sizes."""
-    tiles, (_, width) = (SOME_FP8_ROWS.rows, MANY_FP8_ROWS.rows), activated.shape
-    fits = num_depths(width) in _HOPPER_DEPTHS and width % 16 == 0 and hidden_size % BLOCK == 0
-    return activated.dtype == torch.float8_e4m3fn and tile.rows in tiles and fits and on_hopper(activated)
+def hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> object | None:
+    """The kernel that the second product has for Hopper, if it has one: for the rows, the device, the first one's tile, and the
+    sizes."""
+    width = activated.shape[1]
+    depths = num_depths(width)
+    if hidden_size % BLOCK or width * activated.element_size() % 16 or not on_hopper(activated):
+        return None
+    if activated.dtype == torch.float8_e4m3fn:
+        fits = tile.rows in (SOME_FP8_ROWS.rows, MANY_FP8_ROWS.rows) and depths in _HOPPER_DEPTHS
+        return hopper_down_fp8_kernel if fits else None
+    fits = activated.dtype == torch.float16 and tile.rows == MANY_ROWS.rows and FP8_AHEAD < depths <= MAX_STEPS
+    return hopper_down_wide_kernel if fits else None
 
 
 def scale_rows(rows: Tensor, dtype: torch.dtype) -> Launch:
@@ -125,8 +133,8 @@ def down(
     dtype: torch.dtype,
     kernel: object = fp8_kernel.down_fp8_kernel,
 ) -> Launch:
-    """Outputs weighted [N * k, D] in `dtype`, the model's. kernel: or `hopper_down_fp8_kernel`, with its tile and the weights
-    as int32."""
+    """Outputs weighted [N * k, D] in `dtype`, the model's. kernel: or that for Hopper, with its tile and the weights as
+    int32."""
     (num_routed, width), hidden_size = scaled_rows.shape, weight_scale.shape[1]
     return Launch(
         kernel=kernel,
@@ -212,9 +220,10 @@ def weighted_rows(
     (activated,) = first.run(wrap)
     activated, row_scale = scale_rows(activated, rows.dtype).run(wrap)
     others = (down_proj_scale, top_k_weights, row_order, tile_expert)
-    if down_tile is None and wrap is unwrapped and has_hopper_kernel(activated, hidden_size, tile):
+    kernel = hopper_kernel(activated, hidden_size, tile) if down_tile is None and wrap is unwrapped else None
+    if kernel is not None:
         words = down_proj.view(torch.int32)
-        second = down(activated, row_scale, words, *others, hopper_tile(words, tile), dtype, hopper_down_fp8_kernel)
+        second = down(activated, row_scale, words, *others, hopper_tile(words, tile), dtype, kernel)
     else:
         second = down(activated, row_scale, down_proj, *others, down_tile or choose_down_tile(tile), dtype)
     (weighted,) = second.run(wrap)

@@ -10,7 +10,7 @@ from torch import Tensor
 from plugins.moe import launch, packed_kernel
 from plugins.moe.arranged_launch import arranged_tile, hopper_tile, on_hopper, product_constants, product_grid
 from plugins.moe.arranging import BLOCK, HALVES, num_depths
-from plugins.moe.hopper_down_kernel import AHEAD, hopper_down_kernel
+from plugins.moe.hopper_down_kernel import AHEAD, MAX_STEPS, hopper_down_packed_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
 from plugins.triton_launch import Launch, Wrap, unwrapped
@@ -29,10 +29,6 @@ MANY_ROWS, MANY_ROWS_DOWN = arranged_tile(128, 128, 8, 4), arranged_tile(128, 12
 704 / 1300; 256 rows, 64 wide: 1132 + 739 / 2193 + 1466 at the last two.
 On an H200, at the last two: 1029 + 644 / 1967 + 1335; 256 rows, 128 wide, 8 warps: 1315 + 824 / 2366 + 1486."""
 
-_MAX_HOPPER_STEPS = 11
-"""Of 64 columns, for which shared memory has room. NVIDIA H200, Triton 3.6, the kernel for Hopper at 2048 / 4096 / 8192 / 16384
-rows: 195 / 323 / 534 / 1006 µs, Triton's 212 / 353 / 639 / 1235; at 1024 rows 141, where that one, in SOME_ROWS, takes 139."""
-
 _DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, MANY_ROWS: MANY_ROWS_DOWN}
 
 
@@ -48,7 +44,7 @@ def choose_down_tile(tile: Tile) -> Tile:
 
 def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
     """Whether the second product has a kernel for Hopper: for the device, the tile of the first one, and the sizes."""
-    fits = AHEAD < num_depths(activated.shape[1]) <= _MAX_HOPPER_STEPS and hidden_size % BLOCK == 0
+    fits = AHEAD < num_depths(activated.shape[1]) <= MAX_STEPS and hidden_size % BLOCK == 0
     return tile.rows == MANY_ROWS.rows and fits and on_hopper(activated)
 
 
@@ -78,7 +74,7 @@ def down(
     tile: Tile,
     kernel: object = packed_kernel.down_packed_kernel,
 ) -> Launch:
-    """Outputs weighted [N * k, D]. kernel: or `hopper_down_kernel`, with its tile."""
+    """Outputs weighted [N * k, D]. kernel: or `hopper_down_packed_kernel`, with its tile."""
     num_routed, width = activated.shape
     return Launch(
         kernel=kernel,
@@ -143,7 +139,7 @@ def weighted_rows(
     (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
     operands = (activated, down_proj, top_k_weights, row_order, tile_expert, scaled.shape[1])
     if down_tile is None and wrap is unwrapped and has_hopper_kernel(activated, scaled.shape[1], tile):
-        second = down(*operands, hopper_tile(down_proj, tile), hopper_down_kernel)
+        second = down(*operands, hopper_tile(down_proj, tile), hopper_down_packed_kernel)
     else:
         second = down(*operands, down_tile or choose_down_tile(tile))
     (weighted,) = second.run(wrap)
