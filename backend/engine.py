@@ -11,7 +11,7 @@ from backend.compiled_loop import CompiledLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
 from backend.planner import EngineLimits, check_free, pass_rows, plan_memory
-from backend.prompt_tokens import prompt_tokens
+from backend.prompt_tokens import PromptTokenizer
 from backend.scheduler import Scheduler
 from backend.session import Session
 from contract.manifest import ManifestError
@@ -39,6 +39,7 @@ class Engine:
             check_free(self.plan, _free_bytes(session.device))
         self.tokenizer, self.defaults, self.session = tokenizer, defaults, session
         self.bos_token = tokenizer.id_to_token(model.bos_token_id) if model.bos_token_id is not None else None
+        self.tokenize = PromptTokenizer(tokenizer, self.bos_token, model.max_position_embeddings)
         cache = PagedKVCache(
             model,
             page_size=build.page_size,
@@ -79,10 +80,6 @@ class Engine:
         except ValueError as error:
             raise ManifestError(str(error)) from None
         return cls(session, _load_tokenizer(engine_dir / "tokenizer.json"), defaults, limits)
-
-    def tokenize(self, prompt: str) -> list[int]:
-        """See `prompt_tokens`."""
-        return prompt_tokens(self.tokenizer, self.bos_token, prompt)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -61,9 +61,9 @@ OnOutput = Callable[[CanvasOutput | DraftOutput | RequestError], None]
 class Job:
     """One request. `images` are in the prompt at `image_spans`. `prefix`: tokens that are in the cache or about to be, of which
     the last `num_pending` are not yet: the rest of the prompt, or a canvas to commit. `page_keys`: keys of the prefix's full
-    pages. `tokens`: the result so far, of which the first `num_sent` have been sent; `logprobs`: theirs, if the request asks.
-    `slot`: -1 until it is admitted. `waiting_since`: the tick its pending tokens are from. `ended`: the last output has been
-    sent; what is pending is encoded for later requests only.
+    pages. `tokens`: the result so far, of which the first `num_sent` have been sent, and which ends before the first of
+    `end_tokens`; `logprobs`: theirs, if the request asks. `slot`: -1 until it is admitted. `waiting_since`: the tick its
+    pending tokens are from. `ended`: the last output has been sent; what is pending is encoded for later requests only.
 
     Times are in seconds of the scheduler's clock. `draft_interval_s`: None sends no drafts, 0 one after every step.
     """
@@ -88,6 +88,10 @@ class Job:
     num_sent: int = 0
     canvas_started_at: float = 0.0
     drafted_at: float = float("-inf")
+    end_tokens: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.end_tokens = frozenset(self.sampling.eos_token_ids + self.sampling.stop_token_ids)
 
     @property
     def is_encoding(self) -> bool:
@@ -150,8 +154,7 @@ class Job:
     def _trim(self, canvas: list[int]) -> tuple[list[int], str | None]:
         """The canvas up to max_tokens or the first end-of-sequence or stop token, which is not part of the result."""
         room = self.sampling.max_tokens - len(self.tokens)
-        ends = {*self.sampling.eos_token_ids, *self.sampling.stop_token_ids}
         for index, token in enumerate(canvas[:room]):
-            if token in ends:
+            if token in self.end_tokens:
                 return canvas[:index], "stop"
         return canvas[:room], "length" if room <= len(canvas) else None

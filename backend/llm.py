@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from backend.images.local import local_images
 from backend.images.placeholders import expand
 from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput
+from backend.parameters import shown
 from backend.sampling_config import ResolvedSampling, SamplingConfig
 from backend.text_stream import EVERYWHERE, StopScope
 from contract.manifest import ManifestError
@@ -166,7 +169,7 @@ class LLM:
 
     def _request(self, prompt: Prompt, config: SamplingConfig, images: Images, form: AnswerFormat | None = None) -> _Request:
         patches = self._images.load(images)
-        token_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        token_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         prompt_ids = expand(token_ids, patches, self._engine.session.manifest.model)
         resolved = config.resolve(self._engine.defaults)
         self._engine.scheduler.check(prompt_ids, resolved, images=patches)
@@ -233,11 +236,20 @@ class LLM:
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(each, int) for each in prompts))
+    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts))
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise refused(f"prompt: got {shown(prompt)}, expected a text or a list of token ids, integers") from None
 
 
 def _one_each(sampling: SamplingConfig | Sequence[SamplingConfig] | None, count: int) -> list[SamplingConfig]:
-    configs = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingConfig()] * count
+    configs = list(sampling) if isinstance(sampling, Sequence) else [SamplingConfig() if sampling is None else sampling] * count
+    if bad := [each for each in configs if not isinstance(each, SamplingConfig)]:
+        raise refused(f"sampling: got {shown(bad[0])}, expected a SamplingConfig or a list of them, one a prompt")
     if len(configs) != count:
         raise RequestError("INVALID_ARGUMENT", f"sampling: got {len(configs)} configurations, expected {count}, one a prompt")
     return configs

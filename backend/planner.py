@@ -173,7 +173,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
         total = -(-min(limits.max_cached_tokens, limits.max_sequences * longest) // build.page_size)
         window = with_pages(longest, limits.max_sequences).num_pages
         num_pages = {kind: total if kept[kind] is None else min(total, window[kind]) for kind in kept}
-        plan = MemoryPlan(**{**vars(with_pages(1, 1)), "num_pages": num_pages})
+        plan = replace(with_pages(1, 1), num_pages=num_pages)
     elif limits.memory_bytes is not None:  # 2.
         tokens, over = 0, longest + 1  # the largest that fits, the smallest that does not
         while over - tokens > 1:
@@ -214,7 +214,7 @@ def _with_kept_windows(plan: MemoryPlan, limits: EngineLimits) -> MemoryPlan:
         kind: count if plan.kept_tokens[kind] is None else 2 * count if most is None else max(count, min(2 * count, most))
         for kind, count in plan.num_pages.items()
     }
-    larger = MemoryPlan(**{**vars(plan), "num_pages": twice})
+    larger = replace(plan, num_pages=twice)
     fits = limits.memory_bytes is None or larger.total_bytes <= limits.memory_bytes
     return larger if fits else plan
 

@@ -10,31 +10,45 @@ from backend.sampling_config import ResolvedSampling
 from contract.model_config import ModelConfig
 
 
-def prompt_tokens(tokenizer: Tokenizer, bos_token: str | None, prompt: str) -> list[int]:
-    """The prompt's tokens, special tokens in the text recognised; the tokenizer's <bos> is added unless the text starts
-    with one. No text has no tokens.
+class PromptTokenizer:
+    """tokenizer, bos_token: the checkpoint's; None if there is no <bos>. max_tokens: positions of the model."""
 
-    Raises RequestError INVALID_ARGUMENT for half of a surrogate pair, which Python has for bytes that are not UTF-8.
-    """
-    if not prompt:
-        return []
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        got = f"U+{ord(prompt[error.start]):04X}, half of a surrogate pair"
-        raise refused(f"prompt: got {got}, expected text; was its source in UTF-8?") from None
-    has_bos = bos_token is not None and prompt.startswith(bos_token)
-    # A batch of one, because that lets other threads run: a text of megabytes takes seconds.
-    [encoding] = tokenizer.encode_batch([prompt], add_special_tokens=not has_bos)
-    return encoding.ids
+    def __init__(self, tokenizer: Tokenizer, bos_token: str | None, max_tokens: int):
+        self._tokenizer, self._bos_token, self._max_tokens = tokenizer, bos_token, max_tokens
+        # No token stands for more text than it is long; this is so of tokenizers that keep the length of the text.
+        self._max_characters = max_tokens * max(map(len, tokenizer.get_vocab()))
+
+    def __call__(self, prompt: str) -> list[int]:
+        """The prompt's tokens, special tokens in the text recognised; <bos> is added unless the text starts with one. No text
+        has no tokens.
+
+        Raises RequestError INVALID_ARGUMENT for half of a surrogate pair, which Python has for bytes that are not UTF-8, and
+        for a text that cannot have so few tokens as there are positions: finding them takes a second and 100 MB a megabyte.
+        """
+        if not prompt:
+            return []
+        if len(prompt) > self._max_characters:
+            raise refused(
+                f"prompt: got {len(prompt)} characters, expected at most {self._max_characters}, since the model has "
+                f"{self._max_tokens} positions; shorten the prompt"
+            )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            got = f"U+{ord(prompt[error.start]):04X}, half of a surrogate pair"
+            raise refused(f"prompt: got {got}, expected text; was its source in UTF-8?") from None
+        has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
+        # A batch of one, because that lets other threads run.
+        [encoding] = self._tokenizer.encode_batch([prompt], add_special_tokens=not has_bos)
+        return encoding.ids
 
 
 def check_positions(model: ModelConfig, prompt_ids: Sequence[int], sampling: ResolvedSampling) -> None:
     """Raises RequestError INVALID_ARGUMENT for a prompt and canvases of more tokens than the model has positions."""
     canvases = -(-sampling.max_tokens // model.canvas_length)
     if len(prompt_ids) + canvases * model.canvas_length > model.max_position_embeddings:
+        room = f"{canvases} {'canvas' if canvases == 1 else 'canvases'} of {model.canvas_length}"
         raise refused(
-            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} ({canvases} canvases of "
-            f"{model.canvas_length}), expected at most {model.max_position_embeddings} in all; "
-            "shorten the prompt or lower max_tokens",
+            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} ({room}), expected at most "
+            f"{model.max_position_embeddings} in all; shorten the prompt or lower max_tokens"
         )

@@ -16,6 +16,7 @@ from backend.generation_defaults import GenerationDefaults
 from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # every text is searched for every one, while the others wait
+MAX_STOP_TOKEN_IDS = 1024
 _FLAGS = ("ignore_eos", "skip_special_tokens", "logprobs")
 _NEVER_NONE = ("temperature", "top_k", "top_p", "min_p", "top_logprobs")
 _ALIASES = {"max_new_tokens": "max_tokens", "stop_words": "stop"}
@@ -202,6 +203,8 @@ def _checked_stop(stop: object) -> tuple[str, ...]:
 def _checked_token_ids(token_ids: object) -> tuple[int, ...]:
     if not isinstance(token_ids, list | tuple):
         raise ValueError(f"stop_token_ids: got {shown(token_ids)}, expected a list of token ids")
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(f"stop_token_ids: got {len(token_ids)} token ids, expected at most {MAX_STOP_TOKEN_IDS}")
     return tuple(TOKEN_ID.checked("stop_token_ids", token_id) for token_id in token_ids)
 
 
@@ -224,7 +227,7 @@ def _coerced(name: str, value: object) -> object:
         return NUMBERS[name].coerced(value)
     if name in _FLAGS:
         return coerced_flag(value)
-    if name == "stop_token_ids" and isinstance(value, list | tuple):
+    if name == "stop_token_ids" and isinstance(value, list | tuple) and len(value) <= MAX_STOP_TOKEN_IDS:
         return [TOKEN_ID.coerced(token_id) for token_id in value]
     if name == "logit_bias" and isinstance(value, Mapping):
         return tuple((TOKEN_ID.coerced(token_id), LOGIT_BIAS.coerced(number)) for token_id, number in value.items())

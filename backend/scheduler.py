@@ -105,6 +105,7 @@ class Scheduler:
         images: Sequence[ImagePatches] = (),
         stop_scope: StopScope = EVERYWHERE,
         draft_interval_s: float | None = None,
+        added_at: float | None = None,
     ) -> Job:
         """Queues a request that passed `check`; `on_output` is called once a canvas, at last with a finish_reason or error.
 
@@ -112,6 +113,7 @@ class Scheduler:
         stop_scope: where in the result stop strings are looked for.
         draft_interval_s: send DraftOutputs of canvases that are not finished yet, at most one in this time (seconds; 0 after
         every denoising step); None sends none. Drafts change no result.
+        added_at: by the clock, when the request came, if not now.
         """
         job = Job(
             prompt_ids=list(prompt_ids),
@@ -123,7 +125,7 @@ class Scheduler:
                 self._tokenizer, stop=sampling.stop, skip_special_tokens=sampling.skip_special_tokens, stop_scope=stop_scope
             ),
             draft_interval_s=draft_interval_s,
-            added_at=self._clock(),
+            added_at=self._clock() if added_at is None else added_at,
             prefix=list(prompt_ids),
         )
         self._extend_page_keys(job)
@@ -309,7 +311,6 @@ class Scheduler:
 
     def _set_gauges(self) -> None:
         self.metrics.set("active_requests", len(self._active))
-        self.metrics.set("queued_requests", len(self._queue))
         for name, pages in (
             ("kv_pages", self._cache.num_pages),
             ("kv_pages_used", self._cache.num_pages_used),

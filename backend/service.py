@@ -11,7 +11,6 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from backend.errors import RequestError
 from backend.images.placeholders import expand
 from backend.images.preprocess import ImagePatches
 from backend.job import CanvasOutput, DraftOutput, OnOutput
-from backend.metrics import MetricsDelta
-from backend.prompt_tokens import check_positions, prompt_tokens
+from backend.metrics import MetricsDelta, Series
+from backend.prompt_tokens import PromptTokenizer, check_positions
 from backend.sampling_config import ResolvedSampling, SamplingConfig
+from backend.service_limits import ServiceLimits
 from backend.text_stream import EVERYWHERE, StopScope
 from backend.worker_messages import Cancel, Failure, LoadFailed, Ready, Report, Submit, is_last
 from backend.worker_process import WorkerConfig, WorkerError, WorkerProcess
@@ -32,23 +32,6 @@ from contract.model_config import ModelConfig
 
 _logger = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServiceLimits:
-    """When to refuse, and when to give up.
-
-    max_queued: requests beyond those that the batch has places for. queue_timeout_s: from `submit` to a place in the batch.
-    load_timeout_s: a worker may take to load the engine. progress_timeout_s: a loaded worker may be silent, which it is while a
-    step runs. max_deaths: of workers within deaths_window_s; the last of them is not replaced.
-    """
-
-    max_queued: int = 256
-    queue_timeout_s: float = 60.0
-    load_timeout_s: float = 1800.0
-    progress_timeout_s: float = 120.0
-    max_deaths: int = 3
-    deaths_window_s: float = 600.0
 
 
 @dataclass(kw_only=True)
@@ -98,11 +81,15 @@ class Service:
         self._worker: WorkerProcess | None = None  # the one that is ready
         self._unusable: str | None = None  # why every request is refused
         self._deadline_s = float("inf")  # of closing
+        self._ready_at_s = float("inf")  # when the worker was
+        self._num_queued: int | None = None  # as last told
         first_start: Future[Ready] = Future()
         self._thread = threading.Thread(target=self._supervise, args=(first_start,), name="supervisor", daemon=True)
         self._thread.start()
         self._engine = first_start.result()
         self._tokenizer = Tokenizer.from_file(str(config.engine_dir / "tokenizer.json"))
+        max_tokens = self._engine.model.max_position_embeddings
+        self._tokenize = PromptTokenizer(self._tokenizer, self._engine.bos_token, max_tokens)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,8 +108,8 @@ class Service:
             return self._worker.pid if self._worker else None
 
     def tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt as `submit` takes it. Raises RequestError INVALID_ARGUMENT for text that is none."""
-        return prompt_tokens(self._tokenizer, self._engine.bos_token, prompt) if isinstance(prompt, str) else list(prompt)
+        """A prompt as `submit` takes it. Raises RequestError INVALID_ARGUMENT, see `PromptTokenizer`."""
+        return self._tokenize(prompt) if isinstance(prompt, str) else list(prompt)
 
     def submit(
         self,
@@ -171,7 +158,8 @@ class Service:
         return handle
 
     def cancel(self, handle: int) -> None:
-        """Ends a request within one step, without another output; nothing happens if it has ended."""
+        """Ends a request within one step; nothing happens if it has ended. There is no output after this, but for one that is
+        being handed over at this moment."""
         with self._lock:
             self._forget(handle)
 
@@ -192,6 +180,7 @@ class Service:
                 sampling=request.sampling,
                 stop_scope=request.stop_scope,
                 draft_interval_s=request.draft_interval_s,
+                queued_at_s=request.queued_at_s,
             )
         )
         request.images = ()
@@ -205,24 +194,28 @@ class Service:
     def _supervise(self, first_start: Future[Ready]) -> None:
         """1. Start a worker and serve with it until it dies or the service has closed. 2. Fail what it had. 3. Once more,
         unless it never loaded or died too often."""
-        deaths: deque[float] = deque(maxlen=self._limits.max_deaths)
+        num_deaths = 0
         while True:
             try:
                 self._serve(first_start)  # 1.
                 return
             except WorkerError as error:
                 reason = str(error)
+            except Exception as error:  # of ours, whatever it is: without this thread every request would wait for ever
+                _logger.exception("supervising the engine worker failed")
+                reason = f"server: internal error ({type(error).__name__}); see its log"
             self._fail(lambda request: request.sent, RequestError("UNAVAILABLE", f"{reason}; send the request again"))  # 2.
             if not first_start.done():
                 first_start.set_exception(WorkerError(reason))
                 return
             _logger.error("%s", reason)
             self._on_death()
-            deaths.append(time.monotonic())  # 3.
-            if len(deaths) == self._limits.max_deaths and deaths[-1] - deaths[0] <= self._limits.deaths_window_s:
+            has_served = time.monotonic() - self._ready_at_s > self._limits.deaths_window_s  # 3.
+            num_deaths = 1 if has_served else num_deaths + 1
+            if num_deaths >= self._limits.max_deaths:
                 break
             self._on_restart()
-        why = f"{reason}; it died {len(deaths)} times within {self._limits.deaths_window_s:g} s and is not started again"
+        why = f"{reason}; workers died {num_deaths} times in a row, and no other is started"
         with self._lock:
             self._unusable = self._unusable or f"{why}; load the model again"
         self._fail(lambda request: True, RequestError("UNAVAILABLE", self._unusable))
@@ -230,6 +223,7 @@ class Service:
 
     def _serve(self, first_start: Future[Ready]) -> None:
         """Returns when the service has closed. Raises WorkerError for a worker that died or hung; it has ended then."""
+        self._ready_at_s, self._num_queued = float("inf"), None
         worker = WorkerProcess(self._config)
         try:
             silent_since_s, is_loaded = time.monotonic(), False
@@ -239,7 +233,7 @@ class Service:
                 if isinstance(message, LoadFailed):
                     raise WorkerError(message.message)
                 if isinstance(message, Ready):
-                    is_loaded = True
+                    is_loaded, self._ready_at_s = True, now_s
                     self._adopt(worker)
                     if not first_start.done():
                         first_start.set_result(message)
@@ -252,6 +246,7 @@ class Service:
                     doing = "made no progress" if is_loaded else "did not finish loading the engine"
                     raise WorkerError(f"engine worker: {doing} within {allowed_s:g} s and was ended")
                 self._expire(now_s)
+                self._measure_queue()
                 if self._is_closed(now_s):
                     self._fail(lambda request: True, RequestError("UNAVAILABLE", self._unusable))
                     return
@@ -295,6 +290,14 @@ class Service:
         for request, waited_s in ended:
             line = f"queue: waited {waited_s:.0f} s, at most {allowed_s:g} s; try again later"
             _call(request, RequestError("DEADLINE_EXCEEDED", line))
+
+    def _measure_queue(self) -> None:
+        """Only here all that waits is known, also while there is no worker."""
+        with self._lock:
+            num_queued = sum(not request.started for request in self._requests.values())
+        if num_queued != self._num_queued:
+            self._num_queued = num_queued
+            self._on_metrics(MetricsDelta(gauges={Series("queued_requests"): num_queued}))
 
     def _is_closed(self, now_s: float) -> bool:
         with self._lock:

@@ -153,6 +153,7 @@ class Loop:
                 images=message.images,
                 stop_scope=message.stop_scope,
                 draft_interval_s=message.draft_interval_s,
+                added_at=message.queued_at_s,
             )
         except RequestError as error:
             self._outputs.append((handle, Failure(code=error.code, message=str(error))))

@@ -26,7 +26,7 @@ BEAT_INTERVAL_S = 0.2
 @dataclass(frozen=True, kw_only=True)
 class Submit:
     """A request. `handle` names it from now on. images, stop_scope, draft_interval_s: see `Scheduler.add`; an image is its
-    patches in bytes, 2 MB for 280 soft tokens of the 26B model."""
+    patches in bytes, 2 MB for 280 soft tokens of the 26B model. queued_at_s: by `time.monotonic`, one clock for both ends."""
 
     handle: int
     prompt_ids: list[int]
@@ -34,6 +34,7 @@ class Submit:
     sampling: ResolvedSampling
     stop_scope: StopScope
     draft_interval_s: float | None
+    queued_at_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
@@ -36,25 +37,18 @@ class WorkerProcess:
 
     def __init__(self, config: WorkerConfig):
         """Starts the process; returns before its engine is loaded. Raises WorkerError if it cannot be started."""
-        self._connection, theirs = Pipe()
         self._outbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
-        packages = str(Path(backend.__file__).resolve().parents[1])
-        options = {"connection": theirs.fileno(), "parent": os.getpid(), "engine": config.engine_dir}
-        options |= {"limits": json.dumps(dict(config.limits))}
-        # The worker is this very program, wherever its parent found it.
-        paths = filter(None, (packages, os.environ.get("PYTHONPATH")))
-        # The worker unpacks its programs there, and has no time to remove them when it is killed.
-        self._temporary = tempfile.TemporaryDirectory(prefix="diffusiongemma_worker_", ignore_cleanup_errors=True)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": self._temporary.name}
-        environment |= config.environment
-        command = [sys.executable, "-m", "backend.worker", *(f"--{name}={value}" for name, value in options.items())]
-        try:
-            with theirs:
-                self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        except OSError as error:
-            self._connection.close()
-            self._temporary.cleanup()
-            raise WorkerError(f"engine worker: {command[0]} cannot be started ({error.strerror})") from None
+        with ExitStack() as opened:  # closed again if it does not start
+            try:
+                # The worker unpacks its programs there, and has no time to remove them when it is killed.
+                self._temporary = tempfile.TemporaryDirectory(prefix="diffusiongemma_worker_", ignore_cleanup_errors=True)
+                opened.enter_context(self._temporary)
+                self._connection, theirs = map(opened.enter_context, Pipe())
+                self._process = _started(config, theirs.fileno(), self._temporary.name)
+            except OSError as error:
+                raise WorkerError(f"engine worker: cannot be started ({error})") from None
+            theirs.close()
+            opened.pop_all()
         # A worker that reads nothing fills the socket; only this thread waits then.
         self._writing = threading.Thread(target=self._write, name="engine worker's outbox", daemon=True)
         self._writing.start()
@@ -98,3 +92,14 @@ class WorkerProcess:
                 self._connection.send(message)
         except OSError:  # the worker is gone; `receive` says so
             pass
+
+
+def _started(config: WorkerConfig, connection: int, temporary: str) -> subprocess.Popen:
+    """connection: a file descriptor. Raises OSError."""
+    options = {"connection": connection, "parent": os.getpid(), "engine": config.engine_dir}
+    options |= {"limits": json.dumps(dict(config.limits))}
+    # The worker is this very program, wherever its parent found it.
+    paths = filter(None, (str(Path(backend.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": temporary} | config.environment
+    command = [sys.executable, "-m", "backend.worker", *(f"--{name}={value}" for name, value in options.items())]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[connection])

@@ -3,6 +3,7 @@
 import queue
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +67,7 @@ def answering(server_model):
     model = server_model.DiffusionGemmaModel()
     model.cancelled, model.released, model.submitted = [], [], []
 
-    def submit(prompt, sampling, on_output, *, images, **choices):
+    def submit(prompt, sampling, on_output, *, images=(), **choices):
         if images == ("bad",):
             raise RequestError("INVALID_ARGUMENT", "prompt: got no place for an image")
         model.submitted.append((prompt, images))
@@ -77,7 +78,8 @@ def answering(server_model):
             raise RequestError("INVALID_ARGUMENT", "prompt: got half of a surrogate pair")
         return [len(prompt), threading.get_ident()]
 
-    model._service = SimpleNamespace(cancel=model.cancelled.append, submit=submit, tokens=tokens)
+    model._service = SimpleNamespace(cancel=model.cancelled.append, submit=submit, tokens=tokens, tokenizer=None)
+    model._closing, model._template = False, None
     model._images = SimpleNamespace(release=model.released.append)
     model._events, model._metrics = queue.SimpleQueue(), MetricValues()
     model._exported = SimpleNamespace(apply=lambda delta: None, clear_gauges=lambda: None)
@@ -91,7 +93,7 @@ def answering(server_model):
 
 def accepted(server_model, model, sender: Sender, handle: int | None, images: tuple[str, ...] = (), prompt: str = "abc"):
     request = GenerationRequest(request_id="7", prompt=prompt, images=images, stream=True, sampling=SamplingConfig())
-    answer = server_model.Answer(sender, request, tokenizer=None)
+    answer = server_model.Answer(sender, request, tokenizer=None, is_made_ready=bool(images))
     answer.handle = handle
     model._events.put((answer, server_model._ACCEPTED))
     return answer
@@ -124,7 +126,7 @@ def test_a_request_goes_to_the_service_when_its_images_have_come(server_model, a
     sender = Sender()
     answer = accepted(server_model, answering, sender, None, images=("a",))
     assert answer.request.images == ()  # which are large, and with those who load them
-    answering._on_images(answer, ("patches",))
+    answering._make_ready(answer, ("patches",))
     wait_until(lambda: answer.handle == 9)
     # The tokens come from the thread that has loaded the images: the answering thread carries all other answers.
     assert answering.submitted == [([3, threading.get_ident()], ("patches",))] and answering.released == []
@@ -139,9 +141,29 @@ def test_images_that_come_after_the_end_are_not_held(server_model, answering):
     answer = accepted(server_model, answering, sender, handle=5)
     answering._events.put((answer, canvas("stop")))
     wait_until(lambda: answering.released == [answer])
-    answering._on_images(answer, ("late",))
+    answering._make_ready(answer, ("late",))
     wait_until(lambda: answering.released == [answer, answer])
     assert answering.submitted == [] and len(sender.sent) == 2
+
+
+def test_a_long_text_holds_up_nobody_and_can_be_given_up(server_model, answering, monkeypatch):
+    """Its tokens are found beside Triton's thread, which takes the next request meanwhile."""
+    release, senders = threading.Event(), {}
+    monkeypatch.setattr(answering._service, "tokens", lambda prompt: release.wait(60) and [1])
+    monkeypatch.setattr(server_model, "parse_request", lambda request, template: request)
+    with ThreadPoolExecutor() as answering._texts:
+        for prompt in ("a" * 20_000, "a", "b" * 20_000):
+            senders[prompt[0], len(prompt)] = sender = Sender()
+            request = GenerationRequest(request_id="7", prompt=prompt, stream=True, sampling=SamplingConfig())
+            answering._accept(request, sender)
+        assert answering.submitted == [("a", ())]
+        given_up = senders["a", 20_000]
+        given_up.cancelled = True
+        wait_until(lambda: given_up.sent)
+        release.set()
+    wait_until(lambda: len(answering.submitted) == 2)
+    assert answering.submitted[1] == ([1], ())
+    assert not senders["b", 20_000].sent
 
 
 @pytest.mark.parametrize(
@@ -162,7 +184,7 @@ def test_a_worker_has_the_gpu_that_triton_means(seen, device, expected, server_m
 def test_images_that_the_service_refuses_end_their_request(server_model, answering):
     sender = Sender()
     answer = accepted(server_model, answering, sender, None, images=("a",))
-    answering._on_images(answer, ("bad",))
+    answering._make_ready(answer, ("bad",))
     wait_until(lambda: answering.released == [answer])
     assert sender.sent == [("[request id: 7] [INVALID_ARGUMENT] prompt: got no place for an image", 1)]
     assert answering.cancelled == []
@@ -171,7 +193,7 @@ def test_images_that_the_service_refuses_end_their_request(server_model, answeri
 def test_a_prompt_with_images_that_is_no_text_ends_its_request(server_model, answering):
     sender = Sender()
     answer = accepted(server_model, answering, sender, None, images=("a",), prompt="half")
-    answering._on_images(answer, ("patches",))
+    answering._make_ready(answer, ("patches",))
     wait_until(lambda: answering.released == [answer])
     assert sender.sent == [("[request id: 7] [INVALID_ARGUMENT] prompt: got half of a surrogate pair", 1)]
     assert answering.submitted == []
@@ -182,7 +204,7 @@ def test_a_request_that_goes_while_its_images_load_never_reaches_the_service(ser
     answer = accepted(server_model, answering, sender, None, images=("a",))
     sender.cancelled = True
     wait_until(lambda: answering.released == [answer])
-    answering._on_images(answer, ("patches",))
+    answering._make_ready(answer, ("patches",))
     other = accepted(server_model, answering, Sender(), 6)
     answering._events.put((other, canvas("stop")))
     wait_until(lambda: other.finished)

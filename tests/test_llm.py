@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from small_checkpoints import TINY
 
@@ -111,6 +112,11 @@ def test_prompts_are_texts_or_token_ids_one_or_many(llm):
         ([[18]], {}, "prompt: got 1 image placeholders (token 18) and 0 images, expected one placeholder for each image"),
         ([[5] * 4000], {}, "prompt: got 4000 tokens and max_tokens 256 (8 canvases of 32), expected at most 4096 in all"),
         (["a", "b"], [SamplingConfig()], "sampling: got 1 configurations, expected 2"),
+        ("a" * 65_537, {}, "prompt: got 65537 characters, expected at most 65536, since the model has 4096 positions"),
+        ([[1.5, 2]], {}, "prompt: got [1.5, 2], expected a text or a list of token ids, integers"),
+        ([["5", "7"]], {}, "prompt: got ['5', '7'], expected a text or a list of token ids, integers"),
+        ("a", {"max_tokens": 4}, "sampling: got {'max_tokens': 4}, expected a SamplingConfig or a list of them"),
+        ("a", SamplingConfig(stop_token_ids=[448]), "stop_token_ids: got token id 448, expected 0 to 447"),
     ],
 )
 def test_refusals(llm, prompt, sampling, message):
@@ -119,6 +125,13 @@ def test_refusals(llm, prompt, sampling, message):
     assert message in str(raised.value)
     assert raised.value.code == "INVALID_ARGUMENT"
     assert one(llm, max_tokens=1).token_ids
+
+
+def test_token_ids_may_be_numpys(llm):
+    [expected] = llm.generate([[2, 100]], SamplingConfig(max_tokens=3, seed=1))
+    for prompts in (np.array([2, 100]), [np.array([2, 100])], np.array([[2, 100]])):
+        [result] = llm.generate(prompts, SamplingConfig(max_tokens=3, seed=1))
+        assert result.token_ids == expected.token_ids
 
 
 def test_a_prompt_that_no_pages_can_hold(engine_dir):

@@ -133,6 +133,7 @@ def test_stop_strings_are_bounded():
         (None, "stop_token_ids: got None, expected a list of token ids"),
         ([1, -1], "stop_token_ids: got -1, expected an integer from 0 to 2147483647"),
         ([True], "stop_token_ids: got True, expected an integer from 0 to 2147483647"),
+        ([1] * 1025, "stop_token_ids: got 1025 token ids, expected at most 1024"),
     ],
 )
 def test_refused_stop_token_ids(value, message):

@@ -296,7 +296,6 @@ def test_what_is_measured(checkpoint):
     scheduler.tick()
     assert scheduler.metrics.drain().gauges == {
         Series("active_requests"): 1,
-        Series("queued_requests"): 1,
         Series("kv_pages", "sliding_attention"): scheduler._cache.num_pages["sliding_attention"],
         Series("kv_pages", "full_attention"): scheduler._cache.num_pages["full_attention"],
         Series("kv_pages_used", "sliding_attention"): 2,

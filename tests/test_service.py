@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from waiting import wait_until
 
 from backend.errors import RequestError
 from backend.job import CanvasOutput
+from backend.metrics import HistogramDelta, MetricsDelta, Series
 from backend.sampling_config import SamplingConfig
-from backend.service import Service, ServiceLimits
+from backend.service import Service
+from backend.service_limits import ServiceLimits
 from backend.worker_process import WorkerConfig, WorkerError
 
 TIMEOUT_S = 60  # only a hanging service needs it
@@ -52,9 +56,11 @@ class Watched:
     def __init__(self, engine_dir: Path, *, max_sequences: int = 4, **limits):
         self.deaths, self.restarts = 0, 0
         self.gave_up: queue.Queue[str] = queue.Queue()
+        self.metrics: list[MetricsDelta] = []
         self.service = Service(
             WorkerConfig(engine_dir=engine_dir, limits={"max_sequences": max_sequences}),
             replace(ServiceLimits(), **limits),
+            on_metrics=self.metrics.append,
             on_death=self._on_death,
             on_restart=self._on_restart,
             on_gave_up=self.gave_up.put,
@@ -65,6 +71,14 @@ class Watched:
 
     def _on_restart(self) -> None:
         self.restarts += 1
+
+    def gauge(self, name: str) -> float | None:
+        """As it was told last."""
+        told = [delta.gauges[Series(name)] for delta in list(self.metrics) if Series(name) in delta.gauges]
+        return told[-1] if told else None
+
+    def histogram(self, name: str) -> HistogramDelta | None:
+        return next((each.histograms[Series(name)] for each in list(self.metrics) if Series(name) in each.histograms), None)
 
     def signal(self, number: int) -> None:
         os.kill(self.worker_pid(), number)
@@ -131,7 +145,7 @@ def test_a_worker_that_dies_too_often_is_not_replaced(engine_dir):
         watched.signal(signal.SIGKILL)
         wait_until(lambda: watched.service.worker_pid is None)
     reason = watched.gave_up.get(timeout=TIMEOUT_S)
-    assert "2 times within 600 s" in reason and "SIGKILL" in reason
+    assert "2 times in a row" in reason and "SIGKILL" in reason
     with pytest.raises(RequestError, match="load the model again") as caught:
         Asked(watched.service, SHORT)
     assert caught.value.code == "UNAVAILABLE"
@@ -149,10 +163,56 @@ def test_deaths_far_apart_are_forgiven(engine_dir):
     watched.service.close()
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(FileNotFoundError("no /tmp"), "cannot be started (no /tmp)"), (RuntimeError("a bug"), "internal error (RuntimeError)")],
+)
+def test_a_worker_that_cannot_be_started_again_ends_all_requests(engine_dir, monkeypatch, error, words):
+    """Whatever goes wrong in the supervising thread; however long each attempt takes."""
+    watched = Watched(engine_dir, max_deaths=3, deaths_window_s=0.01)
+    monkeypatch.setattr("backend.worker_process.tempfile.TemporaryDirectory", partial(slowly_raised, error))
+    wait_until(lambda: watched.service.worker_pid is not None)
+    asked = Asked(watched.service, ENDLESS)
+    watched.signal(signal.SIGKILL)
+    assert asked.last().code == "UNAVAILABLE"
+    assert words in watched.gave_up.get(timeout=TIMEOUT_S)
+    with pytest.raises(RequestError, match="load the model again"):
+        Asked(watched.service, SHORT)
+    watched.service.close()
+
+
+def slowly_raised(error: Exception, **_) -> None:
+    time.sleep(0.02)
+    raise error
+
+
+def test_a_first_worker_that_cannot_be_started_says_why(engine_dir, monkeypatch):
+    monkeypatch.setattr("backend.worker_process.Pipe", partial(slowly_raised, OSError(24, "Too many open files")))
+    with pytest.raises(WorkerError, match=r"engine worker: cannot be started .*Too many open files"):
+        Watched(engine_dir)
+
+
+def test_what_waits_for_a_worker_is_measured(engine_dir):
+    """From the moment it is submitted, in this process and in the next worker."""
+    watched = Watched(engine_dir)
+    watched.signal(signal.SIGKILL)
+    wait_until(lambda: watched.service.worker_pid is None)
+    began_s = time.monotonic()
+    asked = [Asked(watched.service, SHORT) for _ in range(2)]
+    wait_until(lambda: watched.gauge("queued_requests") == 2)
+    assert [each.last().finish_reason for each in asked] == ["length", "length"]
+    wait_until(lambda: watched.gauge("queued_requests") == 0)
+    wait_until(lambda: watched.histogram("queue_seconds"))
+    observed = watched.histogram("queue_seconds")
+    assert sum(observed.counts) == 2 and 0.2 < observed.sum <= 2 * (time.monotonic() - began_s)
+    watched.service.close()
+
+
 def test_the_worker_ends_with_its_parent(engine_dir):
     program = f"""
 from pathlib import Path
-from backend.service import Service, ServiceLimits
+from backend.service import Service
+from backend.service_limits import ServiceLimits
 from backend.worker_process import WorkerConfig
 service = Service(WorkerConfig(engine_dir=Path({str(engine_dir)!r})), ServiceLimits())
 print(service.worker_pid, flush=True)

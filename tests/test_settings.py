@@ -183,11 +183,11 @@ def test_the_tensors_of_the_config_are_those_of_the_table():
     [
         (["--set", "max_queued=1", "--set", "max_queued=9"], "--set max_queued: got '1' and '9', expected one value"),
         (["--set", "engine_dir=/b", "--engine", "/a"], "--set engine_dir: got /b beside --engine /a; remove one"),
-        (["--host", "nowhere.invalid", "--engine", "/a"], "host: 'nowhere.invalid' has no IPv4 address ("),
+        (["--host", "nowhere.invalid", "--engine", "/a"], "--host: got 'nowhere.invalid', which has no IPv4 address ("),
     ],
 )
 def test_what_a_server_is_told_must_be_one_thing(arguments, line, monkeypatch):
-    monkeypatch.setattr("backend.__main__.leave_on_signals", lambda: None)  # they are this process's
+    monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)  # they are this process's
     monkeypatch.setattr("backend.triton_server.launch.stage_model", lambda *_: None)
     result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 1 and result.output.startswith(f"error: {line}")

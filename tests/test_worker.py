@@ -8,7 +8,8 @@ import pytest
 from backend.errors import RequestError
 from backend.job import CanvasOutput
 from backend.metrics import MetricValues, Series
-from backend.service import Service, ServiceLimits
+from backend.service import Service
+from backend.service_limits import ServiceLimits
 from backend.worker import Loop
 from backend.worker_messages import Failure, Report, Submit
 from backend.worker_process import WorkerConfig, WorkerError, WorkerProcess
@@ -55,7 +56,8 @@ def run(steps: list, prompt_ids: list[int]) -> Reports:
     """A loop over `steps`, ended by an interrupt if not before."""
     scheduler = FakeScheduler([*steps, KeyboardInterrupt()])
     scheduler.metrics.count("requests_total", label_value="success")
-    messages = [Submit(handle=7, prompt_ids=prompt_ids, images=(), sampling=None, stop_scope=None, draft_interval_s=None)]
+    asked = {"handle": 7, "prompt_ids": prompt_ids, "images": (), "sampling": None, "stop_scope": None}
+    messages = [Submit(**asked, draft_interval_s=None, queued_at_s=0.0)]
 
     def take(timeout_s: float) -> list[Submit]:
         return [messages.pop()] if messages else []
@@ -123,7 +125,7 @@ def test_requests_are_counted_by_the_parent_alone(monkeypatch):
 
 def test_a_program_that_is_not_there(engine_dir, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(WorkerError, match="engine worker: /nowhere/python cannot be started \\(No such file"):
+    with pytest.raises(WorkerError, match=r"engine worker: cannot be started \(.*No such file or directory: '/nowhere/python'"):
         WorkerProcess(WorkerConfig(engine_dir=engine_dir))
 
 

@@ -60,9 +60,10 @@ class Answer:
     given one.
     """
 
-    def __init__(self, sender, request: GenerationRequest, tokenizer: Tokenizer):
+    def __init__(self, sender, request: GenerationRequest, tokenizer: Tokenizer, *, is_made_ready: bool = False):
+        """is_made_ready: other threads have it before the service, for a time that a client need not wait for."""
         self._sender = sender
-        self._has_images = bool(request.images)
+        self._is_made_ready = is_made_ready
         self.request = replace(request, images=())  # whoever loads them has them; they are large
         self._tokenizer = tokenizer
         self._parser = AnswerParser(request.answer) if request.answer else None
@@ -107,8 +108,8 @@ class Answer:
 
     @property
     def is_cancellable(self) -> bool:
-        """Whether it can end here: a request with images is not with the service until they have been loaded."""
-        return self.handle is not None or self._has_images
+        """Whether it can end here: one that has no handle may be getting it at this moment, unless it is made ready first."""
+        return self.handle is not None or self._is_made_ready
 
     def abandoned(self) -> RequestError | None:
         """The error to end with if nobody waits for the answer any longer: cancelled, disconnected, or past a deadline.

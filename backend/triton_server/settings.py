@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backend.images.limits import ImageLimits
-from backend.service import ServiceLimits
+from backend.service_limits import ServiceLimits
 from backend.worker_process import WorkerConfig
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -53,10 +53,8 @@ class Settings(BaseModel):
     fetch_timeout_s: Seconds = Field(5.0, description="seconds that fetching an image may take")
     load_timeout_s: Limit = Field(1800.0, description="seconds that loading the engine may take")
     progress_timeout_s: Limit = Field(120.0, description="seconds that one step may take before the worker is taken for hung")
-    max_worker_deaths: int = Field(
-        3, ge=1, description="after so many deaths of the engine worker within worker_deaths_window_s the model is unloaded"
-    )
-    worker_deaths_window_s: Seconds = Field(600.0, description="see max_worker_deaths")
+    max_worker_deaths: int = Field(3, ge=1, description="the model is unloaded after so many deaths of engine workers in a row")
+    worker_deaths_window_s: Seconds = Field(600.0, description="seconds; a worker that has served for longer ends such a row")
     close_timeout_s: Seconds = Field(5.0, description="seconds that requests may go on when the model is unloaded")
 
     @classmethod

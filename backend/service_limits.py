@@ -1,0 +1,21 @@
+"""How long a service waits, for what, and how much."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceLimits:
+    """When to refuse, and when to give up.
+
+    max_queued: requests beyond those that the batch has places for. queue_timeout_s: from `submit` to a place in the batch.
+    load_timeout_s: a worker may take to load the engine. progress_timeout_s: a loaded worker may be silent, which it is while a
+    step runs. max_deaths: of workers in a row; the last of them is not replaced. One that has served for deaths_window_s begins
+    a new row.
+    """
+
+    max_queued: int = 256
+    queue_timeout_s: float = 60.0
+    load_timeout_s: float = 1800.0
+    progress_timeout_s: float = 120.0
+    max_deaths: int = 3
+    deaths_window_s: float = 600.0
