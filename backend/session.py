@@ -56,7 +56,7 @@ class Session:
         """Loads the programs of `engine_dir` and binds the checkpoint's weights; `show` is told how far reading them is.
 
         Raises:
-            ManifestError: no engine there, or one for another version of the operators, or for another machine.
+            ManifestError: no engine there, or one for another version of the operators, for another machine, or damaged.
             CheckpointError: the checkpoint is missing or has changed.
         """
         manifest = read_manifest(engine_dir)
@@ -75,10 +75,9 @@ class Session:
                 f"{engine_dir}: got a manifest alone, expected an engine with its programs; build it with: "
                 "python -m builder build CHECKPOINT ENGINE"
             )
-        for program in manifest.programs.values():
-            for file in (program.file, *(variant.file for variant in program.variants)):
-                if not (engine_dir / file).exists():
-                    raise ManifestError(f"{engine_dir / file}: missing; build the engine again with --force")
+        for file in manifest.program_files:  # all of them before one is loaded, which for a damaged one may end the process
+            if fault := manifest.files[file].fault(engine_dir / file):
+                raise ManifestError(f"{engine_dir / file}: {fault}; build the engine again with --force")
         if manifest.operators:
             _load_operators(engine_dir / manifest.operators)
         # Programs first: what is wrong with them is known in seconds, and weights may take minutes.

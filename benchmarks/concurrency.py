@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import command_line
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -72,9 +73,9 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps a canvas")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--concurrency", type=command_line.count, default=16)
+    parser.add_argument("--steps", type=command_line.count, default=4, help="denoising steps a canvas")
+    parser.add_argument("--rounds", type=command_line.count, default=2)
     options = parser.parse_args()
     count = options.concurrency
     with tempfile.TemporaryDirectory() as directory:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import command_line
 from random_model import read_text_model, uncompiled
 from rich.console import Console
 from rich.table import Table
@@ -67,8 +68,10 @@ def answer(llm: LLM, asked: list[Question], prompts: list[str]) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / "tiny", help="in full precision; %(default)s")
-    parser.add_argument("--questions", type=int, default=200, help="%(default)s")
+    parser.add_argument(
+        "--checkpoint", type=command_line.checkpoint, default=CHECKPOINTS / "tiny", help="in full precision; %(default)s"
+    )
+    parser.add_argument("--questions", type=command_line.count, default=200, help="%(default)s")
     options = parser.parse_args()
     asked = list(itertools.islice(questions(2026, held_out=True), options.questions))
     template = AutoTokenizer.from_pretrained(options.checkpoint)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 import torch
 from machine import measure_ceilings
 from measuring import Report, in_turns, refuse
@@ -179,14 +180,16 @@ def question_prompts(checkpoint: Path, count: int) -> list[list[int]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--batches", type=int, nargs="+", default=(1, 4, 16), help="each takes one round less than the last")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompts", type=int, default=4, help="at least so many a case")
-    parser.add_argument("--prompt-tokens", type=int, default=40)
-    parser.add_argument("--canvases", type=int, default=2, help="for each prompt")
-    parser.add_argument("--steps", type=int, default=12, help="fixed denoising steps a canvas")
+    parser.add_argument("--checkpoint", type=command_line.checkpoint, required=True)
+    parser.add_argument("--engine", type=command_line.engine, required=True)
+    parser.add_argument(
+        "--batches", type=command_line.count, nargs="+", default=(1, 4, 16), help="each takes one round less than the last"
+    )
+    parser.add_argument("--rounds", type=command_line.count, default=5)
+    parser.add_argument("--prompts", type=command_line.count, default=4, help="at least so many a case")
+    parser.add_argument("--prompt-tokens", type=command_line.count, default=40)
+    parser.add_argument("--canvases", type=command_line.count, default=2, help="for each prompt")
+    parser.add_argument("--steps", type=command_line.count, default=12, help="fixed denoising steps a canvas")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="of transformers")
     return parser
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 
+import command_line
 import torch
 import triton.testing
 from kernel_tiles import arranged_tiles, attention_tiles, plain_tiles
@@ -283,6 +284,7 @@ def benchmark(
     parser.add_argument("--sweep", action="store_true", help="try other tiles, too")
     parser.add_argument("--sweep-seconds", type=float, default=120, help="begin no other tile after them; %(default)s")
     options = parser.parse_args()
+    command_line.need_cuda()
     torch.manual_seed(0)
     bandwidth, until = copy_bandwidth(), time.monotonic() + options.sweep_seconds
 

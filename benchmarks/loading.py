@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import command_line
 import torch
 from measuring import Goal, Report, in_turns, refuse
 from resident_memory import PeakWatcher, Resident, peak_bytes
@@ -44,12 +45,12 @@ PROMPT_TOKENS, STEPS = 40, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=command_line.checkpoint, required=True)
+    parser.add_argument("--engine", type=command_line.engine, required=True)
     parser.add_argument("--no-build", action="store_true", help="take the engine that is there")
     parser.add_argument("--goals", action="store_true", help="judge the memory; for weights that outweigh PyTorch")
-    parser.add_argument("--sequences", type=int, default=4, help="served at once")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=command_line.count, default=4, help="served at once")
+    parser.add_argument("--rounds", type=command_line.count, default=3)
     parser.add_argument("--transformers-peak", action="store_true", help=argparse.SUPPRESS)  # step 4, in its own process
     options = parser.parse_args()
     if options.transformers_peak:

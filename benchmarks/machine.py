@@ -13,6 +13,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import command_line
 import torch
 from measuring import Report, in_turns, refuse
 
@@ -53,7 +54,7 @@ def measure_ceilings(rounds: int, *, copied_bytes: int = _COPIED_BYTES, matrix: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=command_line.count, default=10)
     parser.add_argument("--quick", action="store_true", help="small sizes: for trying the command")
     options = parser.parse_args()
     sizes = {"copied_bytes": 8 << 20, "matrix": 256} if options.quick else {}

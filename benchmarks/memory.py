@@ -15,6 +15,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import command_line
 from measuring import Goal, Report, refuse
 from resident_memory import peak_bytes
 
@@ -77,10 +78,10 @@ def measure(checkpoint: Path, num_sequences: int, prompt_tokens: int, steps: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=(1, 16, 64))
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--vocab-size", type=int, default=SHAPE["vocab_size"])
+    parser.add_argument("--counts", type=command_line.count, nargs="+", default=(1, 16, 64))
+    parser.add_argument("--prompt-tokens", type=command_line.count, default=64)
+    parser.add_argument("--steps", type=command_line.count, default=1)
+    parser.add_argument("--vocab-size", type=command_line.count, default=SHAPE["vocab_size"])
     parser.add_argument("--measure", nargs=2, metavar=("CHECKPOINT", "SEQUENCES"), help="one count, in this process")
     options = parser.parse_args()
     if options.measure:

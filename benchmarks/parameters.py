@@ -7,8 +7,8 @@ On any engine. Steps are fixed, prompts random. First, requests of all kinds tog
 """
 
 import argparse
-from pathlib import Path
 
+import command_line
 import torch
 from measuring import Report, in_turns, refuse
 
@@ -28,10 +28,10 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engine", type=command_line.engine, required=True)
+    parser.add_argument("--batches", type=command_line.count, nargs="+", default=(1, 4))
+    parser.add_argument("--steps", type=command_line.count, default=4)
+    parser.add_argument("--rounds", type=command_line.count, default=3)
     options = parser.parse_args()
     length = read_manifest(options.engine).model.canvas_length
     llm = LLM(options.engine, max_sequences=max(*options.batches, len(KINDS)))

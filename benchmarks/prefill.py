@@ -7,8 +7,8 @@ The keys of the last layer, which depend on everything before, are compared firs
 """
 
 import argparse
-from pathlib import Path
 
+import command_line
 import torch
 from measuring import Report, in_turns, refuse
 from random_model import random_cache
@@ -26,12 +26,16 @@ LARGEST_ERROR = 1e-3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=command_line.checkpoint, required=True)
+    parser.add_argument("--engine", type=command_line.engine, required=True)
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=(128, 1024, 8192), help="each takes one round less than the last"
+        "--lengths",
+        type=command_line.count,
+        nargs="+",
+        default=(128, 1024, 8192),
+        help="each takes one round less than the last",
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=command_line.count, default=3)
     options = parser.parse_args()
     session, other = Session.load(options.engine), Transformers(options.checkpoint)
     model = session.manifest.model

@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import command_line
 import torch
 import tritonclient.grpc as grpcclient
 from measuring import Goal, Report, Timing, in_turns, refuse
@@ -35,12 +36,14 @@ ADDED_SHARE, ADDED_MS = 0.05, 3.0  # the goal at one client: the larger of the t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--clients", type=int, nargs="+", default=(1, 16))
-    parser.add_argument("--canvases", type=int, default=16, help="in all, at one client; at more, at least one a client")
-    parser.add_argument("--canvases-a-request", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=12, help="fixed denoising steps a canvas")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--engine", type=command_line.engine, required=True)
+    parser.add_argument("--clients", type=command_line.count, nargs="+", default=(1, 16))
+    parser.add_argument(
+        "--canvases", type=command_line.count, default=16, help="in all, at one client; at more, at least one a client"
+    )
+    parser.add_argument("--canvases-a-request", type=command_line.count, default=4)
+    parser.add_argument("--steps", type=command_line.count, default=12, help="fixed denoising steps a canvas")
+    parser.add_argument("--rounds", type=command_line.count, default=7)
     options = parser.parse_args()
     model = read_manifest(options.engine).model
     tokens = options.canvases_a_request * model.canvas_length

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import command_line
 import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from tritonclient.utils import InferenceServerException
@@ -41,10 +42,10 @@ MAX_GROWTH_MIB = 16  # after the first fifth of the requests
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--engine", type=command_line.engine, required=True)
+    parser.add_argument("--requests", type=command_line.count, default=2000)
+    parser.add_argument("--clients", type=command_line.count, default=32)
+    parser.add_argument("--max-tokens", type=command_line.count, default=40)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

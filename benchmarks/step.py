@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
+import command_line
 import torch
 from random_model import open_sequences, random_cache, random_session, random_weights, read_text_model
 from step_pieces import pieces_of
@@ -175,7 +176,7 @@ class Bench:
 
     def encode(self) -> None:
         times = {}
-        for tokens in (each for each in (256, 2048, 8192) if each <= self.build.max_encode_tokens):
+        for tokens in (each for each in (256, 2048, 4096, 8192) if each <= self.build.max_encode_tokens):
             with self.sequences([512]) as slots:
                 run = self.encode_pass(tokens, slots)
                 finite = all(bool(kv.isfinite().all()) for kv in run())
@@ -261,16 +262,25 @@ METHODS = dict.fromkeys(PHASES) | {name: name for name in PHASES} | {"weights": 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", type=Path, default=CHECKPOINTS / "diffusiongemma-26B-A4B", help="only its config.json is read"
+        "--checkpoint",
+        type=command_line.checkpoint,
+        default=CHECKPOINTS / "diffusiongemma-26B-A4B",
+        help="only its config.json is read",
     )
     parser.add_argument("--phases", default=",".join(PHASES[:-2]), help=f"of {','.join(PHASES)}")
     parser.add_argument("--profile", action="store_true", help="also the phase profile")
     parser.add_argument("--transformers", action="store_true", help="also the phase transformers")
     parser.add_argument("--fp8-experts", choices=("full", "float8"), help="FP8 expert weights; the activations that they meet")
     parser.add_argument("--expert-weights", choices=("plain", "packed"), help="of bfloat16 experts; packed, as a build chooses")
-    parser.add_argument("--max-encode-tokens", type=int, default=8192, help="fewer are compiled in less time; %(default)s")
-    parser.add_argument("--max-sequences", type=int, default=64, help="fewer are compiled in less time; %(default)s")
-    parser.add_argument("--cached-tokens", type=int, default=CACHED_TOKENS, help="longer prefixes are left out; %(default)s")
+    parser.add_argument(
+        "--max-encode-tokens", type=command_line.count, default=8192, help="fewer are compiled in less time; %(default)s"
+    )
+    parser.add_argument(
+        "--max-sequences", type=command_line.count, default=64, help="fewer are compiled in less time; %(default)s"
+    )
+    parser.add_argument(
+        "--cached-tokens", type=command_line.count, default=CACHED_TOKENS, help="longer prefixes are left out; %(default)s"
+    )
     parser.add_argument("--uncompiled", action="store_true", help="the network's modules instead of compiled programs")
     parser.add_argument("--output", type=Path, help="file for the results, written after each phase")
     options = parser.parse_args()
@@ -282,6 +292,7 @@ def main() -> None:
     if options.expert_weights != "plain" and "transformers" in wanted:
         parser.error("phase transformers: it takes the experts as they are, expected --expert-weights plain")
 
+    command_line.need_cuda()
     bench, failed, began = Bench(options), [], time.perf_counter()
     for phase in (phase for phase in PHASES if phase in wanted):
         print(f"[{time.perf_counter() - began:6.1f} s] {phase}", flush=True)

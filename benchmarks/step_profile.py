@@ -9,8 +9,8 @@ compiler made, and Python. The tokens with and without the profiler are compared
 
 import argparse
 import time
-from pathlib import Path
 
+import command_line
 import torch
 from machine import measure_ceilings
 from measuring import Report, refuse
@@ -26,10 +26,10 @@ LISTED = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--engine", type=command_line.engine, required=True)
+    parser.add_argument("--batch", type=command_line.count, default=1)
+    parser.add_argument("--steps", type=command_line.count, default=4)
+    parser.add_argument("--prompt-tokens", type=command_line.count, default=64)
     options = parser.parse_args()
     model, llm = read_manifest(options.engine).model, LLM(options.engine)
     generator = torch.Generator().manual_seed(0)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import command_line
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
@@ -123,14 +124,18 @@ def measure(checkpoint: Checkpoint, source: dict[str, torch.Tensor], options: ar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--directory", type=Path, help="where the files are written, for the run; default: a temporary one")
+    parser.add_argument(
+        "--directory", type=command_line.directory, help="where the files are written, for the run; default: a temporary one"
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--files", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--readers", type=int, default=default_num_readers())
-    parser.add_argument("--piece-bytes", type=int, default=PIECE_BYTES)
+    parser.add_argument("--files", type=command_line.count, default=2)
+    parser.add_argument("--rounds", type=command_line.count, default=7)
+    parser.add_argument("--readers", type=command_line.count, default=default_num_readers())
+    parser.add_argument("--piece-bytes", type=command_line.count, default=PIECE_BYTES)
     parser.add_argument("--cold", action="store_true", help="read from the disk in every round")
     options = parser.parse_args()
+    if options.device == "cuda":
+        command_line.need_cuda()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         written = write_files(Path(directory), int(options.gigabytes * 1e9), options.files)
         os.sync()

@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -185,12 +186,14 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
     facts = Table("engine", escape(str(engine)), title_justify="left")
     facts.add_row("target, dtype", f"{manifest.build.target}, {manifest.build.dtype}")
     facts.add_row("device", str(manifest.gpu or manifest.build.device))
-    facts.add_row("checkpoint", escape(f"{manifest.checkpoint.path} ({', '.join(manifest.checkpoint.files)})"))
+    files = ", ".join(manifest.checkpoint.files) or "no weights: made from config.json alone"
+    facts.add_row("checkpoint", escape(f"{manifest.checkpoint.path} ({files})"))
     facts.add_row("weights", f"{len(manifest.weights)} tensors, {weight_bytes / 1e6:,.1f} MB, inputs of the programs")
-    facts.add_row("layers", f"{manifest.model.num_layers}: {', '.join(manifest.model.layer_types)}")
+    layers = Counter(manifest.model.layer_types)
+    facts.add_row("layers", f"{manifest.model.num_layers}: {', '.join(f'{count} {kind}' for kind, count in layers.items())}")
     facts.add_row("canvas, vocabulary", f"{manifest.model.canvas_length}, {manifest.model.vocab_size}")
-    limits = manifest.build.model_dump_json(exclude={"target", "dtype", "device"})
-    facts.add_row("limits", limits.strip("{}").replace('"', " ").strip())
+    choices = manifest.build.model_dump(exclude={"target", "dtype", "device"})
+    facts.add_row("built for", ", ".join(f"{name} {value}" for name, value in choices.items()))
     facts.add_row("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items()))
     console.print(facts)
     for program in manifest.programs.values():
@@ -223,7 +226,8 @@ def _fail(error: Exception) -> None:
 
 def main() -> None:
     """The command line. SIGTERM, and a terminal that is closed, end it like an error does, so that what is half written is
-    removed; under nohup it goes on."""
+    removed; under nohup it goes on. What the terminal's encoding lacks is printed as a question mark."""
+    sys.stdout.reconfigure(errors="replace")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))

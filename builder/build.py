@@ -1,40 +1,34 @@
 """Builds an engine directory from a checkpoint directory.
 
 1. Read the configuration. 2. Check every tensor's name, shape and dtype. 3. See what of an engine that is there can stay, and
-stop if all can. 4. Trace each program and 5. compile it. 6. Copy the tokenizer's files and write the manifest. 7. Put the
-finished directory in place, in one rename.
+stop if all can. 4. Check what compiling needs, and copy the checkpoint's small files: what is wrong with these is told before
+anything long. 5. Compile the CPU operators, which needs a new compiler, then trace and compile each program. 6. Write the
+manifest, with a record of every file. 7. Put the finished directory in place.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx
 from rich.console import Console
 
-from builder.compiling import compile_programs
+from builder.carried_files import are_current, carried_files, check_tokenizer
+from builder.compiling import compile_plans, compile_programs
 from builder.config import read_model_config
 from builder.description import ConfigAlone, checked, describe
 from builder.errors import BuildError
-from builder.existing import check_same_checkpoint, copies_are_current, copy_programs, existing_engine, programs_can_stay
-from builder.export import Signature, TracedProgram, export_program, signatures
-from builder.onnx_export import to_onnx
-from builder.staging import real_place, staged
-from builder.targets import choose_device, choose_expert_weights, choose_target, compiler
-from builder.targets.cpu_operators import compile_operators, cpp_compiler
+from builder.existing import check_same_checkpoint, copy_files, damage, existing_engine, programs_can_stay
+from builder.onnx_export import write_onnx
+from builder.staging import real_place, staged, writing
+from builder.targets import choose_device, choose_expert_weights, choose_target
+from builder.targets.cpp_compiler import check_temporary_directory, cpp_compiler
+from builder.targets.cpu_operators import compile_operators
 from builder.targets.inductor import has_compiled_operators
 from builder.weights import all_weights, vision_weights
 from contract.checkpoint import Checkpoint
-from contract.manifest import (
-    COPIED_FILES,
-    FILE_NAME,
-    BuildConfig,
-    Manifest,
-    Program,
-    read_manifest,
-)
+from contract.manifest import FILE_NAME, BuildConfig, Manifest, read_manifest
 from contract.model_config import ModelConfig
+from contract.stored_file import StoredFile
 
 Report = Callable[[str], None]
 
@@ -61,7 +55,8 @@ def build_engine(
 
     An engine that was built from another checkpoint is replaced only with `force`; if `engine` is a link, what it points to
     is. `dtype` "auto" is the checkpoint's; `device` "auto" is the GPU where there is one; `expert_weights` "auto" are packed
-    where a GPU's kernels take packed ones. `keep_onnx` also writes each program as `<program>.onnx`, for other tools.
+    where a GPU's kernels take packed ones. `keep_onnx` also writes each program as `<program>.onnx`, for other tools; those
+    of an earlier build stay as long as the programs do.
     `timing_cache` is TensorRT's, a file; None is one beside the engine. `choices` are fields of `BuildConfig`. `report` is
     called with one line a stage; a stage that takes long may show its progress on `console`.
 
@@ -97,32 +92,47 @@ def build_engine(
     # 2.
     tensors = Checkpoint(checkpoint)
     model, shapes = checked(tensors, model)
-    missing = [name for name in ("tokenizer.json",) if not (checkpoint / name).exists()]
-    if missing:
-        raise BuildError(f"{checkpoint}: missing {', '.join(missing)}; download the checkpoint again")
+    carried = carried_files(checkpoint)
     num_vision = len(vision_weights(model))
     images = f"{num_vision} vision tensors" if num_vision else "no vision tower, reads text alone"
     report(f"checkpoint {checkpoint}: {len(shapes) - num_vision} text tensors, {images}; names and shapes as expected")
 
     manifest = describe(model, build, tensors, shapes, checkpoint, place)
     # 3.
-    existing = None if force else existing_engine(place)
+    existing, kept = None if force else existing_engine(place), {}
     if existing:
         check_same_checkpoint(place, existing, manifest)
-        if not programs_can_stay(place, existing, manifest, keep_onnx=keep_onnx):
+        damaged = damage(place, existing)
+        kept = {name: file for name, file in existing.files.items() if name not in damaged}
+        if not programs_can_stay(existing, manifest, kept, keep_onnx=keep_onnx):
+            for name, fault in damaged.items():
+                report(f"{place / name}: {fault}")
             existing = None
-        elif existing.checkpoint == manifest.checkpoint and copies_are_current(place, checkpoint):
+        elif existing.checkpoint == manifest.checkpoint and are_current(place, carried):
             report(f"engine {engine} is up to date; --force builds it again")
             return existing
+    # 4.
+    check_tokenizer(checkpoint, carried)
     if chosen == "inductor" and not existing:
-        cpp_compiler()  # or tracing would be for nothing
+        cpp_compiler()
+        check_temporary_directory()
     with staged(place, force=force) as directory:
-        # 4. and 5.
+        with writing(place):
+            for name, content in carried.items():
+                (directory / name).write_bytes(content)
         if existing:
             report("the programs are up to date, files of the checkpoint are not: copying them")
-            copy_programs(place, existing, directory, keep_onnx=keep_onnx)
-            programs, operators = existing.programs, existing.operators
+            with writing(place):
+                copy_files(place, kept, directory)
+            made = {"programs": existing.programs, "operators": existing.operators, "files": kept}
         else:
+            # 5.
+            if not keep_onnx and (dropped := sorted(path.name for path in place.glob("*.onnx"))):
+                report(f"{', '.join(dropped)} in {engine} will be gone; --keep-onnx writes them again")
+            operators = None
+            if has_compiled_operators(build):
+                report("compiling the CPU operators")
+                operators = compile_operators(directory)
             if chosen == "tensorrt":
                 cache = timing_cache or place.parent / TIMING_CACHE
                 programs = compile_plans(model, build, directory, report, timing_cache=cache, console=console)
@@ -130,16 +140,12 @@ def build_engine(
                 programs = compile_programs(model, build, directory, report)
             if keep_onnx:
                 write_onnx(model, build, directory, report)
-            operators = None
-            if has_compiled_operators(build):
-                report("compiling the CPU operators")
-                operators = compile_operators(directory)
+            files = {path.name: StoredFile.of(path) for path in sorted(directory.iterdir()) if path.name not in carried}
+            made = {"programs": programs, "operators": operators, "files": files}
         # 6.
-        for name in COPIED_FILES:
-            if (checkpoint / name).exists():
-                shutil.copyfile(checkpoint / name, directory / name)
-        manifest = manifest.model_copy(update={"programs": programs, "operators": operators})
-        manifest.write(directory)
+        manifest = manifest.model_copy(update=made)
+        with writing(place):
+            manifest.write(directory)
     report(f"engine {engine} written")
     return manifest
 
@@ -199,41 +205,8 @@ def write_manifest(
     build = BuildConfig(target="inductor", dtype=model.dtype, expert_weights=chosen, **choices)
     _check_encodes_a_canvas(build, model)
     manifest = describe(model, build, tensors, shapes, checkpoint, place)
-    with staged(place) as directory:
+    with staged(place) as directory, writing(place):
         manifest.write(directory)
     source = "their files" if isinstance(tensors, Checkpoint) else "config.json alone"
     report(f"manifest of {len(shapes)} tensors, from {source}, written to {engine}; it has no programs")
     return manifest
-
-
-def compile_plans(
-    model: ModelConfig, build: BuildConfig, directory: Path, report: Report, *, timing_cache: Path, console: Console | None
-) -> dict[str, Program]:
-    """Traces and compiles every program for TensorRT, one after the other: each takes the whole GPU, to time it."""
-    compile_program = compiler(build, model, timing_cache=timing_cache, console=console)
-    programs = {}
-    for signature in signatures(model, build):
-        report(f"tracing {signature.name}")
-        program = _traced_for_onnx(signature, model, build)  # 4.
-        report(f"compiling {program.name}")
-        compiled = compile_program(program, directory)  # 5.
-        programs[program.name] = Program(
-            file=compiled.file,
-            inputs=program.inputs,
-            weights=program.weights,
-            outputs=program.outputs,
-            profiles=compiled.profiles,
-        )
-    return programs
-
-
-def write_onnx(model: ModelConfig, build: BuildConfig, directory: Path, report: Report) -> None:
-    """Writes every program as `<program>.onnx`."""
-    for signature in signatures(model, build):
-        report(f"writing {signature.name}.onnx")
-        onnx.save(to_onnx(_traced_for_onnx(signature, model, build)), directory / f"{signature.name}.onnx")
-
-
-def _traced_for_onnx(signature: Signature, model: ModelConfig, build: BuildConfig) -> TracedProgram:
-    """ONNX knows no device: the program is traced where tests trace it."""
-    return export_program(signature, model, build.model_copy(update={"device": "cpu"}))

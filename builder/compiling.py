@@ -1,7 +1,9 @@
-"""The programs of an engine, traced and compiled for the `inductor` target: for a GPU all at once, each in its own process.
+"""The programs of an engine, traced and compiled: for TensorRT one after the other; with AOTInductor, for a GPU, all at once,
+each in its own process.
 
-What they leave in the compiler's cache goes with the build. The cache that PyTorch has for all is written in place, under names
-that follow from the programs: of two builds of the same programs at once, each would take files that the other is writing.
+What these leave in the compiler's cache goes with the build. The cache that PyTorch has for all is written in place, under
+names that follow from the programs: of two builds of the same programs at once, each would take files that the other is
+writing.
 """
 
 import multiprocessing
@@ -15,9 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from builder.errors import BuildError
-from builder.export import export_program, minimums, signatures
-from builder.targets import compiler
+from builder.export import TracedProgram, export_program, minimums, signatures
+from builder.onnx_export import traced_for_onnx
+from builder.targets import Compile, compiler
 from contract.manifest import BuildConfig, Program, Variant
 from contract.model_config import ModelConfig
 
@@ -25,12 +30,12 @@ from contract.model_config import ModelConfig
 def compile_programs(
     model: ModelConfig, build: BuildConfig, directory: Path, report: Callable[[str], None]
 ) -> dict[str, Program]:
-    """Every program with its variants, written into `directory`.
+    """Every program of the `inductor` target with its variants, written into `directory`.
 
     For a GPU, a script that calls this needs `if __name__ == "__main__"` around it, as all that starts Python processes does.
 
     Raises:
-        BuildError: a process was ended from outside.
+        BuildError: a program cannot be compiled or written, or a process was ended from outside.
     """
     wanted = {each.name: minimums(each, build) for each in signatures(model, build)}
     report("compiling " + ", ".join(f"{name} ({len(least)} times)" for name, least in wanted.items()))
@@ -56,11 +61,41 @@ def compile_programs(
     }
 
 
+def compile_plans(
+    model: ModelConfig,
+    build: BuildConfig,
+    directory: Path,
+    report: Callable[[str], None],
+    *,
+    timing_cache: Path,
+    console: Console | None,
+) -> dict[str, Program]:
+    """Every program of the `tensorrt` target, written into `directory`, one after the other: each takes the whole GPU, to time
+    it. `timing_cache`, `console`: see `builder.targets.tensorrt`."""
+    compile_program = compiler(build, model, timing_cache=timing_cache, console=console)
+    programs = {}
+    for signature in signatures(model, build):
+        report(f"tracing {signature.name}")
+        program = traced_for_onnx(signature, model, build)
+        report(f"compiling {program.name}")
+        programs[program.name] = _compiled(program, compile_program, directory)
+    return programs
+
+
+def _compiled(program: TracedProgram, compile_program: Compile, directory: Path) -> Program:
+    compiled = compile_program(program, directory)
+    return Program(
+        file=compiled.file,
+        inputs=program.inputs,
+        weights=program.weights,
+        outputs=program.outputs,
+        profiles=compiled.profiles,
+    )
+
+
 def _compile(model: ModelConfig, build: BuildConfig, name: str, minimum: int, directory: Path) -> Program:
     [signature] = [each for each in signatures(model, build) if each.name == name]
-    program = export_program(signature, model, build, minimum)
-    compiled = compiler(build, model)(program, directory)
-    return Program(file=compiled.file, inputs=program.inputs, weights=program.weights, outputs=program.outputs)
+    return _compiled(export_program(signature, model, build, minimum), compiler(build, model), directory)
 
 
 def _compile_alone(caches: str, *task: Any) -> Program:

@@ -87,6 +87,7 @@ def describe(
         gpu=current_gpu() if build.device == "cuda" else None,
         model=model,
         programs={},
+        files={},
         weights=weights,
         checkpoint=CheckpointRecord(path=path, files=tensors.fingerprint()),
         tools={"python": platform.python_version(), "torch": torch.__version__, "cpu": this_cpu()} | versions(build.target),

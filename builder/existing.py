@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import shutil
-from filecmp import cmp
+from collections.abc import Collection
 from pathlib import Path
 
 from builder.errors import BuildError
 from contract.manifest import COPIED_FILES, FILE_NAME, Manifest, ManifestError, read_manifest
+
+_COMPILED = re.compile(r"operators\.so|(encode|denoise|head|vision)(\.\d+)?\.(pt2|plan|onnx)")
+"""Files that builds make, of every target and format of the manifest."""
 
 
 def existing_engine(directory: Path) -> Manifest | None:
@@ -25,14 +29,19 @@ def check_replaceable(directory: Path, *, force: bool) -> None:
         BuildError: `directory` holds what no engine has, or no manifest; or, without `force`, that of something else.
     """
     inside = sorted(directory.iterdir()) if directory.exists() else []
-    folders = [each.name for each in inside if each.is_dir()]
+    strange = next((each for each in inside if each.is_dir() or not _is_engine_file(each.name)), None)
     remedy = "expected an engine directory or a new one; choose another"
-    if folders:
-        raise BuildError(f"{directory}: holds the directory {folders[0]}, which no engine has; {remedy}")
+    if strange:
+        kind = "directory" if strange.is_dir() else "file"
+        raise BuildError(f"{directory}: holds the {kind} {strange.name}, which no engine has; {remedy}, or move it away")
     if inside and not (directory / FILE_NAME).exists():
         raise BuildError(f"{directory}: holds files but no {FILE_NAME}; {remedy}")
     if inside and not force and not _is_manifest(directory / FILE_NAME):
         raise BuildError(f"{directory}: {FILE_NAME} is none of an engine, or damaged; {remedy}, or give --force")
+
+
+def _is_engine_file(name: str) -> bool:
+    return name in (FILE_NAME, *COPIED_FILES) or _COMPILED.fullmatch(name) is not None
 
 
 def _is_manifest(path: Path) -> bool:
@@ -54,31 +63,21 @@ def check_same_checkpoint(engine: Path, existing: Manifest, wanted: Manifest) ->
         raise BuildError(f"{engine}: was built from {was_path}, asked for {now_path}; choose another directory or give --force")
 
 
-def programs_can_stay(engine: Path, existing: Manifest, wanted: Manifest, *, keep_onnx: bool) -> bool:
-    """Whether a build of `wanted` would compile the same programs, and all their files are there. A checkpoint that has moved
-    changes none."""
+def damage(engine: Path, existing: Manifest) -> dict[str, str]:
+    """Name → what is wrong, of files that are no longer as the build wrote them."""
+    faults = {name: file.fault(engine / name) for name, file in existing.files.items()}
+    return {name: fault for name, fault in faults.items() if fault}
+
+
+def programs_can_stay(existing: Manifest, wanted: Manifest, sound: Collection[str], *, keep_onnx: bool) -> bool:
+    """Whether a build of `wanted` would compile the same programs, and all their files are among the `sound` ones. A checkpoint
+    that has moved changes none."""
     known = existing.checkpoint.files == wanted.checkpoint.files
-    described = existing.model_copy(update={"programs": {}, "operators": None, "checkpoint": wanted.checkpoint})
-    return known and described == wanted and all((engine / file).is_file() for file in _files(existing, keep_onnx))
+    described = existing.model_copy(update={"programs": {}, "operators": None, "files": {}, "checkpoint": wanted.checkpoint})
+    needed = {*existing.program_files, *(f"{name}.onnx" for name in existing.programs if keep_onnx)}
+    return known and described == wanted and needed <= set(sound)
 
 
-def copy_programs(engine: Path, existing: Manifest, directory: Path, *, keep_onnx: bool) -> None:
-    for file in _files(existing, keep_onnx):
-        shutil.copyfile(engine / file, directory / file)
-
-
-def copies_are_current(engine: Path, checkpoint: Path) -> bool:
-    """Whether the files that an engine carries along are those of the checkpoint."""
-    return all(_same(checkpoint / name, engine / name) for name in COPIED_FILES)
-
-
-def _files(existing: Manifest, keep_onnx: bool) -> list[str]:
-    files = [file for program in existing.programs.values() for file in (program.file, *(v.file for v in program.variants))]
-    files += [f"{name}.onnx" for name in existing.programs if keep_onnx]
-    return files + ([existing.operators] if existing.operators else [])
-
-
-def _same(left: Path, right: Path) -> bool:
-    if left.is_file() and right.is_file():
-        return cmp(left, right, shallow=False)
-    return left.exists() == right.exists()
+def copy_files(engine: Path, names: Collection[str], directory: Path) -> None:
+    for name in names:
+        shutil.copyfile(engine / name, directory / name)

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -22,7 +23,10 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 from torch._ops import OpOverload
 
-from builder.export import TracedProgram
+from builder.export import Signature, TracedProgram, export_program, signatures
+from builder.staging import writing
+from contract.manifest import BuildConfig
+from contract.model_config import ModelConfig
 from plugins.library import NAMESPACE
 
 OPSET = 20
@@ -31,6 +35,21 @@ OPSET = 20
 _TENSOR_TYPES = [f"tensor({name})" for name in ("float", "bfloat16", "int32", "int64")]
 _PLUGIN = {"plugin_namespace": NAMESPACE, "plugin_version": "1", "aot": 1}
 """Attributes of every node of ours; `aot` asks for the plugin's ahead-of-time form, which needs no Python at run time."""
+
+
+def write_onnx(model: ModelConfig, build: BuildConfig, directory: Path, report: Callable[[str], None]) -> None:
+    """Writes every program as `<program>.onnx`."""
+    for signature in signatures(model, build):
+        path = directory / f"{signature.name}.onnx"
+        report(f"writing {path.name}")
+        program = to_onnx(traced_for_onnx(signature, model, build))
+        with writing(path):
+            onnx.save(program, path)
+
+
+def traced_for_onnx(signature: Signature, model: ModelConfig, build: BuildConfig) -> TracedProgram:
+    """ONNX knows no device: the program is traced where tests trace it."""
+    return export_program(signature, model, build.model_copy(update={"device": "cpu"}))
 
 
 def to_onnx(program: TracedProgram) -> onnx.ModelProto:

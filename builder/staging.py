@@ -1,5 +1,6 @@
-"""Directories that are written beside their place, and put there in one rename when they are finished."""
+"""Directories that are written beside their place, and put there when they are finished."""
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -11,6 +12,10 @@ from safetensors import SafetensorError
 
 from builder.errors import BuildError
 from builder.existing import check_replaceable
+
+# Of Linux, <fcntl.h> and <stdio.h>.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def real_place(directory: Path) -> Path:
@@ -28,9 +33,10 @@ def real_place(directory: Path) -> Path:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """
+    """Around what writes `place`, and nothing else: whatever the system refuses in the block is said to be the writing.
+
     Raises:
-        BuildError: the block cannot write, or read what it writes from.
+        BuildError: the block cannot write.
     """
     try:
         yield
@@ -43,24 +49,34 @@ def staged(engine: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary directory beside `engine` that takes its place when the block succeeds, and vanishes when it fails.
 
     Raises:
-        BuildError: `engine` may not be replaced (`check_replaceable`), or something cannot be written; what is there stays.
+        BuildError: `engine` may not be replaced (`check_replaceable`), before the block or after it, or the directory cannot
+            be made or put in place; what is there stays.
     """
     with writing(engine):
         engine.parent.mkdir(parents=True, exist_ok=True)
         check_replaceable(engine, force=force)
         staging = Path(tempfile.mkdtemp(prefix=f".{engine.name}.", dir=engine.parent))
-        try:
+    try:
+        with writing(engine):
             staging.chmod(0o755)
-            yield staging
+        yield staging
+        with writing(engine):
+            check_replaceable(engine, force=force)  # the block may have taken minutes
             _replace(engine, staging)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _replace(engine: Path, staging: Path) -> None:
-    """Puts `staging` where `engine` is, or puts back what was there."""
+    """Puts `staging` where `engine` is; what was there is then at `staging`, or gone.
+
+    In one step where the system can exchange two directories. Where it cannot (a network's file system, for one) in two
+    renames, and what was there is put back if the second fails; between them it is `.<engine>.old.*/engine`.
+    """
     if not engine.exists():
         os.replace(staging, engine)
+        return
+    if _exchanged(engine, staging):
         return
     old = Path(tempfile.mkdtemp(prefix=f".{engine.name}.old.", dir=engine.parent))
     try:
@@ -69,4 +85,11 @@ def _replace(engine: Path, staging: Path) -> None:
     finally:
         if not engine.exists():
             os.replace(old / "engine", engine)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(left: Path, right: Path) -> bool:
+    """Whether the two have been exchanged; nothing has happened if not."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    places = (_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right))
+    return exchange is not None and exchange(*places, _RENAME_EXCHANGE) == 0

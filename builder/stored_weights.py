@@ -9,68 +9,53 @@
 A tensor T in FP8 has a tensor T + "_scale" beside it: one number for each output channel, or one for all.
 """  # noqa: E501
 
-import re
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from builder.errors import BuildError
 from builder.quantization import FP8, SCALE_SUFFIX
-from builder.weights import CAST_FROM, VISION_PREFIXES, is_of_experts
+from builder.weights import CAST_FROM, VISION_PREFIXES, Shapes, is_of_experts
 from contract.checkpoint import Checkpoint
 from plugins.moe.fp8 import from_fp8
 
-_OF_ONE_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_SCALES_OF_ACTIVATIONS = ("input_scale", "output_scale", "k_scale", "v_scale")
 
 
 class StoredWeights:
-    """Reads one expert's projection or one other tensor at a time."""
+    """Reads one expert's projection or one other tensor at a time, of weights that were checked."""
 
     def __init__(self, tensors: Checkpoint):
         self.tensors = tensors
         self.names = set(tensors.names())
+        self.in_fp8 = {name for name in self.names if tensors.dtype(name) == FP8}
+        self.scales = {name + SCALE_SUFFIX for name in self.in_fp8} & self.names
 
     def others(self) -> list[str]:
-        """Every tensor that is neither part of an expert nor a scale.
+        """Every tensor that is neither part of an expert nor a scale."""
+        return sorted(name for name in self.names - self.scales if ".experts." not in name)
 
-        Raises:
-            BuildError: a scale that belongs to no weight.
-        """
-        scales = {name for name in self.names if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self.names}
-        strange = sorted(name for name in self.names if name.endswith(("input_scale", "output_scale", "k_scale", "v_scale")))
-        if strange:
-            raise BuildError(f"{strange[0]}: a fixed scale of activations, expected none; quantize the original checkpoint")
-        return sorted(name for name in self.names - scales if not self._is_of_experts(name))
-
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compares what will be read with `shapes`, those of the text model's weights, none in FP8.
+    def check(self, shapes: Shapes) -> None:
+        """Compares what will be read with `shapes`, those of the text model's weights, none in FP8. Reads headers only.
 
         Raises:
             BuildError: one line for each tensor that is missing, unexpected, or of another shape or dtype.
         """
-        plain = {name: shape for name, shape in shapes.items() if not is_of_experts(name)}
-        of_layers = {
-            f"{name}{suffix}": shape for name, shape in shapes.items() if is_of_experts(name) for suffix in ("", ".weight")
-        }
-        of_one = {name: int(match[1]) for name in self.names if (match := _OF_ONE_EXPERT.search(name))}
-        num_experts = next(iter(of_layers.values()))[0]
-        others = self.others()
-        problems = self.tensors.missing(plain)
-        problems += [
-            f"{name}: unexpected tensor; quantize does not know what it is for"
-            for name in others
-            if name not in plain and not name.startswith(VISION_PREFIXES)
-        ]
-        problems += [
-            f"{name}: unexpected tensor, expected {num_experts} experts"
-            for name, expert in sorted(of_one.items())
-            if expert >= num_experts
-        ]
-        problems += self.tensors.misshapen(plain | of_layers)
-        read = [*others, *(of_layers.keys() & self.names), *(name for name in of_one if name.endswith(".weight"))]
-        problems += self.tensors.of_other_dtypes(dict.fromkeys(read, (*CAST_FROM, FP8)))
+        read: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            read |= self._stored_as(name, shape) if is_of_experts(name) else {name: shape}
+        vision = {name for name in self.names if name.startswith(VISION_PREFIXES) and not name.endswith(_SCALES_OF_ACTIVATIONS)}
+        known = self.names & (read.keys() | vision) - self.scales
+        dtypes = dict.fromkeys(known, (*CAST_FROM, FP8)) | dict.fromkeys(self.scales, CAST_FROM)
+        problems = self.tensors.missing(read)
+        of_missing = {name + SCALE_SUFFIX for name in read.keys() - self.names}
+        problems += [_unexpected(name) for name in sorted(self.names - known - self.scales - of_missing)]
+        problems += self.tensors.misshapen(read)
+        problems += self.tensors.of_other_dtypes(dtypes)
+        problems += self._of_other_scales(read)
         if problems:
             raise BuildError("\n".join(f"{self.tensors.directory}: {problem}" for problem in problems))
 
@@ -79,43 +64,67 @@ class StoredWeights:
         numbers, scale = self._numbers(name)
         return numbers if scale is None else from_fp8(numbers, scale).to(dtype)
 
-    def expert(self, prefix: str, projection: str, expert: int) -> tuple[Tensor, Tensor | None]:
-        """One expert's `projection`, "gate_up_proj" or "down_proj", and its scales, one for a channel; None: not in FP8.
-
-        Raises:
-            BuildError: it is stored in none of the ways above.
-        """
-        for fused in (f"{prefix}.{projection}", f"{prefix}.{projection}.weight"):
-            if fused in self.names:
-                return self._numbers(fused, expert)
-        names = [f"{prefix}.{expert}.{part}.weight" for part in _PARTS[projection]]
-        missing = [name for name in names if name not in self.names]
-        if missing:
-            raise BuildError(f"{missing[0]}: missing, and so is {prefix}.{projection}; download the checkpoint again")
-        parts = [self._numbers(name) for name in names]
+    def expert(self, name: str, expert: int) -> tuple[Tensor, Tensor | None]:
+        """One expert's part of the experts' weight `name`, and its scales, one for a channel; None: not in FP8."""
+        for together in _together(name):
+            if together in self.names:
+                return self._numbers(together, expert)
+        parts = [self._numbers(part) for part in _by_itself(name, expert)]
         scales = [scale for _, scale in parts if scale is not None]
-        if scales and len(scales) < len(parts):
-            raise BuildError(f"{names[0]}: in FP8 or not, expected the same of {names[-1]}")
         return _joined([numbers for numbers, _ in parts]), torch.cat(scales) if scales else None
+
+    def _stored_as(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The tensors that the experts' weight `name` is read from, and their shapes; where there are none, itself."""
+        for together in _together(name):
+            if together in self.names:
+                return {together: shape}
+        experts = [_by_itself(name, expert) for expert in range(shape[0])]
+        each = {part: (shape[1] // len(parts), shape[2]) for parts in experts for part in parts}
+        return each if each.keys() & self.names else {name: shape}
+
+    def _of_other_scales(self, read: Shapes) -> list[str]:
+        """A line for each tensor in FP8 whose scale is missing or of another shape, and for each expert half in FP8."""
+        problems = []
+        for name in sorted(self.in_fp8):
+            shape, scale = self.tensors.shape(name), name + SCALE_SUFFIX
+            if scale not in self.names:
+                problems.append(f"{name}: in FP8 without {scale}; download the checkpoint again")
+                continue
+            got, num_channels = self.tensors.shape(scale), math.prod(shape[:-1])
+            if math.prod(got) != 1 and (got[:1] != shape[:1] or math.prod(got) not in (shape[0], num_channels)):
+                problems.append(f"{scale}: got shape {list(got)}, expected a scale for each of {num_channels} channels")
+        for gate in sorted(read):
+            up = gate.replace(".gate_proj.", ".up_proj.")
+            if ".experts." in gate and up in self.names and (gate in self.in_fp8) != (up in self.in_fp8):
+                problems.append(f"{gate}: in FP8 or not, expected the same of {up}")
+        return problems
 
     def _numbers(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor | None]:
         numbers = self.tensors.tensor(name)
         numbers = numbers if expert is None else numbers[expert]
-        if self.tensors.dtype(name) != FP8:
+        if name not in self.in_fp8:
             return numbers, None
-        if name + SCALE_SUFFIX not in self.names:
-            raise BuildError(f"{name}: in FP8 without {name}{SCALE_SUFFIX}; download the checkpoint again")
         scale = self.tensors.tensor(name + SCALE_SUFFIX).float()
         if expert is not None and scale.numel() > 1:
             scale = scale[expert]
-        if scale.numel() not in (1, numbers.shape[0]):
-            raise BuildError(
-                f"{name}{SCALE_SUFFIX}: got shape {list(scale.shape)}, expected a scale for each of {numbers.shape[0]} channels"
-            )
         return numbers, scale.flatten().expand(numbers.shape[0])
 
-    def _is_of_experts(self, name: str) -> bool:
-        return _OF_ONE_EXPERT.search(name) is not None or re.search(r"\.experts\.(gate_up|down)_proj\b", name) is not None
+
+def _together(name: str) -> tuple[str, ...]:
+    """Names of a tensor that holds the experts' weight `name` of all experts."""
+    return name, f"{name}.weight"
+
+
+def _by_itself(name: str, expert: int) -> list[str]:
+    """The tensors that hold one expert's part of it."""
+    prefix, _, projection = name.rpartition(".")
+    return [f"{prefix}.{expert}.{part}.weight" for part in _PARTS[projection]]
+
+
+def _unexpected(name: str) -> str:
+    if name.endswith(_SCALES_OF_ACTIVATIONS):
+        return f"{name}: a fixed scale of activations, expected none; quantize the original checkpoint"
+    return f"{name}: unexpected tensor; quantize does not know what it is for"
 
 
 def check_fp8_layout(tensors: Checkpoint, expected: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """`manifest.json` of an engine directory: everything that the runtime knows about the engine.
 
 engines/<name>/
-  manifest.json          this record
+  manifest.json          this record, with size and SHA-256 of every program's file
   <program>.<suffix>     the compiled programs of the target
   operators.so           operators in C++ that programs for the CPU call, in float32
   tokenizer.json …       copied from the checkpoint
@@ -10,12 +10,13 @@ engines/<name>/
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from contract.checkpoint import FileFingerprint
 from contract.model_config import LayerType, ModelConfig, Record
+from contract.stored_file import StoredFile
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 COPIED_FILES = (
     "tokenizer.json",
@@ -154,6 +155,7 @@ class Manifest(Record):
     """The engine directory's one record; see the module docstring.
 
     gpu: None where the programs run on the CPU. operators: the library of C++ operators that they call, if they do.
+    files: by name, every file that the build compiled or wrote as ONNX.
     """
 
     format_version: int
@@ -163,10 +165,24 @@ class Manifest(Record):
     model: ModelConfig
     programs: dict[str, Program]
     operators: str | None = None
+    files: dict[str, StoredFile]
     weights: dict[str, Weight]
     checkpoint: Checkpoint
     tools: dict[str, str]
     source_digest: str
+
+    @model_validator(mode="after")
+    def _check_files(self) -> "Manifest":
+        if unknown := sorted(set(self.program_files) - self.files.keys()):
+            raise ValueError(f"no size and SHA-256 of {', '.join(unknown)}")
+        return self
+
+    @property
+    def program_files(self) -> list[str]:
+        """The files that are loaded: programs, their variants, the operators that they call."""
+        programs = self.programs.values()
+        files = [file for program in programs for file in (program.file, *(variant.file for variant in program.variants))]
+        return files + ([self.operators] if self.operators else [])
 
     @property
     def page_table_names(self) -> dict[LayerType, str]:

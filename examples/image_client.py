@@ -2,9 +2,9 @@
 
     make serve
     python examples/image_client.py
-    python examples/image_client.py --image holiday.jpg "What is in the picture?"
+    python examples/image_client.py holiday.jpg --question "What is in the picture?"
 
-Without --image a red circle is drawn, about which the tiny checkpoint knows the answer. Needs `openai`, `tritonclient[grpc]`
+Without an image a red circle is drawn, about which the tiny checkpoint knows the answer. Needs `openai`, `tritonclient[grpc]`
 and `pillow`.
 """
 
@@ -14,11 +14,11 @@ import io
 import json
 import mimetypes
 import queue
-from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as grpcclient
 from openai import OpenAI
+from openai_client import errors_in_one_line
 from PIL import Image, ImageDraw
 
 MODEL = "diffusiongemma"
@@ -26,14 +26,14 @@ MODEL = "diffusiongemma"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", nargs="?", default="What is the color of the figure?")
-    parser.add_argument("--image", type=Path, help="a PNG, JPEG, WebP or GIF file")
+    parser.add_argument("image", nargs="?", type=argparse.FileType("rb"), help="a PNG, JPEG, WebP or GIF file")
+    parser.add_argument("--question", default="What is the color of the figure?")
     parser.add_argument("--base-url", default="http://127.0.0.1:9000/v1")
     parser.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC service")
     parser.add_argument("--api-key", default="none")
     options = parser.parse_args()
-    image = base64.b64encode(options.image.read_bytes() if options.image else drawn()).decode()
-    kind = mimetypes.guess_type(options.image or "drawn.png")[0]
+    image = base64.b64encode(options.image.read() if options.image else drawn()).decode()
+    kind = mimetypes.guess_type(options.image.name if options.image else "drawn.png")[0]
     print(f"OpenAI  {ask_openai(options.base_url, options.api_key, f'data:{kind};base64,{image}', options.question)}")
     print(f"Triton  {ask_triton(options.url, image, options.question)}")
 
@@ -74,4 +74,5 @@ def tensor(name: str, value: str) -> grpcclient.InferInput:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -7,8 +7,10 @@ The questions are those that the tiny checkpoint knows. Needs `openai`.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI, OpenAIError
 
 MODEL = "diffusiongemma"
 TOOLS = [
@@ -51,5 +53,16 @@ def call_a_tool(client: OpenAI) -> None:
     print(client.chat.completions.create(model=MODEL, messages=messages, tools=TOOLS).choices[0].message.content)
 
 
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except APIConnectionError as error:
+        raise SystemExit(f"error: {error.request.url} cannot be reached; start a server with: make serve") from None
+    except OpenAIError as error:  # the server refuses
+        raise SystemExit(f"error: {error}") from None
+
+
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import runpy
 import sys
 from datetime import date
 from pathlib import Path
@@ -72,6 +73,43 @@ def test_every_command_ends_with_its_report(run, name):
     report = run(name)
     assert report.rows
     assert all(row.value > 0 for row in report.rows if not row.case.endswith("added") and row.system != "unseen")
+
+
+REFUSALS = {
+    "memory --counts 0": "argument --counts: got 0, expected 1 or more",
+    "server --engine {tiny}": "argument --engine: got {tiny}, expected a directory with a manifest.json",
+    "fp8_quality --checkpoint /nowhere": "argument --checkpoint: got /nowhere, expected a directory that is there",
+    "fp8_quality --checkpoint {empty}": "argument --checkpoint: got {empty}, expected a directory with a config.json",
+    "weight_loading --directory /nowhere": "argument --directory: got /nowhere, expected a directory that is there",
+    "weight_loading --device cuda": "PyTorch finds no CUDA device here, expected one; run this on a machine with a GPU",
+    "step": "PyTorch finds no CUDA device here, expected one; run this on a machine with a GPU",
+}
+
+
+@pytest.mark.parametrize("command", REFUSALS)
+def test_what_cannot_be_measured_is_refused_in_one_line(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    places = {"tiny": TINY, "empty": tmp_path}
+    name, *arguments = command.format(**places).split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert f"error: {REFUSALS[command].format(**places)}" in (ended.value.code, *error_lines(name, capsys.readouterr().err))
+    assert ended.value.code
+
+
+def error_lines(name: str, text: str) -> list[str]:
+    """Of argparse, without the program's name."""
+    return [line.removeprefix(f"{name}.py: ") for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["kernels", "extras_kernels", "fp8_kernels"])
+def test_kernels_are_measured_on_a_gpu_alone(name, monkeypatch):
+    pytest.importorskip("triton", reason="kernels are written in Triton's language")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match="error: PyTorch finds no CUDA device here"):
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
 
 
 def test_generation_is_timed_against_both_caches_and_the_floor(run):

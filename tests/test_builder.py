@@ -1,6 +1,7 @@
 """The builder's reading, checking and writing; every message has a case here."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -431,10 +432,10 @@ def test_a_build_that_fails_leaves_the_old_engine(quick, checkpoint, tmp_path, m
 
 def test_a_directory_that_is_no_engine_is_not_replaced(quick, checkpoint, tmp_path):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "letter.txt").write_text("dear")
+    (tmp_path / "home" / "config.json").write_text("{}")
     with pytest.raises(BuildError, match="holds files but no manifest"):
         build_engine(checkpoint, tmp_path / "home")
-    assert (tmp_path / "home" / "letter.txt").exists()
+    assert (tmp_path / "home" / "config.json").exists()
 
 
 @pytest.mark.parametrize("text", ['{"name": "my web app"}', "[1]", "{"])
@@ -459,6 +460,101 @@ def test_a_directory_in_an_engine_stays(force, quick, checkpoint, tmp_path):
     ):
         build_engine(moved, engine, force=force)
     assert (moved / "config.json").exists() and (engine / "denoise.pt2").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tensorrt.timing_cache", "decoder.onnx", "head.pt2~"])
+@pytest.mark.parametrize("while_building", [False, True])
+def test_a_file_that_no_engine_has_stays(name, while_building, quick, checkpoint, tmp_path):
+    """It may come while the engine is built, which takes minutes."""
+    engine = tmp_path / "engines" / "e"
+    before = build_engine(checkpoint, engine)
+
+    def write(line: str) -> None:
+        if while_building == ("compiling" in line):
+            (engine / name).write_text("mine")
+
+    with pytest.raises(BuildError, match=rf"e: holds the file {name}, which no engine has; expected an engine directory"):
+        build_engine(checkpoint, engine, page_size=16, force=True, report=write)
+    assert (engine / name).read_text() == "mine" and read_manifest(engine) == before
+    assert [path.name for path in engine.parent.iterdir()] == ["e"]
+
+
+@pytest.mark.parametrize("content", [b"", b"denoisE", None], ids=["cut short", "other content", "gone"])
+def test_a_damaged_program_is_built_again(content, quick, checkpoint, tmp_path):
+    engine, lines = tmp_path / "e", []
+    build_engine(checkpoint, engine)
+    (engine / "denoise.pt2").unlink()
+    if content is not None:
+        (engine / "denoise.pt2").write_bytes(content)
+    build_engine(checkpoint, engine, report=lines.append)
+    assert (engine / "denoise.pt2").read_text() == "denoise"
+    assert any(line.startswith(f"{engine}/denoise.pt2: ") for line in lines)
+    build_engine(checkpoint, engine, report=lines.append)
+    assert "up to date" in lines[-1]
+
+
+def test_onnx_files_stay_with_their_programs(quick, checkpoint, tmp_path, monkeypatch):
+    def write_onnx(model, build, directory, report):
+        for name in ("encode", "denoise", "head", "vision"):
+            (directory / f"{name}.onnx").write_text(name)
+
+    monkeypatch.setattr("builder.build.write_onnx", write_onnx)
+    engine, lines = tmp_path / "e", []
+
+    def onnx_files() -> list[str]:
+        return sorted(path.name for path in engine.glob("*.onnx"))
+
+    build_engine(checkpoint, engine, keep_onnx=True)
+    assert len(onnx_files()) == 4
+    (checkpoint / "chat_template.jinja").write_text("new")
+    build_engine(checkpoint, engine, report=lines.append)
+    assert len(onnx_files()) == 4 and not any("compiling" in line for line in lines)
+    (engine / "head.onnx").unlink()
+    build_engine(checkpoint, engine, report=lines.append)
+    assert "up to date" in lines[-1]
+    build_engine(checkpoint, engine, keep_onnx=True)
+    assert len(onnx_files()) == 4
+    build_engine(checkpoint, engine, page_size=16, report=lines.append)
+    assert onnx_files() == []
+    dropped = "denoise.onnx, encode.onnx, head.onnx, vision.onnx"
+    assert f"{dropped} in {engine} will be gone; --keep-onnx writes them again" in lines
+
+
+def test_a_damaged_tokenizer_is_told_before_anything_long(refused, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("builder.build.compile_operators", None)
+    path = checkpoint / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:999])
+    line = refused("build", checkpoint, tmp_path / "e")
+    assert line.startswith(f"error: {path}: damaged (") and line.endswith("); download it again")
+    path.unlink()
+    assert refused("build", checkpoint, tmp_path / "e") == (
+        f"error: {checkpoint}: missing tokenizer.json; download the checkpoint again"
+    )
+    path.mkdir()
+    line = refused("build", checkpoint, tmp_path / "e")
+    assert line == f"error: {path}: cannot be read ([Errno 21] Is a directory: '{path}'); give access to it, or replace it"
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_operators_are_compiled_first(quick, checkpoint, tmp_path, monkeypatch):
+    """They need the newest compiler, and take seconds where programs take minutes."""
+
+    def too_old(directory):
+        raise BuildError("operators.so: cannot be compiled")
+
+    monkeypatch.setattr("builder.build.compile_operators", too_old)
+    monkeypatch.setattr("builder.build.compile_programs", None)
+    with pytest.raises(BuildError, match=r"operators\.so: cannot be compiled"):
+        build_engine(checkpoint, tmp_path / "e")
+
+
+def test_a_failure_of_compiling_is_not_called_one_of_writing(quick, checkpoint, tmp_path, monkeypatch):
+    def broken(program, directory):
+        raise FileNotFoundError("nvcc")
+
+    monkeypatch.setattr("builder.compiling.compiler", lambda build, model: broken)
+    with pytest.raises(FileNotFoundError, match="nvcc"):
+        build_engine(checkpoint, tmp_path / "e")
 
 
 @pytest.fixture
@@ -499,10 +595,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(command, quick, refused, che
 def test_a_disk_that_is_full_for_a_package_is_an_error_in_python(tmp_path, monkeypatch):
     monkeypatch.setattr(inductor, "with_compiled_operators", lambda program: None)
     monkeypatch.setattr(
-        "torch._inductor.aoti_compile_and_package", lambda exported, *, package_path: package_path.write(b"package")
+        "torch._inductor.aoti_compile_and_package", lambda exported, *, package_path, **_: package_path.write(b"package")
     )
     (tmp_path / "head.pt2").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(BuildError, match=r"head\.pt2: cannot be written \(.*No space left on device\); make room"):
         inductor.compile_program(SimpleNamespace(name="head", device="cpu"), tmp_path)
 
 
@@ -559,6 +655,16 @@ def test_an_encode_pass_takes_a_canvas(refused, checkpoint, tmp_path):
     for command in ("build", "manifest"):
         line = refused(command, checkpoint, tmp_path / "e", "--max-encode-tokens", 1)
         assert line.startswith("error: max_encode_tokens: got 1, expected at least one canvas")
+
+
+def test_what_the_terminals_encoding_lacks_is_a_question_mark(quick, checkpoint, tmp_path, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="latin-1", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["builder", "build", str(checkpoint), str(tmp_path / "e")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert b"dtype float32 (the checkpoint?s)" in printed.getvalue()
 
 
 def test_names_with_brackets_are_printed_as_they_are(quick, checkpoint, tmp_path):
@@ -625,11 +731,15 @@ def test_manifests_that_cannot_be_used(tmp_path, engine_dir):
     with pytest.raises(ManifestError, match="no such file; expected an engine directory"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ManifestError, match="not a manifest of format 2"):
+    with pytest.raises(ManifestError, match="not a manifest of format 3"):
         read_manifest(tmp_path)
     text = (engine_dir / "manifest.json").read_text()
-    (tmp_path / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 1'))
-    with pytest.raises(ManifestError, match="got format 1, expected 2"):
+    (tmp_path / "manifest.json").write_text(text.replace('"format_version": 3', '"format_version": 1'))
+    with pytest.raises(ManifestError, match="got format 1, expected 3"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    edit_json(tmp_path / "manifest.json", lambda manifest: manifest["files"].pop("operators.so"))
+    with pytest.raises(ManifestError, match=r"format 3 \(file: .*no size and SHA-256 of operators\.so\); build the engine"):
         read_manifest(tmp_path)
 
 
@@ -640,6 +750,8 @@ def test_a_manifest_that_cannot_be_read(tmp_path):
 
 
 def test_an_engine_that_cannot_be_replaced_is_put_back(quick, checkpoint, tmp_path, monkeypatch):
+    """Where the system cannot exchange two directories."""
+    monkeypatch.setattr("builder.staging._exchanged", lambda left, right: False)
     engine = tmp_path / "engines" / "e"
     manifest = build_engine(checkpoint, engine)
     replace = os.replace

@@ -25,6 +25,7 @@ from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Gpu, ManifestError, Program, Variant, read_manifest
 from contract.model_config import ModelConfig
+from contract.stored_file import StoredFile
 
 H200 = Gpu(name="NVIDIA H200", compute_capability=(9, 0))
 
@@ -78,8 +79,11 @@ def engine_of_an_h200(tmp_path):
     model = read_model_config(TINY)
     build = BuildConfig(target="inductor", dtype="float32")
     manifest = describe(model, build, Checkpoint(TINY), all_weights(model), TINY, tmp_path)
-    head = {"head": Program(file="head.pt2", inputs=(), weights=(), outputs=())}
-    manifest.model_copy(update={"gpu": H200, "build": build_config(dtype="float32"), "programs": head}).write(tmp_path)
+    made = {
+        "programs": {"head": Program(file="head.pt2", inputs=(), weights=(), outputs=())},
+        "files": {"head.pt2": StoredFile(size_bytes=0, sha256="")},
+    }
+    manifest.model_copy(update={"gpu": H200, "build": build_config(dtype="float32"), **made}).write(tmp_path)
     return tmp_path
 
 
@@ -128,9 +132,11 @@ def test_variants_are_compiled_and_recorded(monkeypatch, tmp_path):
 
 
 def test_a_missing_variant_is_named(engine_of_an_h200, gpu, tmp_path):
-    head = Program(file="manifest.json", inputs=(), weights=(), outputs=(), variants=(Variant(minimum=4, file="head.4.pt2"),))
-    manifest = read_manifest(engine_of_an_h200)
-    manifest.model_copy(update={"programs": {"head": head}}).write(engine_of_an_h200)
+    head = Program(file="head.pt2", inputs=(), weights=(), outputs=(), variants=(Variant(minimum=4, file="head.4.pt2"),))
+    (engine_of_an_h200 / "head.pt2").touch()
+    manifest, empty = read_manifest(engine_of_an_h200), StoredFile.of(engine_of_an_h200 / "head.pt2")
+    files = {"head.pt2": empty, "head.4.pt2": empty}
+    manifest.model_copy(update={"programs": {"head": head}, "files": files}).write(engine_of_an_h200)
     with pytest.raises(ManifestError, match=r"head\.4\.pt2: missing; build the engine again with --force"):
         Session.load(engine_of_an_h200)
 

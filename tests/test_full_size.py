@@ -25,6 +25,7 @@ from builder.export import signatures
 from builder.weights import all_weights, binding_shapes, bindings
 from contract.checkpoint import Checkpoint
 from contract.manifest import ManifestError, Program, read_manifest
+from contract.stored_file import StoredFile
 
 TENSOR_BYTES = 2 * 25_823_781_228  # the parameters' 25,823,778,864 and the buffers' 2,364 numbers
 
@@ -163,7 +164,7 @@ def test_the_commands(tmp_path):
     assert "weights 51.65" in planned.stdout and "graphs" in planned.stdout and "8,192" in planned.stdout
     small = CliRunner().invoke(backend_app, ["plan", str(directory), "--memory", "40GB", "--device", "cuda"])
     assert small.exit_code == 1
-    assert small.stderr.startswith("error: memory_bytes: got 40.00 GB, expected at least ")
+    assert small.stderr.startswith("error: --memory: got 40.00 GB, expected at least ")
     assert len(small.stderr.strip().splitlines()) == 1
 
 
@@ -180,6 +181,7 @@ def test_refusals(engine, tmp_path):
 
 def test_a_built_engine_is_not_replaced_by_its_manifest(checkpoint, engine, manifest, tmp_path):
     head = Program(file="head.pt2", inputs=(), weights=(), outputs=())
-    manifest.model_copy(update={"programs": {"head": head}}).write(tmp_path)
+    files = {"head.pt2": StoredFile(size_bytes=0, sha256="")}
+    manifest.model_copy(update={"programs": {"head": head}, "files": files}).write(tmp_path)
     with pytest.raises(BuildError, match="is an engine with programs, and has its manifest; choose another directory"):
         write_manifest(checkpoint, tmp_path)

@@ -1,5 +1,6 @@
 """`python -m builder quantize`: the experts' weights in FP8, from checkpoints that are not, or that compressed-tensors made."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from small_checkpoints import TINY, network_session, random_checkpoint
 from typer.testing import CliRunner
 
 from builder import build as building
-from builder import quantize as quantizing
+from builder import unfinished
 from builder.__main__ import app
 from builder.build import build_engine
 from builder.config import read_model_config
@@ -83,7 +84,7 @@ def test_the_error_of_every_layer_is_told(original, tmp_path):
 
 
 def test_a_run_that_was_cut_off_is_continued(original, quantized, tmp_path, monkeypatch):
-    save, written = quantizing.save_file, []
+    save, written = unfinished.save_file, []
 
     def cut_off(content, path, metadata):
         if len(written) == 2:
@@ -92,11 +93,11 @@ def test_a_run_that_was_cut_off_is_continued(original, quantized, tmp_path, monk
         save(content, path, metadata)
         written.append(path.name)
 
-    monkeypatch.setattr(quantizing, "save_file", cut_off)
+    monkeypatch.setattr(unfinished, "save_file", cut_off)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(original, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(quantizing, "save_file", lambda *arguments: (written.append(arguments[1].name), save(*arguments)))
+    monkeypatch.setattr(unfinished, "save_file", lambda *arguments: (written.append(arguments[1].name), save(*arguments)))
     lines = []
     errors = quantize_checkpoint(original, tmp_path / "out", report=lines.append)
     assert lines[0].endswith("4 files to write, 2 of them written before")
@@ -105,6 +106,91 @@ def test_a_run_that_was_cut_off_is_continued(original, quantized, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     expected, actual = every_tensor(quantized), every_tensor(tmp_path / "out")
     assert all(same(actual[name], tensor) for name, tensor in expected.items())
+
+
+def cut_off(original: Path, output: Path, monkeypatch) -> Path:
+    """The directory of a run that was cut off when all files of tensors were written."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(unfinished.Unfinished, "add", stop)
+        quantize_checkpoint(original, output)
+    return output.with_name(f".{output.name}.unfinished")
+
+
+def test_files_that_are_not_whole_or_have_other_tensors_are_written_again(original, quantized, tmp_path, monkeypatch):
+    working = cut_off(original, tmp_path / "out", monkeypatch)
+    half, other, _, _ = sorted(working.glob("*.safetensors"))
+    half.write_bytes(half.read_bytes()[:5000])
+    save_file({"other": torch.ones(2)}, other, {"format": "pt"})
+    lines = []
+    errors = quantize_checkpoint(original, tmp_path / "out", report=lines.append)
+    assert lines[0].endswith("4 files to write, 2 of them written before")
+    assert sorted(errors) == [0, 1, 2] and all(error > 0 for of_layer in errors.values() for error in of_layer.values())
+    expected, actual = every_tensor(quantized), every_tensor(tmp_path / "out")
+    assert all(same(actual[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_file_gets_its_name_when_it_is_on_the_disk(original, tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.replace
+
+    def synced(file):
+        done.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+        sync(file)
+
+    def renamed(source, target):
+        assert source.name in done, f"{source.name} became {target.name} before it was on the disk"
+        rename(source, target)
+        done.append(target.name)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    quantize_checkpoint(original, tmp_path / "out")
+    before = done[: done.index("out")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(before)
+
+
+def test_a_second_run_into_the_same_output_is_refused(original, tmp_path, monkeypatch):
+    output, save, lines = tmp_path / "out", unfinished.save_file, []
+
+    def meanwhile(*arguments):
+        lines.append(CliRunner().invoke(app, ["quantize", str(original), str(output)]).stderr)
+        save(*arguments)
+
+    monkeypatch.setattr(unfinished, "save_file", meanwhile)
+    quantize_checkpoint(original, output)
+    assert set(lines) == {f"error: {output}: is being written by another run; wait for it, or choose another place\n"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_another_run_finishes_meanwhile_is_kept(original, tmp_path, monkeypatch):
+    output, locked = tmp_path / "out", unfinished.fcntl.flock
+
+    def finished_first(*arguments):
+        output.mkdir(exist_ok=True)
+        (output / "file").touch()
+        locked(*arguments)
+
+    monkeypatch.setattr(unfinished.fcntl, "flock", finished_first)
+    with pytest.raises(BuildError, match="out: is there already"):
+        quantize_checkpoint(original, output)
+    assert [path.name for path in output.iterdir()] == ["file"]
+
+
+def test_a_file_that_cannot_be_read_is_named(original, tmp_path, monkeypatch):
+    read = Path.read_bytes
+
+    def failing(path):
+        if path.name == "tokenizer.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(BuildError, match=r"tokenizer\.json: cannot be read \(\[Errno 5\] Input/output error\); give access"):
+        quantize_checkpoint(original, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_another_checkpoint_are_not_kept(original, tmp_path):
@@ -127,7 +213,7 @@ def test_a_full_disk_is_one_line(original, tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(quantizing, "save_file", full)
+    monkeypatch.setattr(unfinished, "save_file", full)
     result = CliRunner().invoke(app, ["quantize", str(original), str(tmp_path / "out")])
     assert result.exit_code == 1
     [line] = result.stderr.strip().splitlines()
@@ -203,6 +289,10 @@ CHANGES = {
     r"norm\.weight: missing, expected shape \[48\]": lambda tensors: {
         name: tensor for name, tensor in tensors.items() if name != NORM
     },
+    r"experts\.down_proj: missing, expected shape \[12, 48, 24\]": lambda tensors: {
+        name: tensor for name, tensor in tensors.items() if name != f"{EXPERTS}.down_proj"
+    },
+    r"down_proj_scale: unexpected tensor": lambda tensors: tensors | {f"{EXPERTS}.down_proj_scale": torch.ones(12, 48)},
     r"strange: unexpected tensor": lambda tensors: tensors | {"model.decoder.strange": tensors[NORM].clone()},
 }
 
@@ -219,11 +309,24 @@ def test_a_source_with_other_tensors_is_refused_before_anything_is_written(messa
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", ["plain", "FP8"])
+def test_numbers_that_are_not_finite_are_refused(value, layout, original, quantized, tmp_path):
+    tensors = every_tensor(original if layout == "plain" else quantized)
+    damaged = f"{EXPERTS}.down_proj" if layout == "plain" else f"{EXPERTS}.down_proj_scale"
+    tensors[damaged] = tensors[damaged].clone()
+    tensors[damaged][7, 5] = value
+    source = rewritten(original, tmp_path / "source", tensors)
+    with pytest.raises(BuildError, match=r"layers\.1\.experts\.down_proj: expert 7 has numbers that are not finite, expected"):
+        quantize_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_experts_than_the_configuration_has_are_refused(original, quantized, tmp_path):
     tensors = one_by_one(every_tensor(quantized))
     more = {name.replace(".11.", ".12."): tensor.clone() for name, tensor in tensors.items() if f"{EXPERTS}.11." in name}
     source = rewritten(original, tmp_path / "source", tensors | more)
-    with pytest.raises(BuildError, match=r"experts\.12\..*: unexpected tensor, expected 12 experts"):
+    with pytest.raises(BuildError, match=r"experts\.12\..*: unexpected tensor"):
         quantize_checkpoint(source, tmp_path / "out")
 
 
@@ -299,14 +402,15 @@ def test_damaged_experts_are_named(original, quantized, tmp_path):
                 tensors[where] = value
         with pytest.raises(BuildError, match=match):
             quantize_checkpoint(rewritten(original, tmp_path / name, tensors), tmp_path / "out")
+        assert not (tmp_path / ".out.unfinished").exists()
 
-    refused("a", r"experts\.3\.up_proj\.weight: missing, and so is .*experts\.gate_up_proj", up_proj__weight=None)
+    refused("a", r"experts\.3\.up_proj\.weight: missing, expected shape \[24, 48\]$", up_proj__weight=None)
     refused("b", r"up_proj\.weight: in FP8 without .*up_proj\.weight_scale", up_proj__weight_scale=None)
     refused("c", r"in FP8 or not, expected the same of .*up_proj\.weight", up_proj__weight=torch.zeros(24, 48))
     refused("d", r"scale: got shape \[7\], expected a scale for each of 24 channels", up_proj__weight_scale=torch.ones(7))
     refused(
         "e",
-        r"gate_up_proj: expert 3 has shape \[47, 48\]",
+        r"experts\.3\.up_proj\.weight: got shape \[23, 48\], expected \[24, 48\]$",
         up_proj__weight=torch.zeros(23, 48).to(torch.float8_e4m3fn),
         up_proj__weight_scale=torch.ones(23, 1),
     )

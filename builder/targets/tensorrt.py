@@ -22,6 +22,7 @@ from rich.console import Console
 from builder.errors import BuildError
 from builder.export import TracedProgram
 from builder.onnx_export import to_onnx
+from builder.staging import writing
 from builder.targets.compiled import Compiled
 from builder.targets.tensorrt_lowering import PLUGINS, compile_kernels, drop_unused_inputs, lower_to_plugins
 from builder.targets.tensorrt_profiles import choose_profiles
@@ -77,7 +78,8 @@ class PlanBuilder:
         profiles = choose_profiles(program, self._model, self._build)
         plan = self.build(program, model, profiles)
         name = f"{program.name}.plan"
-        (directory / name).write_bytes(plan)
+        with writing(directory / name):
+            (directory / name).write_bytes(plan)
         return Compiled(file=name, profiles=profiles)
 
     def build(self, program: TracedProgram, model: onnx.ModelProto, profiles: tuple[Profile, ...]) -> bytes:
@@ -131,7 +133,10 @@ class PlanBuilder:
     def _load_timing_cache(self, config: Any, refuse: Callable[[str], BuildError]) -> Any:
         if self._timing_cache is None:
             return None
-        saved = self._timing_cache.read_bytes() if self._timing_cache.exists() else b""
+        try:
+            saved = self._timing_cache.read_bytes() if self._timing_cache.exists() else b""
+        except OSError as error:
+            raise BuildError(f"{self._timing_cache}: cannot be read ({error}); name another with --timing-cache") from error
         cache = config.create_timing_cache(saved)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             # Another GPU's or another TensorRT's: measure anew, and replace it.
@@ -144,10 +149,11 @@ class PlanBuilder:
         """In one rename: another build may be reading it."""
         if cache is None:
             return
-        file, name = tempfile.mkstemp(prefix=f".{self._timing_cache.name}.", dir=self._timing_cache.parent)
-        with os.fdopen(file, "wb") as opened:
-            opened.write(bytes(config.get_timing_cache().serialize()))
-        os.replace(name, self._timing_cache)
+        with writing(self._timing_cache):
+            file, name = tempfile.mkstemp(prefix=f".{self._timing_cache.name}.", dir=self._timing_cache.parent)
+            with os.fdopen(file, "wb") as opened:
+                opened.write(bytes(config.get_timing_cache().serialize()))
+            os.replace(name, self._timing_cache)
 
 
 def _check_network(trt: ModuleType, network: Any, program: TracedProgram, where: str) -> dict[str, Binding]:

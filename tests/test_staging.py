@@ -1,0 +1,61 @@
+"""A finished directory in the place of another: whole at every moment, whatever fails."""
+
+import os
+import shutil
+
+import pytest
+
+from builder import staging
+from builder.errors import BuildError
+from builder.staging import staged
+
+
+@pytest.fixture
+def engine(tmp_path):
+    place = tmp_path / "engines" / "e"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text('{"format_version": 1}')
+    return place
+
+
+def replace(engine) -> None:
+    with staged(engine) as directory:
+        (directory / "manifest.json").write_text('{"format_version": 2}')
+
+
+def assert_replaced(engine) -> None:
+    assert (engine / "manifest.json").read_text() == '{"format_version": 2}'
+    assert [path.name for path in engine.parent.iterdir()] == ["e"]
+
+
+def test_an_engine_is_exchanged_without_a_moment_in_which_there_is_none(engine, monkeypatch):
+    monkeypatch.setattr(os, "replace", None)
+    replace(engine)
+    assert_replaced(engine)
+
+
+def test_where_directories_cannot_be_exchanged_one_takes_the_others_place(engine, monkeypatch):
+    assert not staging._exchanged(engine, engine.parent / "nowhere")
+    monkeypatch.setattr(staging, "_exchanged", lambda left, right: False)
+    replace(engine)
+    assert_replaced(engine)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_old_engine_that_cannot_be_removed_fails_no_build(exchanges, engine, monkeypatch):
+    def remove(directory, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(directory)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    if not exchanges:
+        monkeypatch.setattr(staging, "_exchanged", lambda left, right: False)
+    replace(engine)
+    assert (engine / "manifest.json").read_text() == '{"format_version": 2}'
+
+
+def test_only_what_puts_it_in_place_is_called_writing(engine):
+    with pytest.raises(FileNotFoundError, match="a checkpoint's"), staged(engine):
+        raise FileNotFoundError("a checkpoint's")
+    with pytest.raises(BuildError, match=r"e/manifest\.json/e: cannot be written"), staged(engine / "manifest.json" / "e"):
+        pass
