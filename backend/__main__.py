@@ -1,14 +1,16 @@
-"""The backend's command line: `python -m backend serve`, `openai`, `generate`, `chat` and `plan`."""
+"""The backend's command line: `python -m backend serve`, `openai`, `config`, `generate`, `chat` and `plan`."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from backend.addresses import answers, free_ports, host_and_port, host_and_port_of_url, ipv4_address
 from backend.errors import RequestError
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, TritonServer, leave_on_signals
 from backend.triton_server.model_config import Instances, config_pbtxt
@@ -18,6 +20,7 @@ from backend.triton_server.settings import Settings
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 _CHECK_INTERVAL_S = 0.5
+_FEWEST_BYTES = 1_000_000  # no engine takes so few: a number that is lower lacks its unit
 _Settings = Annotated[
     list[str], typer.Option("--set", metavar="NAME=VALUE", help="A setting of config.pbtxt; may be repeated.")
 ]
@@ -46,22 +49,26 @@ def serve(
     from backend.openai_server.serve import FrontEnd, FrontEndError
     from backend.openai_server.settings import OpenAISettings, read_api_keys
 
-    leave_on_signals()
+    leave_on_signals("stopping; requests under way have a few seconds")
     parameters = _parameters(setting)
     if engine is not None and "engine_dir" in parameters:
         _fail(f"--set engine_dir: got {parameters['engine_dir']} beside --engine {engine}; remove one")
-    server = TritonServer(
-        engine_dir=engine,
-        model_repository=model_repository,
-        host=host,
-        grpc_port=grpc_port,
-        http_port=http_port,
-        metrics_port=metrics_port,
-        parameters=parameters,
-        instances=_instances(instances, gpus),
-    )
+    wanted = {"--grpc-port": grpc_port, "--http-port": http_port, "--metrics-port": metrics_port}
     try:
         api_keys = read_api_keys(api_key_file) if api_key_file else ()
+        # All four before anything starts: loading an engine takes minutes.
+        ports = free_ports(ipv4_address(host), wanted | ({"--openai-port": openai_port} if openai else {}))
+        server = TritonServer(
+            engine_dir=engine,
+            model_repository=model_repository,
+            host=host,
+            grpc_port=ports["--grpc-port"],
+            http_port=ports["--http-port"],
+            metrics_port=ports["--metrics-port"],
+            parameters=parameters,
+            instances=_instances(instances, gpus),
+            report=_note,
+        )
         with ExitStack() as running:
             parts: list[TritonServer | FrontEnd] = [running.enter_context(server)]
             addresses = f"gRPC {server.grpc_url}  HTTP {server.http_url}  metrics {server.metrics_url}"
@@ -71,7 +78,7 @@ def serve(
                     triton_url=server.grpc_url,
                     triton_metrics_url=server.metrics_url,
                     host=host,
-                    port=openai_port,
+                    port=ports["--openai-port"],
                     api_keys=api_keys,
                 )
                 front_end = running.enter_context(FrontEnd(settings, server.log_path.with_name("openai.log")))
@@ -106,6 +113,8 @@ def openai_front_end(
     if not all(key.strip() for key in api_key or []):
         _fail("--api-key: got an empty key, expected at least one character; leave the option out to serve without keys")
     try:
+        triton_at = host_and_port("--triton", triton)
+        metrics_at = host_and_port_of_url("--triton-metrics", triton_metrics) if triton_metrics else None
         settings = OpenAISettings(
             triton_url=triton,
             triton_metrics_url=triton_metrics,
@@ -116,6 +125,9 @@ def openai_front_end(
             api_keys=(*(api_key or []), *(read_api_keys(api_key_file) if api_key_file else ())),
             max_body_bytes=max_body_bytes,
         )
+        for option, given, at in (("--triton", triton, triton_at), ("--triton-metrics", triton_metrics, metrics_at)):
+            if at and not answers(*at):
+                _note(f"{option}: nothing answers at {given} yet; starting all the same")
         serve(settings)
     except (FrontEndError, ValueError, OSError) as error:
         _fail(" ".join(str(error).split()))
@@ -129,10 +141,7 @@ def config(
     gpus: _Gpus = "",
 ) -> None:
     """Write the model's config.pbtxt."""
-    try:
-        settings = Settings.from_parameters(_parameters(setting))
-    except ValueError as error:
-        _fail(str(error))
+    settings = Settings.from_parameters(_parameters(setting))
     text = config_pbtxt(settings, _instances(instances, gpus) or Instances())
     try:
         output.write_text(text, encoding="utf-8")
@@ -196,7 +205,7 @@ def chat(
     notes = console if is_typed and console.is_terminal else Console(stderr=True)
     try:
         config = SamplingConfig.from_mapping(parse_json_object("--sampling", sampling))
-        session = TerminalChat(LLM(engine, max_sequences=1), console, config, {"enable_thinking": thinking}, notes=notes)
+        session = TerminalChat(LLM(engine, max_sequences=1), console, config, thinking=thinking, notes=notes)
         if is_typed:
             notes.print(HELP, style="dim")
         all_answered = session.run(_typed_lines(notes.input) if is_typed else sys.stdin)
@@ -228,22 +237,35 @@ def plan(
     try:
         manifest = read_manifest(engine)
         memory_bytes, device_type = parse_bytes(memory), device or manifest.build.device
+        if memory.strip().isdecimal() and memory_bytes < _FEWEST_BYTES:
+            _fail(f"--memory: got {memory!r}, which is {memory_bytes} bytes, expected a unit too, such as 80GB or 79.6GiB")
+        longest = manifest.model.max_position_embeddings
+        if too_long := [each for each in length or () if each > longest]:
+            _fail(f"--length: got {too_long[0]}, expected at most {longest}, the positions of the model")
         limits = EngineLimits(max_sequences=max_sequences, memory_bytes=memory_bytes)
-        print(plan_memory(manifest, limits, device_type=device_type).report())
+        planned = plan_memory(manifest, limits, device_type=device_type)
     except ManifestError as error:
-        _fail(str(error))
+        _fail(re.sub(r"^memory(_bytes)?:", "--memory:", str(error)))
     rows = capacities(manifest, memory_bytes, device_type=device_type, lengths=sorted(length or LENGTHS))
+    print(f"with --set max_sequences={planned.max_sequences} --set memory_bytes={memory_bytes}:\n{planned.report()}")
+    print("the most of each length, with max_sequences set to just that many:")
     Console().print(table(rows))
 
 
 def _parameters(settings: Sequence[str]) -> dict[str, str]:
-    """What `--set` says."""
+    """What `--set` says, checked."""
     parameters: dict[str, str] = {}
     for each in settings:
-        name, _, value = each.partition("=")
+        name, equals, value = each.partition("=")
+        if not equals:
+            _fail(f"--set: got {each!r}, expected NAME=VALUE, such as max_sequences=8")
         if name in parameters:
             _fail(f"--set {name}: got {parameters[name]!r} and {value!r}, expected one value")
         parameters[name] = value
+    try:
+        Settings.from_parameters(parameters)
+    except ValueError as error:
+        _fail(f"--set: {str(error).removeprefix('config.pbtxt: ')}")
     return parameters
 
 
@@ -264,10 +286,23 @@ def _instances(count: int | None, gpus: str) -> Instances | None:
     return Instances(count=count or 1, gpus=tuple(map(int, numbers))) if count or numbers else None
 
 
+def _note(line: str) -> None:
+    """On standard error, which may be a terminal that is closed."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def _fail(line: str) -> NoReturn:
     print(f"error: {line}", file=sys.stderr)
     raise typer.Exit(1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line. What the encoding of a terminal or a log lacks is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ is being denoised dimmed. Elsewhere the lines of standard input are read, comman
 what else there is to say goes to a console of its own.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,8 @@ _DRAFT_INTERVAL_S = 0.05
 class TerminalChat:
     """One chat. `console` is where answers are shown, `notes` where notes and errors are."""
 
-    def __init__(
-        self, llm: LLM, console: Console, sampling: SamplingConfig, template_kwargs: Mapping[str, Any], *, notes: Console
-    ):
-        self._llm, self._console, self._sampling, self._notes = llm, console, sampling, notes
-        self._template_kwargs = dict(template_kwargs)
+    def __init__(self, llm: LLM, console: Console, sampling: SamplingConfig, *, thinking: bool = False, notes: Console):
+        self._llm, self._console, self._sampling, self._thinking, self._notes = llm, console, sampling, thinking, notes
         self._messages: list[dict[str, Any]] = []
         self._images: list[Path] = []  # of the messages
         self._attached: list[Path] = []  # of the next question
@@ -48,10 +45,12 @@ class TerminalChat:
                     each.clear()
             elif said.startswith("/image "):
                 self._attached.append(Path(said.partition(" ")[2].strip()).expanduser())
-                self._note(f"{len(self._attached)} for the next question")
+                self._note(
+                    f"{len(self._attached)} {'picture' if len(self._attached) == 1 else 'pictures'} for the next question"
+                )
             elif said == "/think":
-                self._template_kwargs["enable_thinking"] = not self._template_kwargs.get("enable_thinking")
-                self._note(f"thinking {'on' if self._template_kwargs['enable_thinking'] else 'off'}")
+                self._thinking = not self._thinking
+                self._note(f"thinking {'on' if self._thinking else 'off'}")
             elif said.startswith("/"):
                 self._note(f"error: got {shown(said)}, which is no command; {HELP}")
                 all_answered = False
@@ -80,7 +79,7 @@ class TerminalChat:
         pieces = self._llm.stream_chat(
             messages,
             self._sampling,
-            chat_template_kwargs=self._template_kwargs,
+            chat_template_kwargs={"enable_thinking": True} if self._thinking else {},  # a template may have no such variable
             images=images,
             draft_interval_s=_DRAFT_INTERVAL_S if is_terminal else None,
         )

@@ -258,7 +258,7 @@ def test_a_benchmark_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, 
         module.main()
     [directory] = (tmp_path / "results").iterdir()
     outcomes = json.loads((directory / "results.json").read_text())["benchmarks"]
-    failure = "machine.py: error: argument --rounds: invalid int value: 'many'"
+    failure = "machine.py: error: argument --rounds: invalid count value: 'many'"
     assert ended.value.code
     assert [(each["name"], each["failure"]) for each in outcomes] == [("broken", failure), ("machine", None)]
     assert outcomes[1]["report"]["rows"]

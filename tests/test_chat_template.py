@@ -114,12 +114,33 @@ def test_without_a_template(tmp_path):
         ("{{ messages[0].nothing.more }}", {}, "messages: the chat template refuses them: 'dict object' has no attribute"),
         ("{{ x + 1 }}", {"x": "a"}, "messages: the chat template refuses them: can only concatenate str"),
         ("{{ x }}", {"tools": 1, "messages": 2}, "chat_template_kwargs: got messages, tools, which the server sets"),
+        ("{{ x }}{{ a }}", {"a": 1, "y": 2}, "chat_template_kwargs: got 'y', expected variables of the chat template: a, x"),
+        ("{% set x = 1 %}{{ x }}{{ messages }}", {"x": 2}, "got 'x', expected variables of the chat template: none"),
+        ("{% for x in tools %}{{ x }}{% endfor %}", {"x": 2}, "got 'x', expected variables of the chat template: none"),
+        ("{{ strftime_now('%Y') }}", {"strftime_now": 2}, "got 'strftime_now', expected variables of the chat template: none"),
+        ("{% generation %}{{ x }}{% endgeneration %}", {"y": 2}, "got 'y', expected variables of the chat template: x"),
+        ("{{ x", {"x": 2}, "messages: the chat template refuses them: unexpected end of template"),
     ],
 )
 def test_what_the_template_refuses(template, kwargs, message):
     with pytest.raises(RequestError) as raised:
         ChatTemplate(template, {}, TOKENIZER).prompt(chat_request([USER], template_kwargs=kwargs))
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_misspelled_variable_of_the_template_is_refused(template):
+    """Nothing would think, and nobody be told."""
+    assert "<|think|>" in template.prompt(chat_request([USER], template_kwargs={"enable_thinking": True})).text
+    with pytest.raises(RequestError) as raised:
+        template.prompt(chat_request([USER], template_kwargs={"enable_thinkin": True}))
+    assert str(raised.value).endswith("got 'enable_thinkin', expected variables of the chat template: enable_thinking")
+
+
+def test_names_of_the_tokenizer_may_be_replaced():
+    template = ChatTemplate("{{ bos_token }}{{ x }}", {"bos_token": "<bos>"}, TOKENIZER)
+    assert template.prompt(chat_request([USER], template_kwargs={"bos_token": "", "x": "a"})).text == "a"
+    with pytest.raises(RequestError, match=r"expected variables of the chat template: x$"):
+        template.prompt(chat_request([USER], template_kwargs={"y": 1}))
 
 
 def assistant(**fields) -> list[dict]:
@@ -129,8 +150,9 @@ def assistant(**fields) -> list[dict]:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ((None,), "messages: got None, expected list"),
-        (([],), "messages: got [], expected list should have at least 1 item"),
+        ((None,), "messages: got a value of type NoneType, expected a list of messages"),
+        (("hello",), "messages: got a value of type str, expected a list of messages"),
+        (([],), "messages: got an empty list, expected at least one message"),
         (([1],), "messages[0]: got 1, expected a JSON object"),
         (
             ([{"role": "robot", "content": "a"}],),
@@ -162,7 +184,7 @@ def assistant(**fields) -> list[dict]:
             ([*assistant(tool_calls=[CALL]), {"role": "tool", "tool_call_id": "c2", "content": "a"}],),
             "messages[2].tool_call_id: got 'c2', expected the id of a tool call in an earlier assistant message",
         ),
-        (([USER], 5), "tools: got 5, expected list"),
+        (([USER], 5), "tools: got 5, expected a list"),
         (([USER], [{"type": "function"}]), "tools[0]: got no function"),
         (([USER], [{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name: got 'a b', expected string"),
         (([USER], [WEATHER], "maybe"), "tool_choice: got 'maybe', expected 'auto', 'none' or 'required'"),

@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from stand_in_model import PROMPT, Model, posted, refusal
 from starlette.testclient import TestClient
 
 from backend import json_text
@@ -16,53 +16,9 @@ from backend.openai_server.errors import bad_request
 from backend.openai_server.logprobs import TextOffsets, completion_logprobs
 from backend.openai_server.parameters import chat_inputs
 from backend.openai_server.settings import OpenAISettings
-from backend.openai_server.triton_model import Part
 
-PROMPT = "one two"
 A_TOKEN_ID = "expected a token id, an integer from 0 to 2147483647"
 A_PROMPT = "expected a text or a list of token ids"
-
-
-class Model:
-    """Answers " three four" in two parts, after the prompt if that is asked for. asked: the inputs of each answer."""
-
-    def __init__(self):
-        self.asked = []
-
-    async def generate(self, inputs: Mapping[str, Any], request_id: str) -> AsyncIterator[Part]:
-        self.asked.append(inputs)
-        echo = "" if inputs["exclude_input_in_output"] else inputs["text_input"]
-        for text, token, reason in ((echo + " three", " three", None), (" four", " four", "stop")):
-            entry = {"token": token, "logprob": -0.5, "bytes": None, "top_logprobs": []}
-            yield Part(
-                text=text,
-                reasoning="",
-                tool_calls=[],
-                finish_reason=reason,
-                num_input_tokens=2,
-                num_output_tokens=1,
-                num_reasoning_tokens=0,
-                logprobs=[entry],
-            )
-
-    async def close(self) -> None:
-        pass
-
-
-def posted(content: str | bytes, *, route: str = "completions") -> tuple[int, dict, list[Mapping[str, Any]]]:
-    """(status, answer, what the model was asked) of one request."""
-    model = Model()
-    with TestClient(create_app(OpenAISettings(), model), raise_server_exceptions=False) as client:
-        reply = client.post(f"/v1/{route}", content=content)
-    return reply.status_code, reply.json(), model.asked
-
-
-def refusal(content: str | bytes, **where: str) -> tuple[str, str | None]:
-    """(message, param) of a request that is refused for what it says."""
-    status, answer, asked = posted(content, **where)
-    assert (status, asked) == (400, [])
-    [message] = answer["error"]["message"].splitlines()
-    return message, answer["error"]["param"]
 
 
 def sampling_of(**body: Any) -> list[dict]:
@@ -314,4 +270,11 @@ def test_of_alternatives_that_print_alike_the_most_likely_is_named():
 def test_the_parameter_at_fault_is_named_without_its_value():
     assert bad_request("frequency_penalty=1: not supported by this server; remove it").param == "frequency_penalty"
     assert bad_request("seed: got 1.5, expected an integer").param == "seed"
-    assert bad_request("unknown sampling parameter 'x'; expected seed").param is None
+    assert bad_request("logit_bias of token id 5: got 200, expected a finite number").param == "logit_bias"
+    assert bad_request("max_tokens and max_new_tokens: both given, but mean the same; remove one").param == "max_tokens"
+    assert bad_request("logprobs=1 and top_logprobs=2: differ; give one number").param == "logprobs"
+    assert bad_request("messages[1].content: got 5, expected string").param == "messages[1].content"
+    assert bad_request("unknown sampling parameter 'top k' (closest: 'top_k'); expected seed").param == "top k"
+    assert bad_request("body: got no messages, expected one; add it").param == "messages"
+    assert bad_request("body: got malformed JSON, expected a JSON object").param == "body"
+    assert bad_request("the server refuses it").param is None

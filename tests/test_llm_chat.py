@@ -135,6 +135,7 @@ def test_a_stream_left_early_makes_room(llm):
     ("arguments", "message"),
     [
         (([{"role": "user"}],), "messages[0]: got no content"),
+        (("hello",), "messages: got a value of type str, expected a list of messages"),
         (([[{"role": "user", "content": "a"}], [{"role": "x", "content": "b"}]],), "messages[0].role: got 'x'"),
         (([],), None),
     ],
@@ -152,7 +153,7 @@ def typed(llm: LLM, *lines: str, terminal: bool) -> tuple[str, str, bool]:
     """What is shown as answers and as notes, and whether every question was answered."""
     out, notes = io.StringIO(), io.StringIO()
     consoles = [Console(file=file, force_terminal=terminal, width=100) for file in (out, notes)]
-    all_answered = TerminalChat(llm, consoles[0], SamplingConfig(seed=1), {}, notes=consoles[1]).run(lines)
+    all_answered = TerminalChat(llm, consoles[0], SamplingConfig(seed=1), notes=consoles[1]).run(lines)
     return out.getvalue(), notes.getvalue(), all_answered
 
 
@@ -175,6 +176,18 @@ def test_an_answer_that_is_not_for_a_terminal_is_as_the_model_wrote_it():
     piece = Piece(text=text, reasoning="", tool_calls=[], token_ids=[1], canvas_index=0, num_steps=1, is_draft=False)
     answering = SimpleNamespace(stream_chat=lambda *_, **choices: [piece])
     assert typed(answering, "a Makefile, please", terminal=False) == (f"{text}\n", "", True)
+
+
+def test_a_template_that_knows_no_thinking_is_asked_for_none():
+    asked = []
+    answering = SimpleNamespace(stream_chat=lambda *_, chat_template_kwargs, **__: asked.append(chat_template_kwargs) or [])
+    typed(answering, "one", "/think", "two", "/think", "three", terminal=False)
+    assert asked == [{}, {"enable_thinking": True}, {}]
+
+
+def test_pictures_are_counted():
+    _, notes, _ = typed(SimpleNamespace(), "/image a.png", "/image b.png", terminal=False)
+    assert notes == "1 picture for the next question\n2 pictures for the next question\n"
 
 
 @pytest.mark.parametrize("bad", ["a" * 5000, "caf\udce9"])
@@ -208,4 +221,4 @@ def test_the_chat_command_answers_standard_input(engine_dir):
         done = subprocess.run(command, input=lines, capture_output=True, cwd=ROOT, env=environment)
         assert (done.returncode, done.stdout.decode()) == (1, f"{question.answer}\n")
         error, note = done.stderr.decode().splitlines()
-        assert error.startswith("error: ") and note == "1 for the next question"
+        assert error.startswith("error: ") and note == "1 picture for the next question"

@@ -109,10 +109,10 @@ def test_images_in_the_terminal_chat(llm, tmp_path):
     asked = [part["text"] for question in (first, second) for part in question.messages[0]["content"] if part["type"] == "text"]
     lines = [f"/image {paths[0]}", asked[0], "/new", f"/image {paths[1]}", asked[1], "/image nothing.png", asked[0], "/quit"]
     consoles = [Console(file=file, width=20) for file in (out, notes)]
-    assert not TerminalChat(llm, consoles[0], GREEDY, {}, notes=consoles[1]).run(lines)
+    assert not TerminalChat(llm, consoles[0], GREEDY, notes=consoles[1]).run(lines)
     assert out.getvalue().splitlines() == [first.answer, second.answer]
     *attached, refused = notes.getvalue().splitlines()
-    assert attached == ["1 for the next question"] * 3
+    assert attached == ["1 picture for the next question"] * 3
     assert refused == "error: image[1]: nothing.png cannot be read (No such file or directory), expected the file of an image"
 
 

@@ -272,8 +272,8 @@ def user(text: str) -> list[dict]:
         ('{"model": "diffusiongemma", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, ["surrogate"]),
         ('{"model": "diffusiongemma", "model": "another"}', 400, ["body: got key 'model' 2 times, expected a JSON object"]),
         ({}, 400, ["body", "no messages"]),
-        ({"model": MODEL, "messages": []}, 400, ["messages", "at least 1"]),
-        ({"model": MODEL, "messages": "hello"}, 400, ["messages"]),
+        ({"model": MODEL, "messages": []}, 400, ["messages", "an empty list", "at least one message"]),
+        ({"model": MODEL, "messages": "hello"}, 400, ["messages: got", "hello", "expected a JSON list"]),
         ({"model": MODEL, "messages": [{"role": "robot", "content": "a"}]}, 400, ["messages[0].role", "'robot'"]),
         ({"model": "another", "messages": user("a")}, 404, ["model", "'another'", "'diffusiongemma'"]),
         ({"model": MODEL, "messages": user("a"), "temperature": -1}, 400, ["temperature", "-1"]),
@@ -287,6 +287,7 @@ def user(text: str) -> list[dict]:
         ({"model": MODEL, "messages": user("a"), "tool_choice": "required"}, 400, ["tool_choice", "without tools"]),
         ({"model": MODEL, "messages": user("a" * 60_000)}, 400, ["prompt", "40000"]),
         ({"model": MODEL, "messages": user("a"), "chat_template_kwargs": {"messages": []}}, 400, ["chat_template_kwargs"]),
+        ({"model": MODEL, "messages": user("a"), "chat_template_kwargs": {"enable_thinkin": True}}, 400, ["enable_thinking"]),
         ({"model": MODEL, "messages": user("a"), "stream": True, "temperature": -1}, 400, ["temperature"]),
     ],
 )
@@ -377,12 +378,22 @@ def test_a_front_end_that_cannot_start_says_why(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = OpenAISettings(port=taken.getsockname()[1])
         front_end = FrontEnd(settings, tmp_path / "openai.log")
-        with pytest.raises(FrontEndError, match=r"OpenAI port: 127\.0\.0\.1:.* cannot be used"), front_end:
+        with pytest.raises(FrontEndError, match=r"--port: 127\.0\.0\.1:.* cannot be used.*openai\.log$"), front_end:
             pass
         assert "cannot be used" in front_end.log_path.read_text()
-    (tmp_path / "keys").write_text("\n")
-    with pytest.raises(ValueError, match="got no API key, expected one a line"):
-        read_api_keys(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n", "got no API key in {}, expected"), (b"\xff", "{} is not UTF-8"), (None, "{} cannot be read (No such file")],
+)
+def test_a_file_that_has_no_keys(content, message, tmp_path):
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        read_api_keys(path)
+    assert str(raised.value).startswith(f"--api-key-file: {message.format(path)}")
 
 
 @pytest.mark.parametrize("key", ["", " "])

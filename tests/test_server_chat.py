@@ -172,7 +172,7 @@ HELLO = '[{"role": "user", "content": "Hello."}]'
     [
         ({"messages": "hello"}, ["messages", "malformed JSON"]),
         ({"messages": '{"role": "user"}'}, ["messages", "a JSON list of objects"]),
-        ({"messages": "[]"}, ["messages: got []"]),
+        ({"messages": "[]"}, ["messages: got an empty list"]),
         ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, ["messages", "half of a surrogate pair"]),
         ({"messages": HELLO, "text_input": "a"}, ["prompt: got text_input and messages", "exactly one"]),
         ({"messages": HELLO, "exclude_input_in_output": False}, ["exclude_input_in_output", "a chat is not echoed"]),

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from server_clients import ANY_PORTS, ENDLESS, QUESTION, Refused, Stream, ask_on
 from server_processes import leftovers
 
 from backend.triton_server.launch import MODEL_REPOSITORY, ServerError, TritonServer
+from backend.triton_server.model_config import Instances
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -23,10 +25,14 @@ def test_serve_stops_cleanly(engine_dir, stop):
     command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir), "--host", "localhost", *ports]
     # Whatever these tests were started under: nohup ignores SIGHUP.
     at_first = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent, **at_first) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, cwd=MODEL_REPOSITORY.parent, **at_first) as process:
+        starting = process.stderr.readline().removesuffix("\n")
+        assert starting.startswith("starting  log ")  # while it loads
         line = process.stdout.readline()
         ready = re.fullmatch(r"ready  gRPC (\S+)  HTTP \S+  metrics \S+  OpenAI (\S+)  log (\S+)  OpenAI log (\S+)\n", line)
         url, openai_url, log, openai_log = ready.groups()
+        assert starting == f"starting  log {log}"
         assert Path(log).is_file() and Path(openai_log).is_file() and Path(openai_log).parent == Path(log).parent
         assert ask_once(url, text_input=QUESTION, max_tokens=1).num_output_tokens == 1
         with OpenAI(base_url=openai_url, api_key="any") as client:
@@ -34,20 +40,20 @@ def test_serve_stops_cleanly(engine_dir, stop):
         name = Path(log).parent.name
         assert len(leftovers(name)) > 2  # the server, its stub, and files
         process.send_signal(stop)
+        *told, farewell = process.stderr.read().splitlines()
+        assert [each.split()[0] for each in told] == ["memory", "fits"]
+        assert farewell == "stopping; requests under way have a few seconds"
     assert process.returncode == 0
     assert leftovers(name) == []
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(openai_url.split(":")[2].split("/")[0])), timeout=1).close()
 
 
-def test_serve_without_the_front_end_or_with_a_port_that_is_taken(engine_dir):
+def test_serve_without_the_front_end_does_not_want_its_port(engine_dir):
     command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir)]
     command += ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = ["--openai-port", str(taken.getsockname()[1])]
-        refused = subprocess.run([*command, *port], capture_output=True, text=True, cwd=MODEL_REPOSITORY.parent)
-        assert refused.returncode == 1
-        assert re.fullmatch(r"error: .*OpenAI port: 127.0.0.1:\d+ cannot be used.*\n", refused.stderr)
         with subprocess.Popen(
             [*command, *port, "--no-openai"], stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent
         ) as process:
@@ -84,11 +90,13 @@ def test_a_dead_server_is_noticed_and_cleared_away(engine_dir):
         ({"engine_dir": "/nowhere/engine"}, ["/nowhere/engine", "manifest.json"]),
         ({"model_repository": "/nowhere"}, ["/nowhere/diffusiongemma", "config.pbtxt", "--model-repository"]),
         ({"parameters": {"max_sequences": "-1"}}, ["max_sequences", "'-1'", "at least 0"]),
+        ({"instances": Instances(gpus=(99,))}, ["--gpus: got 99, "]),
         ({"parameters": {"nonsense": "1"}}, ["nonsense", "config.pbtxt"]),
-        ({"http_port": None}, ["http port", "--http-port"]),
+        ({"http_port": None}, ["--http-port", "cannot be used (Address already in use); pass another --http-port"]),
     ],
 )
-def test_a_server_that_cannot_start_says_why_in_one_line(engine_dir, options, words):
+def test_a_server_that_cannot_start_says_why_in_one_line(engine_dir, options, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         if "http_port" in options:
             options = {"http_port": taken.getsockname()[1]}
@@ -98,3 +106,6 @@ def test_a_server_that_cannot_start_says_why_in_one_line(engine_dir, options, wo
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
+    logs = list(tmp_path.rglob("*"))  # all that is left, if the server ran at all
+    assert [str(path) for path in logs if path.is_file()] == re.findall(r"; its log is (\S+)$", message)
+    assert len(logs) in (0, 2)

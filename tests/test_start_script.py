@@ -21,7 +21,7 @@ from server_processes import engine_workers, leftovers
 from tritonclient.utils import InferenceServerException
 from waiting import TIMEOUT_S, wait_until
 
-from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, stage_backend, stage_model
+from backend.triton_server.staging import MODEL_NAME, MODEL_REPOSITORY, stage_backend, stage_model
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = Path(importlib.util.find_spec("pytriton").submodule_search_locations[0]) / "tritonserver" / "bin"

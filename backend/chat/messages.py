@@ -105,9 +105,13 @@ class NamedToolChoice(_Record):
     function: NamedFunction
 
 
-_MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
+_MESSAGES = TypeAdapter(list[Message])
 _TOOLS = TypeAdapter(list[Tool])
 _TOOL_CHOICE = TypeAdapter(Literal["auto", "none", "required"] | NamedToolChoice)
+
+
+# Where pydantic's own word is of Python, not of JSON.
+_EXPECTED = {"model_attributes_type": "a JSON object", "list_type": "a list", "iterable_type": "a list"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,10 @@ def chat_request(
 
     With tool_choice "none" the model is not told of the tools; one tool that must be called is named.
     """
+    if not isinstance(messages, list | tuple):
+        _refuse(f"messages: got a value of type {type(messages).__name__}, expected a list of messages")
+    if not messages:
+        _refuse("messages: got an empty list, expected at least one message")
     listed = checked("messages", _MESSAGES, messages)
     offered = checked("tools", _TOOLS, tools) if tools is not None else []
     choice = checked("tool_choice", _TOOL_CHOICE, tool_choice) if tool_choice is not None else "auto"
@@ -245,8 +253,7 @@ def _line(name: str, value: object, error: ValidationError) -> str:
     if kind == "union_tag_invalid":
         key = context["discriminator"].strip("'")
         return f"{where}.{key}: got {shown(context['tag'])}, expected one of {context['expected_tags']}"
-    if kind == "model_attributes_type":
-        message = "a JSON object"
+    message = _EXPECTED.get(kind, message)
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
     return f"{where}: got {shown(got)}, expected {expected[:1].lower()}{expected[1:]}"
 

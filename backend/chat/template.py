@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from backend.chat.answer import AnswerFormat
 from backend.chat.markup import TagSet
@@ -90,6 +92,7 @@ class ChatTemplate:
         if ours:
             _refuse(f"chat_template_kwargs: got {', '.join(ours)}, which the server sets; remove it")
         try:
+            self._check_names(chat.template_kwargs)
             [text], _ = render_jinja_template(
                 conversations=[list(chat.messages)],
                 tools=list(chat.tools) or None,
@@ -100,6 +103,22 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             _refuse(f"messages: the chat template refuses them: {' '.join(str(error).split())}")
         return text
+
+    def _check_names(self, kwargs: Mapping[str, Any]) -> None:
+        """A name that the template does not use would change nothing, and who misspells one would not notice."""
+        used = _variables(self._template) - set(_OURS)
+        unknown = [name for name in kwargs if name not in used]
+        if unknown:
+            expected = ", ".join(sorted(used - set(self._names))) or "none"
+            _refuse(f"chat_template_kwargs: got {shown(unknown[0])}, expected variables of the chat template: {expected}")
+
+
+@cache
+def _variables(template: str) -> frozenset[str]:
+    """What a template leaves for others to set. Raises jinja2.TemplateError if it is none."""
+    # Compiled as for rendering: transformers adds statements and functions of its own.
+    environment = _compile_jinja_template(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template))) - set(environment.globals)
 
 
 def _refuse(message: str) -> NoReturn:

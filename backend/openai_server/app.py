@@ -30,6 +30,7 @@ from backend.openai_server.chat import ChatCompletions
 from backend.openai_server.completions import Completions
 from backend.openai_server.errors import ApiError, client_gone
 from backend.openai_server.requests import CHAT, COMPLETION, body_schema, read_body
+from backend.openai_server.routes import no_such_method, no_such_route
 from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import TritonModel
 
@@ -90,9 +91,7 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
         return await _passed_on_metrics(settings.triton_metrics_url)
 
     app.add_exception_handler(ApiError, lambda _, error: JSONResponse(error.body(), error.status))
-    app.add_exception_handler(
-        HTTPException, lambda _, error: JSONResponse(ApiError(error.status_code, str(error.detail)).body(), error.status_code)
-    )
+    app.add_exception_handler(HTTPException, _answer_without_route)
     # What recurses here is writing JSON, as deep as the body; what is too deep to be read is refused by `read_body`.
     too_deep = ApiError(400, "body: got JSON that is nested too deeply, expected fewer levels", param="body")
     app.add_exception_handler(RecursionError, lambda *_: JSONResponse(too_deep.body(), too_deep.status))
@@ -108,6 +107,15 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
 
     app.openapi = openapi
     return app
+
+
+def _answer_without_route(request: Request, error: HTTPException) -> Response:
+    """Nothing else raises these here: they are the router's, 404 and 405."""
+    if error.status_code == 405:
+        answer = no_such_method(request, error.headers["Allow"])
+    else:
+        answer = no_such_route(request.app, request)
+    return JSONResponse(answer.body(), answer.status, headers=error.headers)
 
 
 async def _answer(request: Request, completions: ChatCompletions | Completions, body: dict[str, Any]) -> Response:

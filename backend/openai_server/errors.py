@@ -1,5 +1,7 @@
 """What can go wrong, in OpenAI's form: an HTTP status and `{"error": {"message", "type", "param", "code"}}`."""
 
+import re
+
 from openai.types.shared import ErrorObject
 
 from backend.parameters import shown
@@ -12,6 +14,13 @@ _TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+
+
+_AT_FAULT = re.compile(
+    r"body: got no (\w+)"
+    r"|unknown sampling parameter '(.+?)'"
+    r"|([\w.\[\]]+)(?:=.*?| of token id \S+| and .+?)?: "
+)
 
 
 class ApiError(Exception):
@@ -28,9 +37,9 @@ class ApiError(Exception):
 
 
 def bad_request(message: str) -> ApiError:
-    """A 400; the parameter at fault is the first word of the line, up to the colon and without its value."""
-    name, colon, _ = message.partition(":")
-    return ApiError(400, message, param=name.partition("=")[0] if colon and " " not in name else None)
+    """A 400; the parameter at fault is the one that the line begins with."""
+    found = _AT_FAULT.match(message)
+    return ApiError(400, message, param=found[found.lastindex] if found else None)
 
 
 def client_gone() -> ApiError:

@@ -14,7 +14,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from backend.openai_server.errors import bad_request
-from backend.parameters import TOKEN_ID, Number, shown
+from backend.parameters import NUMBERS, TOKEN_ID, Number, shown
 
 _SAMPLING = {
     "frequency_penalty",
@@ -39,11 +39,10 @@ _WITHOUT_EFFECT = {
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
-    "store",
     "user",
 }
 # Values that ask for nothing, of parameters that nothing here has.
-_NEUTRAL = {"modalities": ["text"], "response_format": {"type": "text"}, "suffix": ""}
+_NEUTRAL = {"modalities": ["text"], "response_format": {"type": "text"}, "store": False, "suffix": ""}
 MAX_CHOICES = 128
 _SEED = Number(kind=int, minimum=-(1 << 63), maximum=(1 << 64) - 1)  # OpenAI's have a sign, the model's have not
 
@@ -83,6 +82,8 @@ def completion_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     if echo and "logprobs" in given:  # which asks for those of the prompt too
         got = shown(given["logprobs"])
         raise bad_request(f"logprobs: got {got} with echo, but a prompt has no log probabilities here; remove echo")
+    if "logprobs" in given:
+        _checked(NUMBERS["top_logprobs"], "logprobs", given["logprobs"])  # a completion's logprobs are their number
     listed = []
     for prompt in prompts(given.pop("prompt", None)):
         if echo and not isinstance(prompt, str):
@@ -129,6 +130,9 @@ def _given(body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     refused = [name for name in given if name in unknown and (name not in _NEUTRAL or given[name] != _NEUTRAL[name])]
     if refused:
         raise bad_request(f"{refused[0]}: got {shown(given[refused[0]])}, but this server does not have it; remove it")
+    if "stream_options" in given and not given.get("stream"):
+        got = shown(given["stream_options"])
+        raise bad_request(f"stream_options: got {got} without stream; set stream to true, or remove it")
     return {name: value for name, value in given.items() if name not in unknown | _FRONT_END | _WITHOUT_EFFECT}
 
 
@@ -142,11 +146,15 @@ def _choices(inputs: Mapping[str, Any], sampling: Mapping[str, Any], n: int) -> 
         raise bad_request(f"best_of: got {shown(best_of)}, expected n, which is {n}; remove it")
     if "seed" not in sampling:
         return [{**inputs, "sampling_parameters": _json(sampling)}] * n
+    seed = _checked(_SEED, "seed", sampling["seed"])
+    return [{**inputs, "sampling_parameters": _json({**sampling, "seed": (seed + index) % (1 << 64)})} for index in range(n)]
+
+
+def _checked(number: Number, name: str, value: Any) -> int | float:
     try:
-        seed = _SEED.checked("seed", sampling["seed"])
+        return number.checked(name, value)
     except ValueError as error:
         raise bad_request(str(error)) from None
-    return [{**inputs, "sampling_parameters": _json({**sampling, "seed": (seed + index) % (1 << 64)})} for index in range(n)]
 
 
 def new_id(prefix: str) -> str:

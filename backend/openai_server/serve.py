@@ -1,6 +1,5 @@
 """Starting the front end: in this process until a signal, or as a process of its own that a `with` block ends."""
 
-import socket
 import subprocess
 import sys
 from contextlib import closing, suppress
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import uvicorn
 
+from backend.addresses import AddressError, listening
 from backend.openai_server.app import create_app
 from backend.openai_server.settings import OpenAISettings
 
@@ -20,12 +20,15 @@ class FrontEndError(RuntimeError):
 
 def serve(settings: OpenAISettings) -> None:
     """Serves until SIGINT or SIGTERM. Raises FrontEndError for an address that cannot be used."""
-    listening = _listening(settings.host, settings.port)
-    host, port = listening.getsockname()[:2]
+    try:
+        opened = listening(settings.host, settings.port, "--port")
+    except AddressError as error:
+        raise FrontEndError(str(error)) from None
+    host, port = opened.getsockname()[:2]
     print(f"ready  OpenAI API http://{host}:{port}/v1  Triton {settings.triton_url}", flush=True)
     server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=5))
-    with closing(listening):
-        server.run(sockets=[listening])
+    with closing(opened):
+        server.run(sockets=[opened])
 
 
 class FrontEnd:
@@ -85,7 +88,8 @@ class FrontEnd:
         if self._process.poll() is not None:
             log = self.log_path.read_text(errors="replace")
             reason = log.strip().rpartition("\n")[2].removeprefix("error: ") or "it said nothing"
-            raise FrontEndError(f"OpenAI front end ended with exit code {self._process.returncode}: {reason}")
+            code = self._process.returncode
+            raise FrontEndError(f"OpenAI front end ended with exit code {code}: {reason}; its log is {self.log_path}")
 
     def stop(self) -> None:
         """Ends the process. May be called again."""
@@ -98,12 +102,3 @@ class FrontEnd:
         self._process.wait()
         self._process.stdout.close()
         self._process = None
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port))
-    except OSError as error:
-        raise FrontEndError(
-            f"OpenAI port: {host}:{port} cannot be used ({error.strerror}); pass another --port, or 0"
-        ) from None

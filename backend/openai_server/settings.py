@@ -24,8 +24,15 @@ class OpenAISettings(BaseModel):
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
-    """The keys in a file, one a line. Raises ValueError if there is none, OSError if it cannot be read."""
-    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    """The keys in a file, one a line. Raises ValueError, a line for the option that names the file, if there is none."""
+    expected = "expected a text file of keys, one a line"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--api-key-file: {path} cannot be read ({error.strerror}), {expected}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--api-key-file: {path} is not UTF-8, {expected}") from None
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
-        raise ValueError(f"{path}: got no API key, expected one a line")
+        raise ValueError(f"--api-key-file: got no API key in {path}, expected one a line")
     return keys

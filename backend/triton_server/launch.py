@@ -3,41 +3,38 @@
     with TritonServer(engine_dir="engines/diffusiongemma", grpc_port=0, http_port=0, metrics_port=0) as server:
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
 
-A server runs from a staging directory, removed when it stops:
-
-    backends/python/    links: the Python backend, and its stub for the running Python
-    models/NAME/        config.pbtxt with this start's parameters; the version folders are links to the model repository
-    server.log
+A server runs from a staging directory (`staging`) with its log, `server.log`. It is removed when the server stops, but for
+the logs if what ends the `with` block is an error.
 """
 
 import http.client
 import importlib.metadata
-import importlib.util
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 
-from backend.triton_server.model_config import Instances, ModelConfigError, changed_config
-
-MODEL_NAME = "diffusiongemma"
-MODEL_REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
+from backend.addresses import AddressError, free_ports, ipv4_address
+from backend.triton_server.errors import ServerError
+from backend.triton_server.model_config import Instances
+from backend.triton_server.server_log import LogNews, failure_reason
+from backend.triton_server.staging import (
+    MODEL_NAME,
+    MODEL_REPOSITORY,
+    bundled,
+    server_environment,
+    stage_backend,
+    stage_model,
+)
 
 _POLL_INTERVAL_S = 0.1
 _KILL_TIMEOUT_S = 2.0  # after exit_timeout_s; a server with an open gRPC stream gives up then, but does not exit
-
-
-class ServerError(RuntimeError):
-    """The server cannot start, does not load the model, or died; the message is one line."""
 
 
 class TritonServer:
@@ -45,7 +42,8 @@ class TritonServer:
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
     parameters, `instances` its instance group. A model may take `start_timeout_s` to load; a request may go on for
-    `exit_timeout_s` after the stop began.
+    `exit_timeout_s` after the stop began. `report` is called with what is told of the start, a line at a time: where the log
+    is, how far loading is.
     """
 
     def __init__(
@@ -61,6 +59,7 @@ class TritonServer:
         instances: Instances | None = None,
         start_timeout_s: float = 1800.0,
         exit_timeout_s: int = 10,
+        report: Callable[[str], None] = lambda line: None,
     ):
         self._model_dir = Path(model_repository).resolve() / MODEL_NAME
         self._parameters = dict(parameters or {})
@@ -71,6 +70,7 @@ class TritonServer:
         self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._start_timeout_s = start_timeout_s
         self._exit_timeout_s = exit_timeout_s
+        self._report = report
         self._process: subprocess.Popen | None = None
         self._staging: Path | None = None
 
@@ -89,7 +89,7 @@ class TritonServer:
 
     @property
     def log_path(self) -> Path:
-        """The server's log; it exists while the server runs."""
+        """The server's log; it exists while the server runs, and after an error."""
         return self._staging / "server.log"
 
     @property
@@ -108,25 +108,26 @@ class TritonServer:
             self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
             stage_backend(self._staging / "backends" / "python")
             stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
-            self._host = _address(self._host)
-            self._ports = _free_ports(self._host, self._ports)
+            self._choose_addresses()
             self._start()
+            self._report(f"starting  log {self.log_path}")
             self._wait_until_ready()
-        except BaseException:
-            self.stop()
+        except BaseException as error:
+            self.stop(keep_logs=isinstance(error, Exception))
             raise
         return self
 
-    def __exit__(self, *_) -> None:
-        self.stop()
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        self.stop(keep_logs=isinstance(error, Exception))
 
     def check_alive(self) -> None:
         """Raises ServerError with the reason from the log if the server is no longer running."""
         if self._process.poll() is not None:
             reason = failure_reason(self.log_path.read_text())
-            raise ServerError(f"tritonserver ended with exit code {self._process.returncode}: {reason}")
+            code = self._process.returncode
+            raise ServerError(f"tritonserver ended with exit code {code}: {reason}; its log is {self.log_path}")
 
-    def stop(self) -> None:
+    def stop(self, *, keep_logs: bool = False) -> None:
         """Ends the server, its stubs and its shared memory, and removes the staging directory. May be called again."""
         try:
             if self._process is not None:
@@ -135,7 +136,15 @@ class TritonServer:
             if self._staging is not None:
                 for region in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
                     region.unlink(missing_ok=True)
-                shutil.rmtree(self._staging, ignore_errors=True)
+                _remove(self._staging, keep_logs=keep_logs)
+
+    def _choose_addresses(self) -> None:
+        try:
+            self._host = ipv4_address(self._host)
+            chosen = free_ports(self._host, {f"--{name}-port": port for name, port in self._ports.items()})
+        except AddressError as error:
+            raise ServerError(str(error)) from None
+        self._ports = dict(zip(self._ports, chosen.values(), strict=True))
 
     def _start(self) -> None:
         arguments = {
@@ -152,8 +161,8 @@ class TritonServer:
         options = [f"--{name}={value}" for name, value in arguments.items()]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [_bundled("bin/tritonserver"), "--disable-auto-complete-config", *options],
-                env=_environment() | {"TMPDIR": str(self._staging)},  # programs are unpacked there
+                [bundled("bin/tritonserver"), "--disable-auto-complete-config", *options],
+                env=server_environment() | {"TMPDIR": str(self._staging)},  # programs are unpacked there
                 cwd=self._staging,  # the stub puts its working directory first on sys.path
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -163,12 +172,17 @@ class TritonServer:
 
     def _wait_until_ready(self) -> None:
         deadline_s = time.monotonic() + self._start_timeout_s
-        while not self._is_ready():
+        news, ready = LogNews(self.log_path), False
+        while not ready:
             self.check_alive()
-            if time.monotonic() > deadline_s:
+            ready = self._is_ready()
+            for line in news.next():
+                self._report(line)
+            if not ready and time.monotonic() > deadline_s:
                 line = self.log_path.read_text().strip().rpartition("\n")[2]
-                raise ServerError(f"model {MODEL_NAME}: not ready after {self._start_timeout_s:g} s; the log ends with: {line}")
-            time.sleep(_POLL_INTERVAL_S)
+                late = f"model {MODEL_NAME}: not ready after {self._start_timeout_s:g} s"
+                raise ServerError(f"{late}; its log {self.log_path} ends with: {line}")
+            time.sleep(0 if ready else _POLL_INTERVAL_S)
         self.check_alive()
 
     def _is_ready(self) -> bool:
@@ -192,120 +206,36 @@ class TritonServer:
             self._process.wait()
 
 
-def stage_backend(directory: Path) -> None:
-    """Makes `directory` a Python backend of links into the wheel, with the stub of the running Python.
-
-    Raises ServerError if a shared library of the stub is missing: the server would find out only after two minutes.
-    """
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = _bundled(f"python_backend_stubs/{version}/triton_python_backend_stub")
-    directory.mkdir(parents=True)
-    shared = [_bundled(f"backends/python/{name}") for name in ("libtriton_python.so", "triton_python_backend_utils.py")]
-    for file in (stub, *shared):
-        (directory / file.name).symlink_to(file)
-    listing = subprocess.run(["ldd", stub], env=_environment(), capture_output=True, text=True, check=True).stdout
-    missing = [line.split()[0] for line in listing.splitlines() if "not found" in line]
-    if missing:
-        where = sysconfig.get_config_var("LIBDIR")
-        raise ServerError(
-            f"Python backend: shared libraries {missing} not found, expected in {where}; install Python's shared library"
-        )
-
-
-def stage_model(source: Path, target: Path, parameters: Mapping[str, str], instances: Instances | None = None) -> None:
-    """Makes `target` the model in `source` with other `parameters` and `instances`. A relative engine_dir still starts at
-    `source`.
-
-    Raises ServerError if `source` is no model or has no such parameter.
-    """
-    if not (source / "config.pbtxt").is_file():
-        raise ServerError(
-            f"model repository: {source} has no config.pbtxt, expected the model {MODEL_NAME}; pass --model-repository"
-        )
-    try:
-        text = changed_config(source / "config.pbtxt", parameters, instances)
-    except ModelConfigError as error:
-        raise ServerError(str(error)) from None
-    target.mkdir(parents=True)
-    (target / "config.pbtxt").write_text(text, encoding="utf-8")
-    for version in source.iterdir():
-        if version.is_dir() and version.name.isdecimal():
-            (target / version.name).symlink_to(version)
-
-
-def failure_reason(log: str) -> str:
-    """The one line of a server's log that says why it does not run."""
-    patterns = (
-        # What the model raised, without the traceback that follows it in the same line
-        r"failed to load '.*?' version \d+: (?:Internal: )?(?:[\w.]+(?:Error|Exception): )?(.*?)(?:\\n|\"$)",
-        r"Poll failed for model directory (.*?)\"?$",
-        r"failed to start (\w+ service: .*?)\s*\"?$",
-        r"^error: (.*)",
-        r"^E\d+ .*?\] \"(.*?)\"?$",
-    )
-    for pattern in patterns:
-        if match := re.search(pattern, log, re.MULTILINE):
-            return match[1]
-    return log.strip().rpartition("\n")[2] or "its log is empty"
-
-
 def _check_environment() -> None:
     numpy_version = importlib.metadata.version("numpy")
     if int(numpy_version.split(".")[0]) >= 2:
         raise ServerError(f"numpy: got {numpy_version}, expected below 2, or the bundled server aborts; pip install 'numpy<2'")
 
 
-def _bundled(path: str) -> Path:
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None:
-        raise ServerError(
-            "tritonserver: the package nvidia-pytriton that carries it is not installed; pip install nvidia-pytriton"
-        )
-    file = Path(spec.submodule_search_locations[0]) / "tritonserver" / path
-    if not file.is_file():
-        raise ServerError(f"tritonserver: nvidia-pytriton has no {path}; expected a release for this Python and platform")
-    return file
+def _remove(directory: Path, *, keep_logs: bool) -> None:
+    """keep_logs: all but the files that end in .log, if there are any."""
+    if not keep_logs or not any(directory.glob("*.log")):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    for each in directory.iterdir():
+        if each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
+        elif each.suffix != ".log":
+            each.unlink()
 
 
-def _environment() -> dict[str, str]:
-    """The server's environment: the stub finds this very Python, its shared library, and this very package."""
-    first = {
-        "PATH": str(Path(sys.executable).parent),
-        "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR") or "",
-        "PYTHONPATH": str(MODEL_REPOSITORY.parent),
-    }
-    return os.environ | {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in first.items()}
+def leave_on_signals(farewell: str = "") -> None:
+    """SIGINT, SIGTERM and a terminal that is closed leave `with` blocks, after a line on standard error; under nohup the last
+    does nothing."""
 
+    def leave(*_) -> None:
+        if farewell:
+            with suppress(OSError):  # a terminal that is closed
+                os.write(2, f"{farewell}\n".encode())  # print is not for signal handlers
+        sys.exit(0)
 
-def _address(host: str) -> str:
-    """The numbers of a host's name: Triton's HTTP services take nothing else. Raises ServerError if it has none."""
-    try:
-        return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
-        raise ServerError(f"host: {host!r} has no IPv4 address ({error.strerror}); pass another --host") from None
-
-
-def leave_on_signals() -> None:
-    """SIGINT, SIGTERM and a terminal that is closed leave `with` blocks; under nohup the last does nothing."""
     numbers = [signal.SIGINT, signal.SIGTERM]  # both, for who starts it in the background of a shell gets SIGINT ignored
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     for number in numbers:
-        signal.signal(number, lambda *_: sys.exit(0))
-
-
-def _free_ports(host: str, ports: Mapping[str, int]) -> dict[str, int]:
-    """Ports with every 0 replaced by a free one. Raises ServerError for one that is taken."""
-    chosen = {}
-    with ExitStack() as sockets:  # all held until the last is chosen, so that no port is chosen twice
-        for name, port in ports.items():
-            probe = sockets.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ServerError(
-                    f"{name} port: {host}:{port} cannot be used ({error.strerror}); pass another --{name}-port, or 0"
-                ) from None
-            chosen[name] = probe.getsockname()[1]
-    return chosen
+        signal.signal(number, leave)

@@ -1,0 +1,42 @@
+"""What is read from a server's log."""
+
+import pytest
+
+from backend.triton_server.server_log import LogNews, failure_reason
+
+LOADING = "2026-11-28 20:05:12,456 backend.engine: "
+
+
+def test_news_are_told_once_and_when_they_are_whole(tmp_path):
+    path = tmp_path / "server.log"
+    path.touch()
+    news = LogNews(path)
+    assert news.next() == []
+    with path.open("ab", buffering=0) as log:
+        log.write(b'I1128 20:04:34.898014 1 model_lifecycle.cc:472] "loading: diffusiongemma:1"\nweights: 1.5 of 51.6 GB, ')
+        assert news.next() == []
+        log.write(b"0.30 GB/s\n\xff\n")
+        assert news.next() == ["weights: 1.5 of 51.6 GB, 0.30 GB/s"]
+        log.write(f"{LOADING}memory  0.50 GB = …\n{LOADING}fits    sequences: 16\n{LOADING}other\n".encode())
+        assert news.next() == ["memory  0.50 GB = …", "fits    sequences: 16"]
+    assert news.next() == []
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [("", "but Triton finds no GPU here; leave it out"), (" 0 1", "expected some of 0, 1, which Triton can use here")],
+)
+def test_a_gpu_that_is_not_there(there, expected):
+    """The lines of release 24.10."""
+    said = (
+        "Invalid argument: instance group diffusiongemma_0 of model diffusiongemma specifies invalid or unsupported gpu id 7. "
+        f"GPUs with at least the minimum required CUDA compute compatibility of 6.000000 are: {there}"
+    )
+    log = f'E1128 20:04:34.8 1 model_repository_manager.cc:1460] "failed to load: {said}"\nerror: creating server: {said}\n'
+    assert failure_reason(log) == f"--gpus: got 7, {expected}"
+    assert failure_reason(f"error: creating server: {said}\n") == f"--gpus: got 7, {expected}"
+
+
+def test_a_log_without_a_known_reason():
+    assert failure_reason("a\nb\n") == "b"
+    assert failure_reason("") == "its log is empty"
