@@ -36,7 +36,7 @@ def compile_program(program: TracedProgram, directory: Path) -> Compiled:
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
         exported = opened(program) if program.device == "cuda" else with_compiled_operators(program)
         with compiling(f"program {program.name}"):
-            torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=_OPTIONS)
+            torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=dict(_OPTIONS))
     with writing(directory / name):
         (directory / name).write_bytes(package.getbuffer())  # PyTorch's own writer ends the process where the disk is full
     return Compiled(file=name)
