@@ -1,6 +1,7 @@
 """An engine directory made ready to serve: session, tokenizer, generation defaults, KV cache and scheduler put together."""
 
 import logging
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,7 +40,6 @@ class Engine:
             check_free(self.plan, _free_bytes(session.device))
         self.tokenizer, self.defaults, self.session = tokenizer, defaults, session
         self.bos_token = tokenizer.id_to_token(model.bos_token_id) if model.bos_token_id is not None else None
-        self.tokenize = PromptTokenizer(tokenizer, self.bos_token, model.max_position_embeddings)
         cache = PagedKVCache(
             model,
             page_size=build.page_size,
@@ -80,6 +80,11 @@ class Engine:
         except ValueError as error:
             raise ManifestError(str(error)) from None
         return cls(session, _load_tokenizer(engine_dir / "tokenizer.json"), defaults, limits)
+
+    @cached_property
+    def tokenize(self) -> PromptTokenizer:
+        """Made when it is asked for: it goes through the whole vocabulary, and a worker gets prompts as tokens."""
+        return PromptTokenizer(self.tokenizer, self.bos_token, self.session.manifest.model.max_position_embeddings)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
