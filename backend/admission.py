@@ -25,14 +25,18 @@ def check_request(
 
     Raises:
         RequestError INVALID_ARGUMENT: no tokens, one outside the vocabulary, or more than there are positions or pages; a
-            logit_bias or a stop token outside the vocabulary.
+            token of logit_bias, stop_token_ids or infill outside the vocabulary.
     """
     if not prompt_ids:
         raise RequestError("INVALID_ARGUMENT", "prompt: got no tokens, expected at least one; send a prompt that is not empty")
     bad = next((token for token in prompt_ids if not 0 <= token < model.vocab_size), None)
     if bad is not None:
         raise RequestError("INVALID_ARGUMENT", f"prompt: got token id {bad}, expected 0 to {model.vocab_size - 1}")
-    named = {"logit_bias": [token for token, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+    named = {
+        "logit_bias": [token for token, _ in sampling.logit_bias],
+        "stop_token_ids": sampling.stop_token_ids,
+        "infill": sampling.infill,
+    }
     for name, token_ids in named.items():
         bad = next((token for token in token_ids if token >= model.vocab_size), None)
         if bad is not None:

@@ -8,8 +8,8 @@ One denoising step of a row, numbered as in transformers' `generate` (1.c.i to 1
 4. Converged? Then the row is done: its argmax canvas is the result.
 5. Soft embeddings of the processed logits, for the next step.
 
-A request may ask for more: a logit bias (in 2, before the temperature), filters (of the denoiser canvas in 2) and log
-probabilities. That is kept in `RowExtras`, and costs rows without it nothing.
+A request may ask for more: a logit bias (in 2, before the temperature), filters (of the denoiser canvas in 2), log
+probabilities, and tokens of the answer that are given (put in after 2 and 5).
 
 Rows are independent: each has its own step, temperature, bound, seed and limits, and joins and leaves between any two steps.
 The state of a row is a few tensors of canvas size; logits live only inside a chunk of rows of the head.
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from backend import sampler
+from backend.infill import BLANK, given_tokens
 from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.noise import gumbel_noise_rows, initial_canvas_rows, renoise_tokens_rows, seed_bits
@@ -51,6 +52,8 @@ class CanvasLoop:
         self._within = torch.arange(length, device=device)
         self._canvas = state(torch.int64, length)
         self._argmax = state(torch.int64, length)
+        self._given = state(torch.int64, length).fill_(BLANK)
+        self._with_given: set[int] = set()  # slots whose canvas has given tokens
         self._soft_embeds = state(session.dtype, length, model.hidden_size)
         self._stable_steps = state(torch.int64)
         self._step = state(torch.int64)
@@ -70,9 +73,11 @@ class CanvasLoop:
         """Fills the slot's canvas with its initial noise; the prefix must be in the cache."""
         self._seed[slot] = seed_bits(sampling.seed)
         self._canvas_index[slot] = canvas_index
-        self._canvas[slot] = initial_canvas_rows(
+        noise = initial_canvas_rows(
             self._seed[slot : slot + 1], self._canvas_index[slot : slot + 1], self._within, self._model.vocab_size
         )
+        self._start_given(slot, canvas_index, sampling)
+        self._canvas[slot] = self._given[slot].where(self._given[slot] != BLANK, noise)
         self._argmax[slot] = sampler.NO_CANVAS
         self._soft_embeds[slot] = 0
         self._stable_steps[slot] = 0
@@ -84,6 +89,13 @@ class CanvasLoop:
         self._stability[slot] = sampling.stability_threshold
         self._greedy[slot] = sampling.greedy
         self._start_extras(slot, sampling)
+
+    def _start_given(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
+        given = given_tokens(sampling.infill, canvas_index, self._model.canvas_length)
+        self._given[slot] = torch.tensor(given)
+        self._with_given.discard(slot)
+        if any(token != BLANK for token in given):
+            self._with_given.add(slot)
 
     def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:
         self._extras.pop(slot, None)
@@ -111,6 +123,10 @@ class CanvasLoop:
         hidden = self._denoise(slots, rows)
         # 2. and 5.
         argmax, sampled, entropy = self._vocabulary(slots, rows, hidden)
+        if self._with_given.intersection(slots):
+            given, soft = self._given[rows], self._soft_embeds[rows]
+            argmax, sampled, entropy = sampler.put_given(given, argmax, sampled, entropy)
+            self._soft_embeds[rows] = sampler.put_given_embeddings(given, soft, self._session.embedding, self._embed_scale)
         # 3. and 4.
         canvas, stable_steps, converged = self._advance(rows, argmax, sampled, entropy)
         self._canvas[rows] = canvas

@@ -218,6 +218,7 @@ class CapturedLoop(TableLoop):
             }
             each = {name: value.repeat_interleave(length) for name, value in each.items()}
             each["positions"] = self._within.repeat(rows.numel())
+            given = self._given[rows]
         hidden = self._hidden_of(inputs).flatten(0, 1)
         # 2.
         self._join()
@@ -245,6 +246,7 @@ class CapturedLoop(TableLoop):
                 argmax=chunk.argmax,
                 embedding=self._session.embedding,
                 embed_scale=self._embed_scale,
+                given=given.flatten()[chunk.rows],
                 **chunk.processing,
             )
 
@@ -254,7 +256,8 @@ class CapturedLoop(TableLoop):
                 feed_back(held)
                 held = None
             held = pass_over(slice(begin, begin + self._chunk_rows))
-        argmax, sampled, entropy = (torch.cat(parts).view(-1, length) for parts in zip(*passes, strict=True))
+        passed = (torch.cat(parts).view(-1, length) for parts in zip(*passes, strict=True))
+        argmax, sampled, entropy = sampler.put_given(given, *passed)
         # 3. and 4.
         accepted = accept_and_renoise(
             entropy=entropy,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from backend.errors import RequestError
 from backend.images.preprocess import ImagePatches
+from backend.infill import BLANK, given_tokens
 from backend.prefix_cache import ImageSpan
 from backend.sampling_config import ResolvedSampling
 from backend.text_stream import TextStream
@@ -122,7 +123,7 @@ class Job:
         token of the canvas, if the request asks."""
         tokens, reason = self._trim(canvas)
         self.tokens += tokens
-        self.logprobs += (logprobs or [])[: len(tokens)]
+        self.logprobs += self._with_given(logprobs or [])[: len(tokens)]
         delta = self.text.push(tokens, last=reason is not None)
         new = slice(self.num_sent, delta.num_tokens)
         self.num_sent = delta.num_tokens
@@ -150,6 +151,14 @@ class Job:
             logprobs=[each.logprob for each in logprobs] if self.sampling.logprobs else None,
             top_logprobs=[each.top for each in logprobs] if self.sampling.top_logprobs else None,
         )
+
+    def _with_given(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob]:
+        """Those of a canvas; a token that the request gives has probability 1."""
+        given = given_tokens(self.sampling.infill, self.canvas_index, len(logprobs))
+        return [
+            each if token == BLANK else TokenLogprob(0.0, [(token, 0.0)] if each.top else [])
+            for token, each in zip(given, logprobs, strict=True)
+        ]
 
     def _trim(self, canvas: list[int]) -> tuple[list[int], str | None]:
         """The canvas up to max_tokens or the first end-of-sequence or stop token, which is not part of the result."""

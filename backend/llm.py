@@ -171,7 +171,7 @@ class LLM:
         patches = self._images.load(images)
         token_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         prompt_ids = expand(token_ids, patches, self._engine.session.manifest.model)
-        resolved = config.resolve(self._engine.defaults)
+        resolved = config.resolve(self._engine.defaults, self._engine.tokenize.of_answer)
         self._engine.scheduler.check(prompt_ids, resolved, images=patches)
         return _Request(prompt_ids=prompt_ids, images=patches, sampling=resolved, form=form)
 

@@ -32,14 +32,21 @@ class PromptTokenizer:
                 f"prompt: got {len(prompt)} characters, expected at most {self._max_characters}, since the model has "
                 f"{self._max_tokens} positions; shorten the prompt"
             )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            got = f"U+{ord(prompt[error.start]):04X}, half of a surrogate pair"
-            raise refused(f"prompt: got {got}, expected text; was its source in UTF-8?") from None
         has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
+        return self._ids("prompt", prompt, add_special_tokens=not has_bos)
+
+    def of_answer(self, text: str) -> list[int]:
+        """The tokens of a text inside of an answer, where <bos> has no place. It is short: `infill.MAX_LENGTH`."""
+        return self._ids("infill", text, add_special_tokens=False)
+
+    def _ids(self, name: str, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            got = f"U+{ord(text[error.start]):04X}, half of a surrogate pair"
+            raise refused(f"{name}: got {got}, expected text; was its source in UTF-8?") from None
         # A batch of one, because that lets other threads run.
-        [encoding] = self._tokenizer.encode_batch([prompt], add_special_tokens=not has_bos)
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
 

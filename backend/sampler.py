@@ -11,6 +11,8 @@ rows x vocabulary need outlive a chunk. What follows it works on canvases and is
     6. renoising     next_canvas            accepted tokens stay, the others become random
     7. convergence   converged              which rows are done
 
+Between 3 and 5, and after 4, `put_given` puts in what a request gives of its answer.
+
 Shapes: R rows, B sequences, C canvas length, V vocabulary, D hidden size. Everything is on the device of its inputs and nothing
 here waits for the device.
 """
@@ -19,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+
+from backend.infill import BLANK
 
 NO_CANVAS = -1  # fills the previous argmax canvas of a row at its first step: equal to no token
 
@@ -138,6 +142,27 @@ def accept(entropy: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
 def next_canvas(mask: torch.Tensor, denoiser_canvas: torch.Tensor, renoise: torch.Tensor) -> torch.Tensor:
     """The canvas that the next step sees: accepted tokens stay, the others become random. All [B, C]."""
     return torch.where(mask, denoiser_canvas, renoise)
+
+
+def put_given(
+    given: torch.Tensor, argmax: torch.Tensor, sampled: torch.Tensor, entropy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """argmax, sampled and entropy as if each given token were the only one possible in its place: it is sure.
+
+    All of one shape; given: the tokens that a request gives of its answer, BLANK where it gives none.
+    """
+    is_given = given != BLANK
+    return given.where(is_given, argmax), given.where(is_given, sampled), entropy.masked_fill(is_given, 0.0)
+
+
+def put_given_embeddings(
+    given: torch.Tensor, soft_embeds: torch.Tensor, embedding: torch.Tensor, embed_scale: float
+) -> torch.Tensor:
+    """As `put_given`, of soft embeddings [..., D] `dtype`: `soft_embeddings` of a token with probability 1 is its embedding,
+    scaled. embedding: [V, D] `dtype`, embed_scale: see there."""
+    scale = torch.tensor(embed_scale, dtype=torch.float32).to(embedding.dtype).item()
+    of_given = embedding[given.clamp(min=0)] * scale
+    return of_given.where((given != BLANK).unsqueeze(-1), soft_embeds)
 
 
 class Convergence(NamedTuple):

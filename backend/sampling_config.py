@@ -7,12 +7,13 @@ Everything that is refused raises RequestError INVALID_ARGUMENT, one line: what,
 
 import difflib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import NoReturn
 
 from backend.errors import RequestError
 from backend.generation_defaults import GenerationDefaults
+from backend.infill import Part, checked_parts, infill_tokens
 from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # every text is searched for every one, while the others wait
@@ -64,6 +65,7 @@ class ResolvedSampling:
     skip_special_tokens: bool
     logprobs: bool
     top_logprobs: int
+    infill: tuple[int, ...] = ()  # the answer's first tokens, BLANK where the model fills them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class SamplingConfig:
     skip_special_tokens: bool = True  # in the text; token ids always have them
     logprobs: bool = False  # log probabilities of the tokens of the result, at the last step of their canvas
     top_logprobs: int = 0  # with logprobs: and of this many most likely tokens in each place
+    infill: tuple[Part, ...] = ()  # what the answer begins with: texts, numbers of free tokens, token ids; a list is accepted
 
     def __post_init__(self):
         try:
@@ -102,6 +105,7 @@ class SamplingConfig:
             object.__setattr__(self, "stop", _checked_stop(self.stop))
             object.__setattr__(self, "stop_token_ids", _checked_token_ids(self.stop_token_ids))
             object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
+            object.__setattr__(self, "infill", checked_parts(self.infill))
             if self.top_logprobs and not self.logprobs:
                 raise ValueError(f"top_logprobs: got {self.top_logprobs} without logprobs; set logprobs to true")
         except ValueError as error:
@@ -131,8 +135,11 @@ class SamplingConfig:
         values = {name: value for name, value in canonical(mapping).items() if name not in _NEUTRAL_VALUES}  # 3.
         return cls(**{name: _coerced(name, value) for name, value in values.items()})  # 4.
 
-    def resolve(self, defaults: GenerationDefaults) -> ResolvedSampling:
+    def resolve(self, defaults: GenerationDefaults, tokenize: Callable[[str], list[int]] | None = None) -> ResolvedSampling:
         """Fills in the checkpoint's defaults and scales the temperature schedule.
+
+        tokenize: a text inside of an answer → its token ids; needed where infill has texts.
+
 
         Greedy (temperature 0) takes the argmax as the sampled token but divides the logits by the unscaled schedule.
         Acceptance, convergence and self-conditioning read softmax(logits / temperature); as the temperature goes to 0 every
@@ -152,8 +159,9 @@ class SamplingConfig:
             _refuse(f"t_min: got {t_min:g}, expected at most t_max, {t_max:g}; {remedy}")
         greedy = self.temperature == 0 or self.top_k == 1 or self.top_p == 0 or self.min_p == 1
         scale = self.temperature or 1.0
+        max_tokens = chosen("max_tokens")
         return ResolvedSampling(
-            max_tokens=chosen("max_tokens"),
+            max_tokens=max_tokens,
             max_denoising_steps=chosen("max_denoising_steps"),
             t_min=t_min * scale,
             t_max=t_max * scale,
@@ -172,6 +180,7 @@ class SamplingConfig:
             skip_special_tokens=self.skip_special_tokens,
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
+            infill=infill_tokens(self.infill, tokenize, max_tokens),
         )
 
 

@@ -130,7 +130,7 @@ class Service:
                 many deaths. What else can never be served is found by the worker.
         """
         token_ids = expand(self.tokens(prompt), images, self._engine.model)
-        resolved = sampling.resolve(self._engine.defaults)
+        resolved = sampling.resolve(self._engine.defaults, self._tokenize.of_answer)
         check_positions(self._engine.model, token_ids, resolved)  # here, so that millions of tokens go nowhere
         with self._lock:
             if self._unusable:

@@ -40,6 +40,19 @@ def test_soft_embeddings(vocab_size, cap):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_soft_embeddings_of_given_tokens_are_their_embeddings(dtype):
+    """To the bit, also of a token that the logits rule out; other rows are as without them."""
+    torch.manual_seed(0)
+    raw, embedding = (torch.randn(3, 3000) * 8).to(dtype), torch.randn(3000, 24).to(dtype)
+    given = torch.tensor([raw[0].argmin(), sampler.BLANK, 2999])
+    rest = {"cap": None, "temperature": torch.ones(3), "argmax": raw.argmax(-1), "embedding": embedding, "embed_scale": 24**0.5}
+    without = soft_embeddings(raw.clone(), **rest)
+    expected = sampler.put_given_embeddings(given, without, embedding, 24**0.5)
+    assert torch.equal(soft_embeddings(raw, given=given, **rest), expected)
+    assert torch.equal(expected[1], without[1]) and not torch.equal(expected[0], without[0])
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     return network_session(random_checkpoint(tmp_path_factory.mktemp("random"), seed=8), page_size=8)
@@ -126,8 +139,9 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
             97 * 4 * 24,
         ),
         (({}, {"logit_bias": {5: 3.0, 9: -100.0}, "logprobs": True}, {"top_k": 7}), 512 << 20),
+        (({"infill": [3, [5, 6], 4, [7]]}, {}, {"infill": [40, [8] * 5], "top_k": 7, "logprobs": True}), 97 * 4 * 24),
     ],
-    ids=["all rows, chunks of 24", "two of three, one chunk"],
+    ids=["all rows, chunks of 24", "two of three, one chunk", "given tokens, of the third in its third canvas"],
 )
 def test_rows_with_extras_are_those_of_the_plain_loop(session, extras, workspace_bytes, monkeypatch):
     """In the steps that all others are in. Log probabilities to roundings that the steps of a canvas hand on."""
@@ -152,6 +166,7 @@ def test_a_slot_keeps_nothing_of_the_request_before(session):
     loop, slots = loop_of(CapturedLoop, session, [5])
     expected = run(session, loop, slots)
     every = {"logit_bias": {5: 30.0}, "top_k": 2, "top_p": 0.1, "min_p": 0.5, "logprobs": True, "top_logprobs": 20}
+    every["infill"] = [[5], 1, [6]]
     assert run(session, loop, slots, (every,)) != expected
     assert run(session, loop, slots) == expected
     assert loop.logprobs(slots[0]) is None

@@ -1,6 +1,6 @@
 """transformers as the oracle: the same noise fed to its `generate`, and its logits one pass at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from PIL import Image
-from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache, LogitsProcessorList
+from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from backend.noise import gumbel_noise, initial_canvas, renoise_tokens
@@ -44,15 +44,20 @@ class Oracle:
         seed: int,
         greedy: bool = False,
         warpers: LogitsProcessorList | None = None,
+        given: Sequence[int] = (),
         **generation,
     ) -> OracleResult:
         """`generate` of transformers with `torch.randint` and `torch.multinomial` replaced by our noise for `seed`.
 
         Tokens after the end are not replaced by padding here (pad_token_id None), so that whole canvases are compared.
         `warpers` restrict what is drawn and nothing else; a `logits_processor`, which transformers takes, acts on everything.
+        `given`: tokens that the answer begins with, negative where it is free: in canvases from the start, and by a processor.
         """
         warpers = LogitsProcessorList() if warpers is None else warpers
-        with _injected(seed, self.canvas_length, self.vocab_size, greedy, warpers) as trace:
+        if given:
+            only = _OnlyGiven(len(prompt_ids), given)
+            generation["logits_processor"] = LogitsProcessorList([*generation.get("logits_processor", ()), only])
+        with _injected(seed, self.canvas_length, self.vocab_size, greedy, warpers, given) as trace:
             output = self.model.generate(torch.tensor([prompt_ids]), **generation)
         new = output.sequences[0, len(prompt_ids) :].tolist()
         canvases = [new[start : start + self.canvas_length] for start in range(0, len(new), self.canvas_length)]
@@ -117,6 +122,23 @@ class Oracle:
         ).logits[0]
 
 
+class _OnlyGiven(LogitsProcessor):
+    """Where a token is given, no other is possible."""
+
+    def __init__(self, prompt_length: int, given: Sequence[int]):
+        self._prompt_length, self._given = prompt_length, given
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        start = input_ids.shape[1] - self._prompt_length
+        scores = scores.clone()
+        for position, token in enumerate(self._given[start : start + scores.shape[1]]):
+            if token >= 0:
+                own = scores[:, position, token].clone()
+                scores[:, position] = -1e9
+                scores[:, position, token] = own
+        return scores
+
+
 class _Trace:
     """Follows the calls of one `generate`: a canvas opens with randint, each step is multinomial then randint."""
 
@@ -127,7 +149,9 @@ class _Trace:
 
 
 @contextmanager
-def _injected(seed: int, canvas_length: int, vocab_size: int, greedy: bool, warpers: LogitsProcessorList) -> Iterator[_Trace]:
+def _injected(
+    seed: int, canvas_length: int, vocab_size: int, greedy: bool, warpers: LogitsProcessorList, given: Sequence[int]
+) -> Iterator[_Trace]:
     trace = _Trace()
 
     def where() -> dict[str, int]:
@@ -145,7 +169,10 @@ def _injected(seed: int, canvas_length: int, vocab_size: int, greedy: bool, warp
             return renoise_tokens(**where(), step=trace.num_steps[-1] - 1).unsqueeze(0)
         trace.num_steps.append(0)
         trace.probabilities.append(torch.empty(0))
-        return initial_canvas(**where()).unsqueeze(0)
+        canvas = initial_canvas(**where())
+        of_it = torch.tensor(given[where()["canvas_index"] * canvas_length :][:canvas_length], dtype=canvas.dtype)
+        canvas[: len(of_it)] = torch.where(of_it >= 0, of_it, canvas[: len(of_it)])
+        return canvas.unsqueeze(0)
 
     def multinomial(probabilities, num_samples):
         assert num_samples == 1 and tuple(probabilities.shape) == (canvas_length, vocab_size)

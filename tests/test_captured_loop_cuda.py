@@ -57,8 +57,14 @@ def test_float32_tokens_are_those_of_the_uncompiled_network(engine, max_sequence
 def test_float32_tokens_of_requests_with_extras_are_those_of_the_uncompiled_network(engine, render, held_out):
     """Some requests have none, and are in the same steps."""
     prompts = [render(question) for question in held_out]
-    extras = ({"logprobs": True, "top_logprobs": 2}, {"logit_bias": {5: 1.0}}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}, {})
-    configs = [SamplingConfig(seed=seed, **SAMPLING, **extras[seed % 4]) for seed in range(len(prompts))]
+    extras = (
+        {"logprobs": True, "top_logprobs": 2},
+        {"logit_bias": {5: 1.0}},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        {"infill": [1, [297, 277], 40, [298] * 3], "ignore_eos": True},
+        {},
+    )
+    configs = [SamplingConfig(seed=seed, **SAMPLING, **extras[seed % 5]) for seed in range(len(prompts))]
     expected = uncompiled("float32", max_sequences=5).generate(prompts, configs)
     actual = LLM(engine("float32"), max_sequences=5).generate(prompts, configs)
     assert [result.token_ids for result in actual] == [result.token_ids for result in expected]
@@ -116,7 +122,8 @@ def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, dtype):
             shapes = [(length, 2, *pages.shape[3:]) for pages in cache.pages]
             new_kv = [torch.randn(shape, generator=generator, device=session.device).to(session.dtype) for shape in shapes]
             cache.append([slot], [length], new_kv)
-            loop.start_canvas(slot, 0, SamplingConfig(seed=slot, confidence_threshold=0).resolve(defaults))
+            infill = [4, [5, 6]] if slot == slots[1] else []
+            loop.start_canvas(slot, 0, SamplingConfig(seed=slot, confidence_threshold=0, infill=infill).resolve(defaults))
         for rows in (slots, slots, slots[1:2], slots):
             finished = loop.step(rows)
             canvases = [loop.argmax_canvas(slot) for slot in rows]

@@ -15,7 +15,7 @@ def test_softmax_weights_compile(dtype, tmp_path):
     logits = torch.empty(256, 262144, dtype=dtype, device="meta")
     bias = logits.new_empty(5, 262144, dtype=torch.float32), logits.new_empty(5, dtype=torch.bool)
     per_row = torch.empty(256, dtype=torch.int64, device="meta")
-    inputs = (torch.empty(256, device="meta"), *bias, per_row, logits[:, :1], per_row)
+    inputs = (torch.empty(256, device="meta"), *bias, per_row, logits[:, :1], per_row, per_row)
     launch = weights_launch(logits, inputs, 30.0)
     assert launch.grid == (256, 64)
     assert check_compiles(launch, tmp_path, str(dtype))["ld.global.v4"]

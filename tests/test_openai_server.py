@@ -216,6 +216,22 @@ def test_stop_and_max_tokens(client):
         assert (cut.usage.completion_tokens, cut.choices[0].finish_reason) == (5, "length")
 
 
+def test_parts_of_the_answer_are_given(client):
+    completion = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": 'Reverse "ulmer".'}],
+        seed=1,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"infill": ["r", 3, "u<turn|>"]},
+    )
+    [choice] = completion.choices
+    assert (choice.message.content, choice.finish_reason) == ("remlu", "stop")
+    first, *blanks, last = choice.logprobs.content
+    assert [(each.token, each.logprob, len(each.top_logprobs)) for each in (first, last)] == [("r", 0.0, 1), ("u", 0.0, 1)]
+    assert [len(each.top_logprobs) for each in blanks] == [2] * 3
+
+
 def test_completions_take_the_prompt_as_it_is(client, render, chat_tokenizer):
     asked = [*some("sum", 2), *some("count", 1)]
     texts = [render(question) for question in asked]
@@ -236,6 +252,7 @@ def test_completions_take_the_prompt_as_it_is(client, render, chat_tokenizer):
 def test_log_probabilities(client, render):
     [question] = some("sum", 1)
     asked = {"model": MODEL, "messages": question.messages, "seed": 1, "logprobs": True, "top_logprobs": 2}
+    client.chat.completions.create(**asked)  # from here on the prefix cache has the prompt: the last bits depend on it
     [choice] = client.chat.completions.create(**asked).choices
     entries = choice.logprobs.content
     assert "".join(entry.token for entry in entries) == choice.message.content

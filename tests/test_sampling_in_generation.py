@@ -135,6 +135,36 @@ def test_logprobs_are_those_of_transformers_last_step(pair, choices):
     assert one(llm, logprobs=True, **choices) == replace(result, top_logprobs=None)
 
 
+@pytest.mark.parametrize("choices", [{}, {"temperature": 0}, {"entropy_bound": 10.0, "temperature": 2.0}], ids=str)
+def test_given_tokens_are_the_only_ones_possible_in_their_places(pair, choices):
+    """Over two and a half canvases of 16, of which the second begins with a blank and the third has none."""
+    llm, oracle = pair
+    infill = [[5, 6, 7], 9, [8], 6, [9] * 3, 10]
+    given = [5, 6, 7, *[-1] * 9, 8, *[-1] * 6, 9, 9, 9, *[-1] * 10]
+    changed = {"sampler_config": EntropyBoundSamplerConfig(entropy_bound=10.0), "t_min": 0.8, "t_max": 1.6}
+    expected = expected_of(
+        oracle, seed=3, greedy=choices.get("temperature") == 0, given=given, **(changed if "entropy_bound" in choices else {})
+    )
+    result = one(llm, infill=infill, **choices)
+    assert result.token_ids == tokens_of(expected)
+    assert result.num_steps == expected.num_steps
+    assert all(token in (-1, other) for token, other in zip(given, result.token_ids, strict=False))
+    free = [other for token, other in zip(given, result.token_ids, strict=False) if token == -1]
+    assert free != [other for token, other in zip(given, one(llm, **choices).token_ids, strict=False) if token == -1]
+
+
+def test_given_tokens_have_probability_1_and_blanks_their_distributions(pair):
+    llm, oracle = pair
+    expected = expected_of(oracle, seed=3, given=[5, -1, 7])
+    result = one(llm, infill=[[5], 1, [7]], logprobs=True, top_logprobs=3)
+    assert result.token_ids == tokens_of(expected)
+    assert [result.logprobs[index] for index in (0, 2)] == [0, 0]
+    assert [result.top_logprobs[index] for index in (0, 2)] == [[(5, 0.0)], [(7, 0.0)]]
+    values, token_ids = torch.cat(expected.probabilities)[:40].log()[[1, 3]].topk(3)
+    assert [[token for token, _ in result.top_logprobs[index]] for index in (1, 3)] == token_ids.tolist()
+    assert [value for _, value in result.top_logprobs[1]] == pytest.approx(values[0].tolist(), rel=0, abs=LOGPROB_TOLERANCE)
+
+
 EVERY_KIND = [
     {},
     {"top_k": 4},
@@ -144,13 +174,14 @@ EVERY_KIND = [
     {"temperature": 0, "logprobs": True, "top_logprobs": 2, "logit_bias": {9: 100}},
     {"top_k": 50, "top_p": 0.9, "temperature": 2},
     {"temperature": 0.3},
+    {"infill": [[5, 6], 12, [7], 7, [9] * 4], "top_k": 40, "logprobs": True, "top_logprobs": 2},
 ]
 
 
 @pytest.fixture(scope="module")
 def every_kind_alone(pair) -> list[tuple[list[int], SamplingConfig, Generation]]:
     configs = [SamplingConfig(seed=seed, **RANDOM, **kind) for seed, kind in enumerate(EVERY_KIND)]
-    prompts = [prompt_of(3 + 5 * seed) for seed in range(len(configs))]
+    prompts = [prompt_of(3 + 4 * seed) for seed in range(len(configs))]
     return [(prompt, config, *pair[0].generate([prompt], config)) for prompt, config in zip(prompts, configs, strict=True)]
 
 
@@ -171,7 +202,7 @@ def test_every_mix_of_rows_gives_each_what_it_gets_alone(every_kind_alone, max_s
 def test_a_compiled_engine_gives_what_the_plain_loop_gives(engine_dir):
     """Of requests of every kind, together."""
     configs = [SamplingConfig(seed=seed, **RANDOM, **kind) for seed, kind in enumerate(EVERY_KIND)]
-    prompts = [prompt_of(3 + 5 * seed) for seed in range(len(configs))]
+    prompts = [prompt_of(3 + 4 * seed) for seed in range(len(configs))]
     expected = llm_of(TINY).generate(prompts, configs)
     for own, other in zip(LLM(engine_dir).generate(prompts, configs), expected, strict=True):
         assert (own.token_ids, own.num_steps) == (other.token_ids, other.num_steps)
@@ -210,3 +241,8 @@ def test_a_bias_outside_the_vocabulary(pair):
         one(pair[0], logit_bias={5: 1, 97: 1})
     assert str(raised.value) == "logit_bias: got token id 97, expected 0 to 96"
     assert raised.value.code == "INVALID_ARGUMENT"
+
+
+def test_a_given_token_outside_the_vocabulary(pair):
+    with pytest.raises(RequestError, match=r"^infill: got token id 97, expected 0 to 96$"):
+        one(pair[0], infill=[2, [97]])

@@ -130,6 +130,16 @@ def test_log_probabilities(server, llm):
     assert "token_logprobs" not in generated(server, inputs(question))
 
 
+def test_parts_of_the_answer_are_given(server, llm):
+    question, infill = [{"role": "user", "content": 'Reverse "ulmer".'}], ["r", 3, "u<turn|>"]
+    sampling = {"infill": infill, "logprobs": True, "top_logprobs": 2}
+    [expected] = llm.chat(question, SamplingConfig(seed=1, **sampling))
+    answer = ask_once(server.grpc_url, messages=json.dumps(question), seed=1, sampling_parameters=json.dumps(sampling))
+    assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids) == ("remlu", expected.token_ids)
+    with post(server.http_url, {"messages": json.dumps(question), "sampling_parameters": json.dumps(sampling)}) as reply:
+        assert json.load(reply)["text_output"] == "remlu"
+
+
 def test_how_tokens_are_described(llm):
     def entry(token: str) -> dict:
         return described_logprobs(llm.tokenizer, [llm.tokenizer.token_to_id(token)], [-0.5], None)[0]

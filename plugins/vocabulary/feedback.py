@@ -23,14 +23,17 @@ def soft_embeddings(
     embedding: Tensor,
     embed_scale: float,
     bias: Bias | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The mean of the token embeddings under softmax((soft_cap(raw_logits) + bias) / temperature), times embed_scale: [R, D].
 
     raw_logits: [R, V], contiguous, OVERWRITTEN. temperature: [R] float32. argmax: [R] int64, the most likely tokens. embedding:
     [V, D] in the dtype of the logits and of the result. embed_scale is rounded to that dtype, the product is summed in float32.
+    given: [R] int64, of each row the only token that is possible, or a negative number; None gives none.
     """
     largest = raw_logits.gather(1, argmax[:, None])
-    per_row = (temperature, *(bias or Bias.none(raw_logits)), largest, argmax)
+    given = torch.full_like(argmax, -1) if given is None else given
+    per_row = (temperature, *(bias or Bias.none(raw_logits)), largest, argmax, given)
     weights, totals = weights_launch(raw_logits, tuple(each.contiguous() for each in per_row), cap).run()
     if weights.dtype == torch.float32:
         mixed = weights @ embedding
@@ -43,7 +46,7 @@ def soft_embeddings(
 
 
 def weights_launch(raw_logits: Tensor, inputs: tuple[Tensor, ...], cap: float | None) -> Launch:
-    """inputs: temperature, the bias's three, the largest raw logits, the most likely tokens. Outputs raw_logits,
+    """inputs: temperature, the bias's three, the largest raw logits, the most likely tokens, given ones. Outputs raw_logits,
     overwritten by the softmax's weights, and totals [R, S] float32, their sums by tile."""
     num_rows, vocab_size = raw_logits.shape
     columns = block_columns(_TILE_COLUMNS, vocab_size)
