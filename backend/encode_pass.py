@@ -12,9 +12,7 @@ from backend.images.preprocess import ImagePatches
 from backend.job import Job
 from backend.kv_cache import PagedKVCache
 from backend.session import Session
-
-# A pass takes a multiple of so many rows: with few others MKL rounds differently (see `plugins/moe/cpu.py`).
-_ROW_MULTIPLE = 4
+from plugins.moe.cpu import ROW_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +38,10 @@ def encode_new_tokens(session: Session, cache: PagedKVCache, packed: Sequence[Ne
     starts = [sum(counts[:index]) for index in range(len(counts) + 1)]
     token_ids = [token for each in packed for token in each.token_ids]
     positions = [each for length, count in zip(lengths, counts, strict=True) for each in range(length, length + count)]
-    # Filler behind the last sequence's tokens, which cannot see it; its keys and values are not written.
+    # Filler behind the last sequence's tokens, which cannot see it; its keys and values are not written. With few rows
+    # products on the CPU would round differently.
     room = session.manifest.build.max_encode_tokens - len(token_ids)
-    num_filler = min(-len(token_ids) % _ROW_MULTIPLE, room)
+    num_filler = min(-len(token_ids) % ROW_MULTIPLE, room)
     token_ids += [0] * num_filler
     positions += range(positions[-1] + 1, positions[-1] + 1 + num_filler)
     starts[-1] += num_filler

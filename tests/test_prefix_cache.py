@@ -13,6 +13,7 @@ from backend.kv_cache import PagedKVCache
 from backend.metrics import Series
 from backend.page_pool import PagePool
 from backend.prefix_cache import ImageSpan, extend_page_keys, usable_pages
+from backend.session import Session
 
 PAGE = 8  # and a window of 24, so that a token sees 23 before it
 
@@ -125,9 +126,10 @@ def test_a_pool_gives_what_nobody_misses_first():
 
 def encoded(session, tokens: list[int], cuts: list[int], neighbour: int = 0) -> list[torch.Tensor]:
     """The keys and values of full-attention layers, encoded in passes that end at `cuts`, beside a neighbour's tokens."""
+    page_size = session.manifest.build.page_size
     cache = PagedKVCache(
         session.manifest.model,
-        page_size=PAGE,
+        page_size=page_size,
         num_pages=dict.fromkeys(session.manifest.model.attention, 100),
         max_sequences=2,
         max_tokens=1024,
@@ -144,7 +146,7 @@ def encoded(session, tokens: list[int], cuts: list[int], neighbour: int = 0) -> 
     positions = torch.arange(len(tokens))
     table = cache.tables([slot])["full_attention"][0].long()
     layers = [index for index, kind in enumerate(session.manifest.model.layer_types) if kind == "full_attention"]
-    return [cache.pages[layer][table[positions // PAGE], positions % PAGE] for layer in layers]
+    return [cache.pages[layer][table[positions // page_size], positions % page_size] for layer in layers]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,18 @@ def test_the_same_bits_however_a_prompt_is_cut_into_passes(cuts, neighbour, sess
     tokens = prompt_of(200, seed=3)
     for actual, expected in zip(encoded(session, tokens, cuts, neighbour), encoded(session, tokens, []), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["network", "engine"])
+def test_a_short_prompt_has_the_same_bits_beside_others(compiled, session, request):
+    """So few rows that a library's products would round differently."""
+    session = Session.load(request.getfixturevalue("engine_dir")) if compiled else session
+    for length in (1, 2, 3, 4, 5, 8, 9, 13, 17):
+        tokens = prompt_of(length, seed=3)
+        alone = encoded(session, tokens, [])
+        for neighbour in (1, 4, 30):
+            for actual, expected in zip(encoded(session, tokens, [], neighbour), alone, strict=True):
+                assert torch.equal(actual, expected), (length, neighbour)
 
 
 def hit_tokens(scheduler) -> int:

@@ -215,7 +215,7 @@ def test_a_compiled_engine_gives_what_the_plain_loop_gives(engine_dir):
 
 
 def test_a_neighbour_with_extras_changes_no_bit_of_a_row(engine_dir):
-    """On the compiled engine. As many rows without extras: their number may change the last bits of a product of few."""
+    """On the compiled engine."""
     llm = LLM(engine_dir, max_sequences=3)
     scheduler, loop = llm._engine.scheduler, llm._engine.scheduler._loop
 
@@ -230,9 +230,9 @@ def test_a_neighbour_with_extras_changes_no_bit_of_a_row(engine_dir):
             scheduler.cancel(job)
         return state
 
-    others = [SamplingConfig(seed=seed, confidence_threshold=0) for seed in (1, 2, 3)]
-    asking = [replace(others[0], logprobs=True), *others[1:]]
-    for state, expected in zip(after_two_steps(*asking), after_two_steps(*others), strict=True):
+    *others, own = [SamplingConfig(seed=seed, confidence_threshold=0) for seed in (1, 2, 3)]
+    asking = [replace(others[0], logprobs=True, infill=[[5], 20, [6]]), others[1], own]
+    for state, expected in zip(after_two_steps(*asking), after_two_steps(own), strict=True):
         assert torch.equal(state, expected)
 
 

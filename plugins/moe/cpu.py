@@ -9,9 +9,9 @@ from torch.nn.functional import gelu, pad
 from plugins.moe.arranging import BLOCK
 from plugins.moe.packing import is_packed, unpack
 
-# Rows that a matrix product takes at a time. With other small counts (1, 2, 3, with two threads 5 to 7, 9 and 10) MKL rounds
-# differently, and a row's result would depend on how many other rows share its expert, and so on the rest of the batch.
-_ROW_MULTIPLE = 4
+# A matrix product takes a multiple of so many rows. With few others MKL rounds differently (EPYC: 1 to 3, with two threads 5 to
+# 7, 9 and 10; Xeon: 1 to 8), and a row's result would depend on how many rows share its expert, and so on the batch.
+ROW_MULTIPLE = 16
 
 
 def experts_cpu(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def by_expert(
     start = 0
     for expert, count in enumerate(counts):
         if count:
-            filled = pad(rows[start : start + count], (0, 0, 0, -count % _ROW_MULTIPLE))
+            filled = pad(rows[start : start + count], (0, 0, 0, -count % ROW_MULTIPLE))
             routed[start : start + count] = mlp(expert, filled)[:count]
             start += count
     # 3.
