@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.images.placeholders import image_spans
 from backend.images.preprocess import ImagePatches
 from backend.kv_cache import PagedKVCache
@@ -28,10 +28,10 @@ def check_request(
             token of logit_bias, stop_token_ids or infill outside the vocabulary.
     """
     if not prompt_ids:
-        raise RequestError("INVALID_ARGUMENT", "prompt: got no tokens, expected at least one; send a prompt that is not empty")
+        raise refused("prompt: got no tokens, expected at least one; send a prompt that is not empty")
     bad = next((token for token in prompt_ids if not 0 <= token < model.vocab_size), None)
     if bad is not None:
-        raise RequestError("INVALID_ARGUMENT", f"prompt: got token id {bad}, expected 0 to {model.vocab_size - 1}")
+        raise refused(f"prompt: got token id {bad}, expected 0 to {model.vocab_size - 1}")
     named = {
         "logit_bias": [token for token, _ in sampling.logit_bias],
         "stop_token_ids": sampling.stop_token_ids,
@@ -40,14 +40,13 @@ def check_request(
     for name, token_ids in named.items():
         bad = next((token for token in token_ids if token >= model.vocab_size), None)
         if bad is not None:
-            raise RequestError("INVALID_ARGUMENT", f"{name}: got token id {bad}, expected 0 to {model.vocab_size - 1}")
+            raise refused(f"{name}: got token id {bad}, expected 0 to {model.vocab_size - 1}")
     check_positions(model, prompt_ids, sampling)
     num_tokens = most_cached_tokens(len(prompt_ids), sampling.max_tokens, model.canvas_length, commit_last=commit_last)
     if not cache.fits(num_tokens, when_empty=True):
         needed, has = cache.pages_needed(num_tokens), cache.num_pages
         pages = ", ".join(f"{kind} {needed[kind]} of {has[kind]}" for kind in needed)
-        raise RequestError(
-            "INVALID_ARGUMENT",
+        raise refused(
             f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens}, which need more KV pages than "
             f"this server has in all ({pages}); shorten the prompt or lower max_tokens",
         )
@@ -63,8 +62,7 @@ def check_images(manifest: Manifest, prompt_ids: Sequence[int], images: Sequence
     image_spans(prompt_ids, images, manifest.model)
     most, most_allowed = max((image.num_soft_tokens for image in images), default=0), manifest.build.max_encode_tokens
     if most > most_allowed:
-        raise RequestError(
-            "INVALID_ARGUMENT",
+        raise refused(
             f"images: got one of {most} soft tokens, expected at most {most_allowed}, the tokens of one encode pass; "
             "lower image_soft_tokens, or rebuild the engine with a larger --max-encode-tokens",
         )

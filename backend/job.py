@@ -63,8 +63,9 @@ class Job:
     """One request. `images` are in the prompt at `image_spans`. `prefix`: tokens that are in the cache or about to be, of which
     the last `num_pending` are not yet: the rest of the prompt, or a canvas to commit. `page_keys`: keys of the prefix's full
     pages. `tokens`: the result so far, of which the first `num_sent` have been sent, and which ends before the first of
-    `end_tokens`; `logprobs`: theirs, if the request asks. `slot`: -1 until it is admitted. `waiting_since`: the tick its
-    pending tokens are from. `ended`: the last output has been sent; what is pending is encoded for later requests only.
+    `end_tokens`; `logprobs`: of those that have not been sent, if the request asks. `slot`: -1 until it is admitted.
+    `waiting_since`: the tick its pending tokens are from. `ended`: the last output has been sent; what is pending is encoded
+    for later requests only.
 
     Times are in seconds of the scheduler's clock. `draft_interval_s`: None sends no drafts, 0 one after every step.
     """
@@ -128,6 +129,7 @@ class Job:
         new = slice(self.num_sent, delta.num_tokens)
         self.num_sent = delta.num_tokens
         output = self.output(delta.text, new, num_steps, "stop" if delta.stopped else reason)
+        del self.logprobs[: len(output.token_ids)]
         self.canvas_index += 1
         return output
 
@@ -139,8 +141,8 @@ class Job:
         return DraftOutput(text=delta.text, token_ids=new_tokens, canvas_index=self.canvas_index, step=step)
 
     def output(self, text: str, new: slice, num_steps: int, finish_reason: str | None) -> CanvasOutput:
-        """`new`: which of `tokens` the output adds."""
-        logprobs = self.logprobs[new]
+        """`new`: which of `tokens` the output adds; they follow what has been sent."""
+        logprobs = self.logprobs[: len(self.tokens[new])]
         return CanvasOutput(
             text=text,
             token_ids=self.tokens[new],

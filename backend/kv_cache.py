@@ -90,7 +90,7 @@ class PagedKVCache:
             return all(pool.num_pages >= needed[kind] for kind, pool in self._pools.items())
         if not self._free_slots:
             return False
-        shared = self._shared(page_keys, images)
+        shared = self._shared(page_keys, usable_pages(page_keys, self._pools, self._kept, self.page_size, images))
         return all(
             pool.num_available >= needed[kind] - len(shared[kind]) + pool.cost_of_sharing([*shared[kind].values()])
             for kind, pool in self._pools.items()
@@ -102,7 +102,8 @@ class PagedKVCache:
         page_keys: keys of the sequence's first pages (`prefix_cache`). Those that are cached are taken over: `length` of the
         slot says how many tokens that is.
         """
-        shared, most = self._shared(page_keys, images), self.pages_needed(num_tokens)
+        num_shared = usable_pages(page_keys, self._pools, self._kept, self.page_size, images)
+        shared, most = self._shared(page_keys, num_shared), self.pages_needed(num_tokens)
         slot = self._free_slots.pop()
         self._owned[slot], self._most[slot] = shared, most
         self._changed.add(slot)
@@ -112,12 +113,11 @@ class PagedKVCache:
                 self._tables[kind][slot, column] = page
             pool.num_promised += most[kind] - len(shared[kind])
             assert pool.num_available >= 0, "open without fits"
-        self.length[slot] = usable_pages(page_keys, self._pools, self._kept, self.page_size, images) * self.page_size
+        self.length[slot] = num_shared * self.page_size
         return slot
 
-    def _shared(self, page_keys: Sequence[bytes], images: Sequence[ImageSpan] = ()) -> dict[LayerType, dict[int, int]]:
-        """The cached pages that a sequence with these keys starts from: column → page."""
-        end = usable_pages(page_keys, self._pools, self._kept, self.page_size, images)
+    def _shared(self, page_keys: Sequence[bytes], end: int) -> dict[LayerType, dict[int, int]]:
+        """The cached pages that a sequence with these keys starts from, where `end` of them can be used: column → page."""
         shared: dict[LayerType, dict[int, int]] = {}
         for kind, kept in self._kept.items():
             first = 0 if kept is None else max(0, end * self.page_size - kept) // self.page_size
@@ -176,12 +176,12 @@ class PagedKVCache:
         firsts = {
             kind: [self._advance(slot, kind, count) for slot, count in zip(slots, counts, strict=True)] for kind in self._pools
         }
-        passing: dict[tuple[int, LayerType], dict[int, int]] = {}  # after all have what they were promised
-        if page_keys is not None:
-            for kind in self._pools:
-                for slot, first in zip(slots, firsts[kind], strict=True):
-                    passing[slot, kind] = self._take_passing(slot, kind, first)
+        passing: dict[tuple[int, LayerType], dict[int, int]] = {}
         try:
+            if page_keys is not None:  # after all have what they were promised
+                for kind in self._pools:
+                    for slot, first in zip(slots, firsts[kind], strict=True):
+                        self._take_passing(slot, kind, first, passing.setdefault((slot, kind), {}))
             rows: dict[LayerType, torch.Tensor] = {}
             cells: dict[LayerType, torch.Tensor] = {}
             for kind in self._pools:
@@ -237,12 +237,10 @@ class PagedKVCache:
                 self._tables[kind][slot, column] = owned[column]
         return first
 
-    def _take_passing(self, slot: int, kind: LayerType, first: int) -> dict[int, int]:
-        """Pages for new tokens that are out of the window already, for prompts that will part from this one there: as many as
-        there are spare ones, the last columns before position `first`. The caller releases them."""
+    def _take_passing(self, slot: int, kind: LayerType, first: int, pages: dict[int, int]) -> None:
+        """Adds to `pages`, which the caller releases, those for new tokens that are out of the window already, for prompts that
+        will part from this one there: as many as there are spare ones, the last columns before position `first`."""
         pool, end = self._pools[kind], first // self.page_size
-        pages = {}
         for column in range(max(-(-self.length[slot] // self.page_size), end - pool.num_spare), end):
             pages[column] = pool.take()
             self._tables[kind][slot, column] = pages[column]
-        return pages

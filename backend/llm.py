@@ -110,8 +110,9 @@ class LLM:
         Raises:
             RequestError: a prompt or a parameter that cannot be served; nothing is generated then.
         """
-        listed = [prompts] if _is_one(prompts) else list(prompts)
-        pictures = self._images_each(images, len(listed), alone=_is_one(prompts))
+        alone = _is_one(prompts)
+        listed = [prompts] if alone else list(prompts)
+        pictures = self._images_each(images, len(listed), alone=alone)
         asked = zip(listed, _one_each(sampling, len(listed)), pictures, strict=True)
         return self._results([self._request(prompt, config, each) for prompt, config, each in asked], use_tqdm)
 
@@ -129,7 +130,7 @@ class LLM:
         """One result a chat; `messages` is one chat or a list of them. Tools, tool_choice and messages are in the OpenAI form;
         chat_template_kwargs are variables for the template, `{"enable_thinking": True}` for one. `images`: one for each part of
         the messages of type image. Else as `generate`."""
-        alone = bool(messages) and isinstance(messages[0], Mapping)
+        alone = not isinstance(messages, list | tuple) or (bool(messages) and isinstance(messages[0], Mapping))
         chats = [messages] if alone else list(messages)
         pictures = self._images_each(images, len(chats), alone=alone)
         asked = zip(chats, _one_each(sampling, len(chats)), pictures, strict=True)
@@ -150,7 +151,8 @@ class LLM:
         Raises RequestError as `generate`, when called.
         """
         given = local_images(images, self._images.limits)
-        return self._pieces(self._request(prompt, sampling or SamplingConfig(), given), draft_interval_s)
+        [config] = _one_each(sampling, 1)
+        return self._pieces(self._request(prompt, config, given), draft_interval_s)
 
     def stream_chat(
         self,
@@ -165,7 +167,8 @@ class LLM:
     ) -> Iterator[Piece]:
         """As `stream`, for one chat as in `chat`."""
         given, more = local_images(images, self._images.limits), (tools, tool_choice, chat_template_kwargs)
-        return self._pieces(self._chat_request(messages, sampling or SamplingConfig(), given, *more), draft_interval_s)
+        [config] = _one_each(sampling, 1)
+        return self._pieces(self._chat_request(messages, config, given, *more), draft_interval_s)
 
     def _request(self, prompt: Prompt, config: SamplingConfig, images: Images, form: AnswerFormat | None = None) -> _Request:
         patches = self._images.load(images)
@@ -236,14 +239,22 @@ class LLM:
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if isinstance(prompts, bytes | Mapping) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
+        raise refused(f"prompts: got {shown(prompts)}, expected a text, a list of token ids, or a list of either")
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(each, Integral) for each in prompts))
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
+    expected = "expected a text or a list of token ids, integers"
+    if isinstance(prompt, bytes | Mapping):
+        raise refused(f"prompt: got {shown(prompt)}, {expected}")
     try:
-        return [index(token) for token in prompt]
+        token_ids = [index(token) for token in prompt]
     except TypeError:
-        raise refused(f"prompt: got {shown(prompt)}, expected a text or a list of token ids, integers") from None
+        raise refused(f"prompt: got {shown(prompt)}, {expected}") from None
+    if any(isinstance(token, bool) for token in prompt):  # which Python counts among the integers
+        raise refused(f"prompt: got {shown(prompt)}, {expected}")
+    return token_ids
 
 
 def _one_each(sampling: SamplingConfig | Sequence[SamplingConfig] | None, count: int) -> list[SamplingConfig]:

@@ -183,8 +183,9 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
         plan = with_pages(tokens, limits.max_sequences)
         if tokens < model.canvas_length:
             least = with_pages(model.canvas_length, limits.max_sequences).total_bytes
+            least_gb = math.ceil(100 * least / _GB) / 100  # enough, if it is given back
             raise ManifestError(
-                f"memory_bytes: got {limits.memory_bytes / _GB:.2f} GB, expected at least {least / _GB:.2f} GB for weights "
+                f"memory_bytes: got {limits.memory_bytes / _GB:.2f} GB, expected at least {least_gb:.2f} GB for weights "
                 f"({plan.weights_bytes / _GB:.2f}), runtime and passes ({_beside(plan) / _GB:.2f}) and {limits.max_sequences} "
                 f"sequences of one canvas ({model.canvas_length} tokens); allow more, or lower max_sequences"
             )

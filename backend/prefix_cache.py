@@ -52,21 +52,23 @@ def usable_pages(
     kept_tokens: how many tokens before it a token sees in each layer type; None sees all.
 
     1. Full-attention layers bound the prefix. 2. From there down: where a window misses a page, no prefix that sees this page
-    can be used, so the next one ends before it. Of thousands of pages each is looked up about once.
+    can be used, so the next one ends before it; the last page that is missing says where. So of thousands of pages each is
+    looked up about once. 3. Where an image spans the end, the next one ends before the image.
     """
     full = [pools[kind] for kind, kept in kept_tokens.items() if kept is None]
     windows = [(pools[kind], kept) for kind, kept in kept_tokens.items() if kept is not None]
     end = len(keys)
     for pool in full:  # 1.
         end = next((page for page in range(end) if pool.find(keys[page]) is None), end)
-    while end:  # 2.
-        missing = [
-            page
-            for pool, kept in windows
-            for page in range(max(0, end * page_size - kept) // page_size, end)
-            if pool.find(keys[page]) is None
-        ]
-        if not missing and not any(image.start < end * page_size < image.end for image in images):
+    while end:
+        below = end
+        for pool, kept in windows:  # 2.
+            seen = range(max(0, end * page_size - kept) // page_size, end)
+            below = min(below, next((page for page in reversed(seen) if pool.find(keys[page]) is None), end))
+        for image in images:  # 3.
+            if image.start < end * page_size < image.end:
+                below = min(below, image.start // page_size)
+        if below == end:
             break
-        end = max(missing, default=end - 1)
+        end = below
     return end

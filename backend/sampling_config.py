@@ -9,9 +9,8 @@ import difflib
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import NoReturn
 
-from backend.errors import RequestError
+from backend.errors import RequestError, refused
 from backend.generation_defaults import GenerationDefaults
 from backend.infill import Part, checked_parts, infill_tokens
 from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
@@ -122,16 +121,16 @@ class SamplingConfig:
         4. Numbers and flags that arrive as strings are coerced, as are the keys of logit_bias.
         """
         if not isinstance(mapping, Mapping):
-            _refuse(f"sampling parameters: got {shown(mapping)}, expected a JSON object")
+            raise refused(f"sampling parameters: got {shown(mapping)}, expected a JSON object")
         known = [field.name for field in fields(cls)]
         unknown = [name for name in mapping if name not in known and name not in _ALIASES and name not in _NEUTRAL_VALUES]
         if unknown:  # 1.
             named = ", ".join(_with_closest(name, [*known, *_ALIASES]) for name in unknown)
-            _refuse(f"unknown sampling parameter {named}; expected {', '.join(known)}")
+            raise refused(f"unknown sampling parameter {named}; expected {', '.join(known)}")
         asking = [name for name, value in mapping.items() if name in _NEUTRAL_VALUES and not _is_neutral(name, value)]
         if asking:  # 2.
             named = ", ".join(f"{name}={shown(mapping[name])}" for name in asking)
-            _refuse(f"{named}: not supported by this server; remove it")
+            raise refused(f"{named}: not supported by this server; remove it")
         values = {name: value for name, value in canonical(mapping).items() if name not in _NEUTRAL_VALUES}  # 3.
         return cls(**{name: _coerced(name, value) for name, value in values.items()})  # 4.
 
@@ -156,7 +155,7 @@ class SamplingConfig:
         if t_min > t_max:
             of_defaults = [name for name in ("t_min", "t_max") if getattr(self, name) is None]
             remedy = f"set {of_defaults[0]} too, it is the checkpoint's" if of_defaults else "swap them"
-            _refuse(f"t_min: got {t_min:g}, expected at most t_max, {t_max:g}; {remedy}")
+            raise refused(f"t_min: got {t_min:g}, expected at most t_max, {t_max:g}; {remedy}")
         greedy = self.temperature == 0 or self.top_k == 1 or self.top_p == 0 or self.min_p == 1
         scale = self.temperature or 1.0
         max_tokens = chosen("max_tokens")
@@ -193,7 +192,7 @@ def canonical(mapping: Mapping[str, object]) -> dict[str, object]:
     for alias, name in _ALIASES.items():
         if alias in values:
             if name in values:
-                _refuse(f"{name} and {alias}: both given, but mean the same; remove one")
+                raise refused(f"{name} and {alias}: both given, but mean the same; remove one")
             values[name] = values.pop(alias)
     return _with_flag_for_logprobs(values)
 
@@ -251,7 +250,7 @@ def _with_flag_for_logprobs(values: dict[str, object]) -> dict[str, object]:
         return values
     top_logprobs = values.get("top_logprobs", logprobs)
     if coerced(top_logprobs) != logprobs:
-        _refuse(f"logprobs={logprobs} and top_logprobs={shown(top_logprobs)}: differ; give one number")
+        raise refused(f"logprobs={logprobs} and top_logprobs={shown(top_logprobs)}: differ; give one number")
     return {**values, "logprobs": True, "top_logprobs": logprobs}
 
 
@@ -277,7 +276,3 @@ def _is_neutral(name: str, value: object) -> bool:
 def _with_closest(name: str, known: list[str]) -> str:
     closest = difflib.get_close_matches(str(name), known, n=1)
     return shown(name) + (f" (closest: {closest[0]!r})" if closest else "")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError("INVALID_ARGUMENT", message)

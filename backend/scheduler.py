@@ -17,7 +17,7 @@ sent.
 A row's failure is its own: an error in its text, or in its `on_output`, ends that request. A device step that fails ends every
 request in flight; those in the queue stay, and the next tick starts clean.
 
-Not thread-safe: `service.py` gives it a thread, `llm.py` calls it directly.
+Not thread-safe: it is called by one thread, the engine worker's (`worker.py`) or that of an `LLM` (`llm.py`).
 """
 
 import logging
@@ -203,9 +203,8 @@ class Scheduler:
             num_tokens, known = self._most_cached_tokens(job), {"page_keys": job.page_keys, "images": job.image_spans}
             if not self._cache.fits(num_tokens, **known):
                 return
-            self._queue.popleft()
             job.slot = self._cache.open(num_tokens, **known)
-            self._active.append(job)
+            self._active.append(self._queue.popleft())
             num_hit = self._cache.length[job.slot]
             self._wait_for_encode(job, len(job.prefix) - num_hit)
             self.metrics.observe("queue_seconds", self._clock() - job.added_at)

@@ -14,6 +14,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -57,6 +58,7 @@ class _Piece(NamedTuple):
     in_scope: bool
 
 
+@lru_cache(maxsize=4)  # going through thousands of added tokens takes milliseconds, which a request need not
 def special_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 

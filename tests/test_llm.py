@@ -92,6 +92,18 @@ def test_logprobs_come_with_their_tokens(llm, stop):
     assert sum(result.logprobs) / len(result.logprobs) > -0.01, "the trained model is sure of this answer"
 
 
+def test_log_probabilities_that_are_sent_are_not_kept(llm):
+    """A long answer's, with twenty alternatives each, would be hundreds of megabytes."""
+    engine, sent, kept = llm._engine, [], []
+    config = SamplingConfig(seed=1, logprobs=True, top_logprobs=2).resolve(engine.defaults)
+    job = engine.scheduler.add(engine.tokenize(COUNT), config, sent.append)
+    while not job.ended:
+        engine.scheduler.tick()
+        kept.append(len(job.logprobs))
+    assert [len(output.logprobs) for output in sent] == [len(output.token_ids) for output in sent]
+    assert len(sent) > 1 and sent[0].logprobs and max(kept) == 0
+
+
 def test_prompts_are_texts_or_token_ids_one_or_many(llm):
     token_ids = llm.tokenizer.encode(COUNT, add_special_tokens=False).ids
     config = SamplingConfig(seed=1)
@@ -115,6 +127,11 @@ def test_prompts_are_texts_or_token_ids_one_or_many(llm):
         ("a" * 65_537, {}, "prompt: got 65537 characters, expected at most 65536, since the model has 4096 positions"),
         ([[1.5, 2]], {}, "prompt: got [1.5, 2], expected a text or a list of token ids, integers"),
         ([["5", "7"]], {}, "prompt: got ['5', '7'], expected a text or a list of token ids, integers"),
+        ([True, False], {}, "prompt: got [True, False], expected a text or a list of token ids, integers"),
+        ([b"ab"], {}, "prompt: got b'ab', expected a text or a list of token ids, integers"),
+        (b"ab", {}, "prompts: got b'ab', expected a text, a list of token ids, or a list of either"),
+        ({"a": 1}, {}, "prompts: got {'a': 1}, expected a text, a list of token ids, or a list of either"),
+        (None, {}, "prompts: got None, expected a text, a list of token ids, or a list of either"),
         ("a", {"max_tokens": 4}, "sampling: got {'max_tokens': 4}, expected a SamplingConfig or a list of them"),
         ("a", SamplingConfig(stop_token_ids=[448]), "stop_token_ids: got token id 448, expected 0 to 447"),
     ],
@@ -125,6 +142,13 @@ def test_refusals(llm, prompt, sampling, message):
     assert message in str(raised.value)
     assert raised.value.code == "INVALID_ARGUMENT"
     assert one(llm, max_tokens=1).token_ids
+
+
+def test_refusals_of_streams(llm):
+    with pytest.raises(RequestError, match=r"^sampling: got \{'seed': 1\}, expected a SamplingConfig"):
+        llm.stream("a", {"seed": 1})
+    with pytest.raises(RequestError, match=r"^prompt: got None, expected a text or a list of token ids"):
+        llm.stream(None)
 
 
 def test_token_ids_may_be_numpys(llm):

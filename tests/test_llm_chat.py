@@ -136,6 +136,8 @@ def test_a_stream_left_early_makes_room(llm):
     [
         (([{"role": "user"}],), "messages[0]: got no content"),
         (("hello",), "messages: got a value of type str, expected a list of messages"),
+        (({"role": "user", "content": "a"},), "messages: got a value of type dict, expected a list of messages"),
+        ((None,), "messages: got a value of type NoneType, expected a list of messages"),
         (([[{"role": "user", "content": "a"}], [{"role": "x", "content": "b"}]],), "messages[0].role: got 'x'"),
         (([],), None),
     ],
@@ -147,6 +149,11 @@ def test_refusals(llm, arguments, message):
     with pytest.raises(RequestError) as raised:
         llm.chat(*arguments)
     assert message in str(raised.value)
+
+
+def test_refused_variables_of_the_template(llm):
+    with pytest.raises(RequestError, match=r"^chat_template_kwargs: got 'x', expected an object of variables"):
+        llm.chat([{"role": "user", "content": "a"}], chat_template_kwargs="x")
 
 
 def typed(llm: LLM, *lines: str, terminal: bool) -> tuple[str, str, bool]:

@@ -106,6 +106,21 @@ def test_usable_prefixes_by_their_definition(seed):
     assert usable_pages(keys, pools, kept, PAGE, images) == max(filter(is_usable, range(31)))
 
 
+@pytest.mark.parametrize("there", [lambda page: False, lambda page: page % 3, lambda page: True], ids=["none", "some", "all"])
+def test_each_page_is_looked_up_about_once(there, monkeypatch):
+    """Of a long prompt whose first pages are all there, and of whose windows' pages none, some or all are."""
+    keys = keys_of(prompt_of(1000 * PAGE, seed=1))
+    pools = {"full": PagePool(1000, gives_up=False), "sliding": PagePool(1000, gives_up=True)}
+    for page, key in enumerate(keys):
+        pools["full"].name(pools["full"].take(), key)
+        if there(page):
+            pools["sliding"].name(pools["sliding"].take(), key)
+    looked_up, find = [], PagePool.find
+    monkeypatch.setattr(PagePool, "find", lambda pool, key: looked_up.append(key) or find(pool, key))
+    usable_pages(keys, pools, {"full": None, "sliding": 32 * PAGE - 1}, PAGE)
+    assert len(looked_up) <= 2 * 1000
+
+
 def test_a_pool_gives_what_nobody_misses_first():
     pool = PagePool(4, gives_up=False)
     pages = {name: pool.take() for name in (b"a", b"b", b"c", b"d")}

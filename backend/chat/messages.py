@@ -5,11 +5,11 @@ Everything that is refused raises RequestError INVALID_ARGUMENT, one line: where
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.json_text import read_json
 from backend.parameters import shown
 
@@ -135,9 +135,9 @@ def chat_request(
     With tool_choice "none" the model is not told of the tools; one tool that must be called is named.
     """
     if not isinstance(messages, list | tuple):
-        _refuse(f"messages: got a value of type {type(messages).__name__}, expected a list of messages")
+        raise refused(f"messages: got a value of type {type(messages).__name__}, expected a list of messages")
     if not messages:
-        _refuse("messages: got an empty list, expected at least one message")
+        raise refused("messages: got an empty list, expected at least one message")
     listed = checked("messages", _MESSAGES, messages)
     offered = checked("tools", _TOOLS, tools) if tools is not None else []
     choice = checked("tool_choice", _TOOL_CHOICE, tool_choice) if tool_choice is not None else "auto"
@@ -146,11 +146,13 @@ def chat_request(
     if isinstance(choice, NamedToolChoice):
         required = choice.function.name
         if required not in names:
-            _refuse(f"tool_choice: got the function {shown(required)}, expected one of tools, {names}")
+            raise refused(f"tool_choice: got the function {shown(required)}, expected one of tools, {names}")
     elif choice == "required":
         if not names:
-            _refuse("tool_choice: got 'required' without tools, expected at least one; send tools")
+            raise refused("tool_choice: got 'required' without tools, expected at least one; send tools")
         required = names[0] if len(names) == 1 else "*"
+    if not isinstance(template_kwargs or {}, Mapping):
+        raise refused(f"chat_template_kwargs: got {shown(template_kwargs)}, expected an object of variables for the template")
     return ChatRequest(
         messages=_for_template(listed, messages),
         images=[
@@ -169,7 +171,7 @@ def placed_images(chat: ChatRequest, given: Sequence[T]) -> list[str | T]:
     """The images of a chat in the order of their places: URLs from the messages, the others from `given`."""
     places = sum(url is None for url in chat.images)
     if places != len(given):
-        _refuse(
+        raise refused(
             f"image: got {len(given)} images, expected {places}, one for each part of the messages of type image; "
             "images can also be sent as parts of type image_url"
         )
@@ -207,7 +209,7 @@ def _for_template(listed: list[Message], given: Sequence[Mapping[str, Any]]) -> 
                 names |= {call.id: call.function.name for call in message.tool_calls if call.id}
         elif isinstance(message, ToolMessage) and message.name is None:
             if message.tool_call_id not in names:
-                _refuse(
+                raise refused(
                     f"messages[{index}].tool_call_id: got {shown(message.tool_call_id)}, "
                     "expected the id of a tool call in an earlier assistant message"
                 )
@@ -223,9 +225,9 @@ def _arguments(where: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
     try:
         value = read_json(arguments or "{}")
     except ValueError as error:
-        _refuse(f"{where}: got {error}: {shown(arguments)}; {expected}")
+        raise refused(f"{where}: got {error}: {shown(arguments)}; {expected}") from None
     if not isinstance(value, dict):
-        _refuse(f"{where}: got {shown(arguments)}, {expected}")
+        raise refused(f"{where}: got {shown(arguments)}, {expected}")
     return value
 
 
@@ -234,7 +236,7 @@ def checked(name: str, adapter: TypeAdapter[T], value: object) -> T:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        _refuse(_line(name, value, error))
+        raise refused(_line(name, value, error)) from None
 
 
 def _line(name: str, value: object, error: ValidationError) -> str:
@@ -256,7 +258,3 @@ def _line(name: str, value: object, error: ValidationError) -> str:
     message = _EXPECTED.get(kind, message)
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
     return f"{where}: got {shown(got)}, expected {expected[:1].lower()}{expected[1:]}"
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError("INVALID_ARGUMENT", message)

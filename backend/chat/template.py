@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 from jinja2 import meta
@@ -22,7 +22,7 @@ from backend.chat.messages import ChatRequest
 from backend.chat.reasoning import CHANNEL_CLOSE, CHANNEL_OPEN, REASONING_TAGS
 from backend.chat.stop_scope import AnswerText
 from backend.chat.tools import CALL_OPEN, TOOL_TAGS
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.parameters import shown
 
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversations", "chat_template")
@@ -87,10 +87,12 @@ class ChatTemplate:
 
     def _rendered(self, chat: ChatRequest) -> str:
         if self._template is None:
-            _refuse("messages: this engine has no chat template; send text_input or input_ids, or add chat_template.jinja")
+            raise refused(
+                "messages: this engine has no chat template; send text_input or input_ids, or add chat_template.jinja"
+            )
         ours = sorted(set(_OURS) & set(chat.template_kwargs))
         if ours:
-            _refuse(f"chat_template_kwargs: got {', '.join(ours)}, which the server sets; remove it")
+            raise refused(f"chat_template_kwargs: got {', '.join(ours)}, which the server sets; remove it")
         try:
             self._check_names(chat.template_kwargs)
             [text], _ = render_jinja_template(
@@ -101,7 +103,7 @@ class ChatTemplate:
                 **{**self._names, **chat.template_kwargs},
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-            _refuse(f"messages: the chat template refuses them: {' '.join(str(error).split())}")
+            raise refused(f"messages: the chat template refuses them: {' '.join(str(error).split())}") from None
         return text
 
     def _check_names(self, kwargs: Mapping[str, Any]) -> None:
@@ -110,7 +112,7 @@ class ChatTemplate:
         unknown = [name for name in kwargs if name not in used]
         if unknown:
             expected = ", ".join(sorted(used - set(self._names))) or "none"
-            _refuse(f"chat_template_kwargs: got {shown(unknown[0])}, expected variables of the chat template: {expected}")
+            raise refused(f"chat_template_kwargs: got {shown(unknown[0])}, expected variables of the chat template: {expected}")
 
 
 @cache
@@ -119,7 +121,3 @@ def _variables(template: str) -> frozenset[str]:
     # Compiled as for rendering: transformers adds statements and functions of its own.
     environment = _compile_jinja_template(template).environment
     return frozenset(meta.find_undeclared_variables(environment.parse(template))) - set(environment.globals)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError("INVALID_ARGUMENT", message)

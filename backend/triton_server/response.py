@@ -71,6 +71,7 @@ class Answer:
         described_without = request.sampling.logprobs and request.sampling.skip_special_tokens
         self._without_text = special_tokens(tokenizer) if described_without else frozenset()
         self._held_back: list[tuple[CanvasOutput, AnswerDelta]] = []
+        self._described: list[str] = []  # their log probabilities, in JSON
         self._num_sent = 0
         self._cumulative_logprob = 0.0
         self._deadline_s = time.monotonic() + request.timeout_s if request.timeout_s else None
@@ -86,11 +87,14 @@ class Answer:
             return
         is_last = bool(output.finish_reason)
         delta = self._parser.push(output.text, last=is_last) if self._parser else AnswerDelta(text=output.text)
-        self._held_back.append((output, delta))
+        # Canvas by canvas: a long answer's all at once would keep the others' responses waiting.
+        if output.logprobs:
+            self._described.append(self._described_in_json(output))
+        self._held_back.append((replace(output, top_logprobs=None), delta))
         if self.request.stream or is_last:
             self._sender.send(pb_utils.InferenceResponse(self._tensors()))
             self._num_sent += 1
-            self._held_back = []
+            self._held_back, self._described = [], []
         if is_last:
             self.finish()
 
@@ -146,7 +150,7 @@ class Answer:
             "num_steps": np.array([sum(output.num_steps for output in outputs)], np.int32),
         }
         if self.request.sampling.logprobs:
-            values |= self._logprobs(outputs, token_ids)
+            values |= self._logprobs(outputs)
         return [
             _string(name, value) if isinstance(value, str) else pb_utils.Tensor(name, value)
             for name, value in values.items()
@@ -173,16 +177,20 @@ class Answer:
         reason = self._parser.finish_reason(output.finish_reason) if self._parser else output.finish_reason
         return reason or ""
 
-    def _logprobs(self, outputs: list[CanvasOutput], token_ids: list[int]) -> dict:
+    def _logprobs(self, outputs: list[CanvasOutput]) -> dict:
         logprobs = list(chain.from_iterable(output.logprobs or [] for output in outputs))
-        tops = list(chain.from_iterable(output.top_logprobs or [] for output in outputs))
         self._cumulative_logprob += sum(logprobs)
-        described = described_logprobs(self._tokenizer, token_ids, logprobs, tops, without_text=self._without_text)
         return {
             "token_logprobs": np.array(logprobs, np.float32),
             "cumulative_logprob": np.array([self._cumulative_logprob], np.float32),
-            "logprobs": json.dumps(described, ensure_ascii=False),
+            "logprobs": f"[{', '.join(self._described)}]",
         }
+
+    def _described_in_json(self, output: CanvasOutput) -> str:
+        """What stands between the brackets of a list."""
+        more = {"without_text": self._without_text}
+        described = described_logprobs(self._tokenizer, output.token_ids, output.logprobs, output.top_logprobs, **more)
+        return json.dumps(described, ensure_ascii=False)[1:-1]
 
 
 def send_error(sender, request_id: str, error: RequestError) -> None:
