@@ -2,7 +2,7 @@
 # make test     from a fresh clone to a green test run
 # make help     everything else
 
-PYTHON     ?= python3
+PYTHON     ?= $(firstword $(wildcard $(BIN)/python) python3)
 VENV       ?= .venv
 CHECKPOINT ?= checkpoints/tiny
 ENGINE     ?= engines/diffusiongemma
@@ -14,6 +14,26 @@ BENCH      ?=
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+$(foreach each,VENV PYTHON,$(if $(filter-out 1,$(words $($(each)))),$(error \
+	$(each): got "$($(each))", expected one path without spaces, which make takes for several; choose another)))
+
+# What the command line or the environment says of ENGINE. Whether an engine that is there is such a one, the builder knows.
+ASKED := $(strip $(foreach each,CHECKPOINT TARGET DTYPE DEVICE,$(filter-out file,$(origin $(each)))))
+
+# pip would look at this only after it has downloaded PyTorch.
+REQUIRED := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
+CHECK_PYTHON = import sys; \
+	least, beyond = [tuple(map(int, each.strip("<>=").split("."))) for each in "$(REQUIRED)".split(",")]; \
+	version = "%d.%d.%d" % sys.version_info[:3]; \
+	sys.exit(None if least <= sys.version_info < beyond else \
+	"error: PYTHON: $(PYTHON) is Python %s, expected $(REQUIRED); name another: make PYTHON=python3.11" % version)
+
+# venv leaves the Python of an environment that is there as it was, unless it clears it.
+ifneq ($(shell ($(PYTHON) -V) 2>/dev/null),$(shell ($(BIN)/python -V) 2>/dev/null))
+.PHONY: $(INSTALLED)
+CLEAR := $(if $(wildcard $(VENV)/pyvenv.cfg),--clear)
+endif
+
 .PHONY: help install engine built serve demo test test-gpu lint bench clean
 .DEFAULT_GOAL := help
 
@@ -23,7 +43,8 @@ help: ## Show this list
 	@echo "Variables: CHECKPOINT=$(CHECKPOINT) ENGINE=$(ENGINE) TARGET=$(TARGET) DTYPE=$(DTYPE) DEVICE=$(DEVICE) PYTHON=$(PYTHON)"
 
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
@@ -33,22 +54,23 @@ install: $(INSTALLED) ## Create the virtual environment with everything in it
 engine: $(INSTALLED) ## Build ENGINE from CHECKPOINT (TARGET=auto|tensorrt|inductor, DTYPE=auto|float32|bfloat16, DEVICE=auto|cpu|cuda)
 	$(BIN)/python -m builder build "$(CHECKPOINT)" "$(ENGINE)" --target $(TARGET) --dtype $(DTYPE) --device $(DEVICE)
 
+# A manifest can be there without programs: `python -m builder manifest` writes such.
 built: $(INSTALLED)
-	@test -f "$(ENGINE)/manifest.json" || $(MAKE) --no-print-directory engine
+	@test -z "$(ASKED)" && ls "$(ENGINE)"/manifest.json "$(ENGINE)"/denoise.* >/dev/null 2>&1 \
+		|| $(MAKE) --no-print-directory engine
 
-serve: built ## Build ENGINE if it is not there and serve it with Triton Inference Server until Ctrl-C
+serve: built ## Build ENGINE if need be and serve it with Triton Inference Server until Ctrl-C
 	$(BIN)/python -m backend serve --engine "$(ENGINE)"
 
-demo: built ## Build ENGINE if it is not there, serve it, ask a few questions, stop
+demo: built ## Build ENGINE if need be, serve it, ask a few questions, stop
 	$(BIN)/python examples/demo.py "$(ENGINE)"
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest
 
+# Every file with a test that is skipped where there is no GPU.
 test-gpu: $(INSTALLED) ## Prove what needs an H100 or H200 (and, for plans, pip install '.[tensorrt]'); see docs/tensorrt.md
-	$(BIN)/python -m pytest -rs tests/test_tensorrt_ptx_gpu.py tests/test_tensorrt_gpu.py tests/test_attention_cuda.py \
-		tests/test_feed_forward_cuda.py tests/test_extras_cuda.py tests/test_captured_loop_cuda.py tests/test_sampling_devices.py \
-		tests/test_weight_loading.py
+	$(BIN)/python -m pytest -rs $$(grep -l 'not torch.cuda.is_available()' tests/test_*.py)
 
 lint: $(INSTALLED) ## Check style
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ async def load(server: TritonServer, options: argparse.Namespace) -> dict:
     return {
         "ended": dict(sorted(ended.items())),
         "requests_per_s": round(options.requests / elapsed_s, 1),
-        "whole_answer_median_s": round(statistics.median(latencies_s), 3),
+        "whole_answer_median_s": round(statistics.median(latencies_s), 3) if latencies_s else None,
         "memory": memory,
     }
 
@@ -192,7 +192,7 @@ def found_problems(result: dict, num_requests: int) -> list[str]:
     ended, counted = result["ended"], result["counted"]
     answers = sum(count for ending, count in ended.items() if ending.startswith(("whole", "streamed")))
     # What is cancelled early enough never reaches the model.
-    if counted["success"] != answers or counted["rejected"] != ended["malformed: error"] or counted["failed"]:
+    if counted["success"] != answers or counted["rejected"] != ended.get("malformed: error", 0) or counted["failed"]:
         problems.append(f"the server counted {counted}")
     if sum(ended.values()) != num_requests:
         problems.append(f"{sum(ended.values())} requests ended, not {num_requests}")

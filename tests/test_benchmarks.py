@@ -1,5 +1,6 @@
 """The benchmarks' commands at sizes for every day, what they refuse to time, and what they count."""
 
+import asyncio
 import contextlib
 import importlib
 import json
@@ -7,6 +8,7 @@ import runpy
 import sys
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +112,29 @@ def test_kernels_are_measured_on_a_gpu_alone(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     with pytest.raises(SystemExit, match="error: PyTorch finds no CUDA device here"):
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("num_requests", [1, 5])
+def test_a_load_of_few_requests_may_lack_a_kind(num_requests, monkeypatch):
+    """With this seed the first is cancelled, and no one of five is malformed."""
+    module = importlib.import_module("server_load")
+    endings = {"whole": "stop", "streamed": "length", "cancelled": "cancelled", "malformed": "error"}
+
+    async def ask(client, kind: str, *_) -> str:
+        return endings[kind]
+
+    monkeypatch.setattr(module, "ask", ask)
+    monkeypatch.setattr(module, "memory_of", lambda server: {"worker": 1})
+    options = SimpleNamespace(seed=0, requests=num_requests, clients=2, max_tokens=1)
+    result = asyncio.run(module.load(SimpleNamespace(grpc_url="localhost:1"), options))
+    assert (result["whole_answer_median_s"] is None) == (num_requests == 1)
+    assert "malformed: error" not in result["ended"]
+    answers = sum(count for ending, count in result["ended"].items() if ending.startswith(("whole", "streamed")))
+    nothing = dict.fromkeys(("active_requests", "queued_requests", "kv_pages_used", "processes_after_unload", "left"), 0)
+    result |= {"counted": {"success": answers, "rejected": 0, "failed": 0}, "shm_is_as_before": True, **nothing}
+    assert module.found_problems(result, num_requests) == []
+    result["counted"]["rejected"] = 1
+    assert module.found_problems(result, num_requests) == [f"the server counted {result['counted']}"]
 
 
 def test_generation_is_timed_against_both_caches_and_the_floor(run):

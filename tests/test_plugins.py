@@ -133,6 +133,16 @@ def test_fp8_experts_equal_reference(rows, dtype, fp8_rows):
     assert_close(actual, experts_fp8_reference(*inputs), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_of_no_rows(dtype):
+    rows = (torch.empty(0, 24, dtype=dtype), torch.empty(0, 8, dtype=torch.int64), torch.empty(0, 8))
+    weights = torch.randn(16, 2 * 12, 24), torch.randn(16, 24, 12)
+    quantized = [part for weight in weights for part in to_fp8(weight)]
+    results = [moe_op.experts(*rows, *(weight.to(dtype) for weight in weights))]
+    results += [moe_op.experts_fp8(*rows, *quantized, fp8_rows) for fp8_rows in (False, True)]
+    assert [(tuple(each.shape), each.dtype) for each in results] == [((0, 24), dtype)] * 3
+
+
 def test_numbers_of_fp8():
     """The largest of a vector becomes 448, halves are rounded to even, and a vector of zeros has a scale."""
     numbers, scale = to_fp8(torch.tensor([[448.0, 17.0, 19.0, -(2.0**-9)], [0.0, 0.0, 0.0, 0.0], [-896.0, 2.0**-8, 1.0, 0.0]]))

@@ -54,7 +54,7 @@ def by_expert(
     # 3.
     weighted = torch.empty_like(routed)
     weighted[order] = routed
-    return torch.bmm(top_k_weights.unsqueeze(1), weighted.view(num_rows, top_k, -1).float()).squeeze(1)
+    return torch.bmm(top_k_weights.unsqueeze(1), weighted.view(num_rows, top_k, rows.shape[1]).float()).squeeze(1)
 
 
 def gated(gate_up: Tensor) -> Tensor:
