@@ -37,6 +37,7 @@ EXTRAS = {
     "logit_bias": {"logit_bias": {5: 1.0}},
     "top_k": {"top_k": 64},
     "top_p": {"top_p": 0.95},
+    "infill": {"infill": [[5, 6, 7], 40, [8]]},
 }
 PHASES = tuple("ceilings weights compile check step extras pieces encode canvas memory profile transformers".split())
 

@@ -21,8 +21,9 @@ from builder.existing import check_same_checkpoint, copy_files, damage, existing
 from builder.onnx_export import write_onnx
 from builder.staging import real_place, staged, writing
 from builder.targets import choose_device, choose_expert_weights, choose_target
-from builder.targets.cpp_compiler import check_temporary_directory, cpp_compiler
+from builder.targets.cpp_compiler import check_directories, cpp_compiler
 from builder.targets.cpu_operators import compile_operators
+from builder.targets.gpu_kernels import check_kernels
 from builder.targets.inductor import has_compiled_operators
 from builder.weights import all_weights, vision_weights
 from contract.checkpoint import Checkpoint
@@ -56,7 +57,7 @@ def build_engine(
     An engine that was built from another checkpoint is replaced only with `force`; if `engine` is a link, what it points to
     is. `dtype` "auto" is the checkpoint's; `device` "auto" is the GPU where there is one; `expert_weights` "auto" are packed
     where a GPU's kernels take packed ones. `keep_onnx` also writes each program as `<program>.onnx`, for other tools; those
-    of an earlier build stay as long as the programs do.
+    of an earlier build stay as long as the programs do, but for damaged ones.
     `timing_cache` is TensorRT's, a file; None is one beside the engine. `choices` are fields of `BuildConfig`. `report` is
     called with one line a stage; a stage that takes long may show its progress on `console`.
 
@@ -99,36 +100,41 @@ def build_engine(
 
     manifest = describe(model, build, tensors, shapes, checkpoint, place)
     # 3.
-    existing, kept = None if force else existing_engine(place), {}
+    existing, damaged, kept = None, {}, {}
+    if not force:
+        check_same_checkpoint(place, manifest)
+        existing = existing_engine(place)
     if existing:
-        check_same_checkpoint(place, existing, manifest)
         damaged = damage(place, existing)
+        for name, fault in damaged.items():
+            report(f"{place / name}: {fault}")
         kept = {name: file for name, file in existing.files.items() if name not in damaged}
         if not programs_can_stay(existing, manifest, kept, keep_onnx=keep_onnx):
-            for name, fault in damaged.items():
-                report(f"{place / name}: {fault}")
-            existing = None
-        elif existing.checkpoint == manifest.checkpoint and are_current(place, carried):
+            existing, kept = None, {}
+        elif not damaged and existing.checkpoint == manifest.checkpoint and are_current(place, carried):
             report(f"engine {engine} is up to date; --force builds it again")
             return existing
     # 4.
     check_tokenizer(checkpoint, carried)
-    if chosen == "inductor" and not existing:
+    if not existing and build.device == "cuda":
+        check_kernels(model, build)
+    if not existing and chosen == "inductor":
         cpp_compiler()
-        check_temporary_directory()
+        check_directories()
+    onnx = {path.name for path in place.glob("*.onnx")} | {name for name in damaged if name.endswith(".onnx")}
+    if not keep_onnx and (lost := sorted(onnx - kept.keys())):
+        report(f"{', '.join(lost)} will not be in {engine}; --keep-onnx writes them again")
     with staged(place, force=force) as directory:
         with writing(place):
             for name, content in carried.items():
                 (directory / name).write_bytes(content)
         if existing:
-            report("the programs are up to date, files of the checkpoint are not: copying them")
+            report("the programs are up to date, other files are not: copying the programs and the checkpoint's files")
             with writing(place):
                 copy_files(place, kept, directory)
             made = {"programs": existing.programs, "operators": existing.operators, "files": kept}
         else:
             # 5.
-            if not keep_onnx and (dropped := sorted(path.name for path in place.glob("*.onnx"))):
-                report(f"{', '.join(dropped)} in {engine} will be gone; --keep-onnx writes them again")
             operators = None
             if has_compiled_operators(build):
                 report("compiling the CPU operators")

@@ -154,6 +154,8 @@ def _attention(
             problems.append(
                 f"{kind}: num_attention_heads {size['num_attention_heads']} is not a multiple of {num_kv_heads} key/value heads"
             )
+        if head_dim % 2:
+            problems.append(f"{kind}: got head_dim {head_dim}, expected an even number, whose halves are rotated")
         result[kind] = AttentionConfig(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,

@@ -19,6 +19,7 @@ from contract.cpu import this_cpu
 from contract.manifest import FORMAT_VERSION, BuildConfig, Manifest, Weight
 from contract.manifest import Checkpoint as CheckpointRecord
 from contract.model_config import ModelConfig
+from contract.problems import in_few_lines
 from plugins import PLUGIN_ABI
 
 
@@ -43,7 +44,7 @@ def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[
 def _check_dtypes(tensors: Checkpoint, model: ModelConfig, names: Iterable[str]) -> None:
     expected = {name: (FP8,) if weight_dtype(name, model, model.dtype) == FP8 else CAST_FROM for name in names}
     if problems := tensors.of_other_dtypes(expected):
-        raise BuildError("\n".join(f"{tensors.directory}: {problem}" for problem in problems))
+        raise BuildError(in_few_lines(tensors.directory, problems))
 
 
 class ConfigAlone:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from builder.errors import BuildError
-from contract.manifest import COPIED_FILES, FILE_NAME, Manifest, ManifestError, read_manifest
+from contract.manifest import COPIED_FILES, FILE_NAME, Checkpoint, Manifest, ManifestError, read_manifest
 
 _COMPILED = re.compile(r"operators\.so|(encode|denoise|head|vision)(\.\d+)?\.(pt2|plan|onnx)")
 """Files that builds make, of every target and format of the manifest."""
@@ -26,7 +26,7 @@ def existing_engine(directory: Path) -> Manifest | None:
 def check_replaceable(directory: Path, *, force: bool) -> None:
     """
     Raises:
-        BuildError: `directory` holds what no engine has, or no manifest; or, without `force`, that of something else.
+        BuildError: `directory` holds what no engine has, or no manifest; or, without `force`, one that names no checkpoint.
     """
     inside = sorted(directory.iterdir()) if directory.exists() else []
     strange = next((each for each in inside if each.is_dir() or not _is_engine_file(each.name)), None)
@@ -36,7 +36,7 @@ def check_replaceable(directory: Path, *, force: bool) -> None:
         raise BuildError(f"{directory}: holds the {kind} {strange.name}, which no engine has; {remedy}, or move it away")
     if inside and not (directory / FILE_NAME).exists():
         raise BuildError(f"{directory}: holds files but no {FILE_NAME}; {remedy}")
-    if inside and not force and not _is_manifest(directory / FILE_NAME):
+    if inside and not force and _checkpoint_of(directory) is None:
         raise BuildError(f"{directory}: {FILE_NAME} is none of an engine, or damaged; {remedy}, or give --force")
 
 
@@ -44,23 +44,24 @@ def _is_engine_file(name: str) -> bool:
     return name in (FILE_NAME, *COPIED_FILES) or _COMPILED.fullmatch(name) is not None
 
 
-def _is_manifest(path: Path) -> bool:
-    """Of any format."""
-    try:
-        return "format_version" in json.loads(path.read_text())
-    except (ValueError, TypeError):
-        return False
+def check_same_checkpoint(engine: Path, wanted: Manifest) -> None:
+    """Whatever format the manifest in `engine` has, and with programs or without: an older builder's engine is protected too.
 
-
-def check_same_checkpoint(engine: Path, existing: Manifest, wanted: Manifest) -> None:
-    """
     Raises:
-        BuildError: `existing` was built from a checkpoint in another place and with other content.
+        BuildError: it is of a checkpoint in another place and with other content.
     """
-    was, now = existing.checkpoint, wanted.checkpoint
-    if was.path != now.path and was.files != now.files:
+    was, now = _checkpoint_of(engine), wanted.checkpoint
+    if was and was.path != now.path and was.files != now.files:
         was_path, now_path = (os.path.normpath(engine / each.path) for each in (was, now))
         raise BuildError(f"{engine}: was built from {was_path}, asked for {now_path}; choose another directory or give --force")
+
+
+def _checkpoint_of(directory: Path) -> Checkpoint | None:
+    """What the manifest in `directory` says that it was built from; None where none says so."""
+    try:
+        return Checkpoint.model_validate(json.loads((directory / FILE_NAME).read_text())["checkpoint"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def damage(engine: Path, existing: Manifest) -> dict[str, str]:

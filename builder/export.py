@@ -4,6 +4,8 @@ Tracing runs on fake tensors, so a 26B model is exported in the memory of its gr
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
+from builder.errors import BuildError
 from builder.network import Denoise, Encode, Head
 from builder.vision_network import Vision
 from builder.weights import (
@@ -179,12 +182,13 @@ def minimums(signature: Signature, build: BuildConfig) -> tuple[int, ...]:
     """From which sizes on a program is compiled once more, ascending; the first is 1.
 
     A kernel's tile depends on the number of rows and is chosen when it is compiled: encode for a GPU, where few rows are
-    bound by memory and many by arithmetic, is compiled for few, some, many and very many. float32 has one tile. Of denoise,
-    the kernels of the experts are chosen when it is captured.
+    bound by memory and many by arithmetic, is compiled for few, some, many and very many, and for `max_encode_tokens` alone
+    where the most rows start there: chunks of long prompts have just so many. float32 has one tile. Of denoise, the kernels of
+    the experts are chosen when it is captured.
     """
     if build.device == "cpu" or build.dtype == "float32" or signature.name != "encode":
         return (1,)
-    return (1, *(rows for rows in _MORE_ROWS if rows < build.max_encode_tokens))
+    return (1, *(rows for rows in _MORE_ROWS if rows <= build.max_encode_tokens))
 
 
 def export_program(signature: Signature, config: ModelConfig, build: BuildConfig, minimum: int = 1) -> TracedProgram:
@@ -193,6 +197,9 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
     minimum: the least tokens of encode.
 
     The device need not be here; but what was traced for one that is not cannot be compiled.
+
+    Raises:
+        BuildError: it cannot be traced.
     """
     limits = size_limits(config, build)
     least = {"tokens": minimum} if signature.name == "encode" else {}
@@ -200,8 +207,9 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
 
     def dim(name: str, smallest: int, most: int) -> Dim:
         # A size that could have one value alone would be no size that varies; the session keeps to the limits.
-        largest = max(most, smallest + 1, traced[name.rpartition(".")[2]])
-        return Dim(name.replace(".", "_"), min=least.get(name, smallest), max=largest)
+        fewest = least.get(name, smallest)
+        largest = max(most, fewest + 1, traced[name.rpartition(".")[2]])
+        return Dim(name.replace(".", "_"), min=fewest, max=largest)
 
     dims = {name: dim(name, *limit) for name, limit in limits.items()}
 
@@ -227,7 +235,7 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
         },
         dict.fromkeys(signature.weights),
     )
-    with torch.no_grad(), warnings.catch_warnings():
+    with tracing(signature.name), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
         exported = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
         if build.device == "cpu":
@@ -256,6 +264,19 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
         weights=signature.weights,
         outputs=outputs,
     )
+
+
+@contextmanager
+def tracing(program: str) -> Iterator[None]:
+    """Around what PyTorch traces. Raises BuildError, in one line, for whatever it and the operators' own checks raise."""
+    try:
+        yield
+    except Exception as error:
+        first, *_ = [line.strip() for line in str(error).splitlines() if line.strip()] or ["without a word"]
+        raise BuildError(
+            f"program {program}: cannot be traced ({type(error).__name__}: {first}); expected sizes that its operators take, "
+            "see the checkpoint's config.json"
+        ) from error
 
 
 def _placed(module: nn.Module, device: Device, fakes: FakeTensorMode) -> nn.Module:

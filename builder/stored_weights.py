@@ -19,6 +19,7 @@ from builder.errors import BuildError
 from builder.quantization import FP8, SCALE_SUFFIX
 from builder.weights import CAST_FROM, VISION_PREFIXES, Shapes, is_of_experts
 from contract.checkpoint import Checkpoint
+from contract.problems import in_few_lines, of_another_model
 from plugins.moe.fp8 import from_fp8
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -42,7 +43,8 @@ class StoredWeights:
         """Compares what will be read with `shapes`, those of the text model's weights, none in FP8. Reads headers only.
 
         Raises:
-            BuildError: one line for each tensor that is missing, unexpected, or of another shape or dtype.
+            BuildError: tensors that are missing, unexpected, or of another shape or dtype, a line for each of the first of a
+                kind.
         """
         read: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
@@ -50,14 +52,18 @@ class StoredWeights:
         vision = {name for name in self.names if name.startswith(VISION_PREFIXES) and not name.endswith(_SCALES_OF_ACTIVATIONS)}
         known = self.names & (read.keys() | vision) - self.scales
         dtypes = dict.fromkeys(known, (*CAST_FROM, FP8)) | dict.fromkeys(self.scales, CAST_FROM)
-        problems = self.tensors.missing(read)
         of_missing = {name + SCALE_SUFFIX for name in read.keys() - self.names}
-        problems += [_unexpected(name) for name in sorted(self.names - known - self.scales - of_missing)]
-        problems += self.tensors.misshapen(read)
-        problems += self.tensors.of_other_dtypes(dtypes)
-        problems += self._of_other_scales(read)
-        if problems:
-            raise BuildError("\n".join(f"{self.tensors.directory}: {problem}" for problem in problems))
+        missing, misshapen = self.tensors.missing(read), self.tensors.misshapen(read)
+        problems = (
+            of_another_model(len(missing) + len(misshapen), len(read)),
+            missing,
+            [_unexpected(name) for name in sorted(self.names - known - self.scales - of_missing)],
+            misshapen,
+            self.tensors.of_other_dtypes(dtypes),
+            self._of_other_scales(read),
+        )
+        if any(problems):
+            raise BuildError(in_few_lines(self.tensors.directory, *problems))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Any tensor but an expert's, FP8 turned back into `dtype`."""

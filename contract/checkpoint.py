@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from contract.model_config import Record
+from contract.problems import in_few_lines, of_another_model
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -18,7 +19,7 @@ _FINGERPRINT_BLOCK_BYTES = 4096
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used: one line for each problem."""
+    """A checkpoint that cannot be used: one line for each problem, or for the first ones of many."""
 
 
 class FileFingerprint(Record):
@@ -119,15 +120,17 @@ class Checkpoint:
         """Compares names and shapes with `expected`; tensors under `ignored_prefixes` may be there.
 
         Raises:
-            CheckpointError: one line for each missing, unexpected or wrongly shaped tensor.
+            CheckpointError: missing, unexpected or wrongly shaped tensors, a line for each of the first of a kind.
         """
         unexpected = [
             f"{name}: unexpected tensor; this builder does not know what it is for"
             for name in sorted(self.names() - expected.keys())
             if not name.startswith(ignored_prefixes)
         ]
-        if problems := [*self.missing(expected), *unexpected, *self.misshapen(expected)]:
-            raise CheckpointError("\n".join(f"{self.directory}: {problem}" for problem in problems))
+        missing, misshapen = self.missing(expected), self.misshapen(expected)
+        if missing or unexpected or misshapen:
+            foreign = of_another_model(len(missing) + len(misshapen), len(expected))
+            raise CheckpointError(in_few_lines(self.directory, foreign, missing, unexpected, misshapen))
 
     def missing(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
         """A line for each tensor that is not there."""

@@ -4,11 +4,12 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_checkpoints import LEAST_VISION, TINY, random_checkpoint
+from sparse_checkpoint import sparse_checkpoint
 from typer.testing import CliRunner
 
 from builder.__main__ import app, main
@@ -23,11 +25,21 @@ from builder.build import build_engine, write_manifest
 from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.export import export_program, signatures
+from builder.network import rope_frequencies
 from builder.targets import inductor
 from builder.targets.compiled import Compiled
-from builder.weights import VISION_PREFIXES, VISION_PROJECTION, all_weights, binding_shapes, bindings, text_weights
+from builder.weights import (
+    EMBEDDING,
+    VISION_PREFIXES,
+    VISION_PROJECTION,
+    all_weights,
+    binding_shapes,
+    bindings,
+    text_weights,
+)
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import BuildConfig, ManifestError, read_manifest
+from contract.problems import in_few_lines, of_another_model
 
 REAL = Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B"
 
@@ -86,6 +98,11 @@ def test_real_tensor_names_and_shapes():
         (lambda c: c["text_config"].update(hidden_activation="silu"), "text_config.hidden_activation: got 'silu'"),
         (lambda c: c["text_config"].pop("num_experts"), "text_config.num_experts: got nothing, expected a positive integer"),
         (lambda c: c["text_config"].update(head_dim="16"), "text_config.head_dim: got '16', expected a positive integer"),
+        (lambda c: c["text_config"].update(head_dim=33), "sliding_attention: got head_dim 33, expected an even number"),
+        (
+            lambda c: c["text_config"].update(per_layer_config={"2": {"head_dim": 17}}),
+            "full_attention: got head_dim 17, expected an even number, whose halves are rotated",
+        ),
         (lambda c: c["text_config"].update(top_k_experts=13), "top_k_experts: got 13, expected at most num_experts 12"),
         (lambda c: c["text_config"].update(sliding_window=1), "sliding_window: got 1, expected at least 2"),
         (lambda c: c["text_config"].update(use_bidirectional_attention="all"), "use_bidirectional_attention: got 'all'"),
@@ -252,14 +269,17 @@ def test_dtypes_that_cannot_be_loaded_are_listed_together(checkpoint, tmp_path):
     for path in checkpoint.glob("model*"):
         path.unlink()
     names = sorted(name for name in tensors if name.startswith("model.decoder.layers.1.mlp."))
+    names_of_others = [name for name in tensors if name.startswith("model.decoder.layers.2.mlp.")]
     dtypes = (torch.float64, torch.int8, torch.float8_e4m3fn)
     half = "model.decoder.norm.weight"
     tensors |= {name: tensors[name].to(dtype) for name, dtype in zip(names, dtypes, strict=True)}
-    save_file(tensors | {half: tensors[half].half()}, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    tensors |= {half: tensors[half].half()} | {name: tensors[name].double() for name in names_of_others}
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for make in (build_engine, write_manifest):
         with pytest.raises(BuildError) as raised:
             make(checkpoint, tmp_path / "e")
-        lines = str(raised.value).splitlines()
+        *lines, last = str(raised.value).splitlines()
+        assert last == f"{checkpoint}: … and 3 more like these"
         for line, name, got in zip(lines, names, ("F64", "I8", "float8_e4m3fn"), strict=True):
             assert f"{name}: got {got}, expected one of float32, bfloat16, float16" in line
 
@@ -281,6 +301,37 @@ def test_missing_unexpected_and_wrongly_shaped_tensors_are_listed_together(shard
     assert "new: missing, expected shape [1]" in missing
     assert "model.decoder.embed_tokens.weight: unexpected tensor" in unexpected
     assert "model.decoder.norm.weight: got shape [48], expected [7]" in shape
+
+
+@pytest.fixture(scope="module")
+def of_another_width(tmp_path_factory) -> Path:
+    """The 26B shapes with a config.json of narrower layers."""
+    checkpoint = sparse_checkpoint(tmp_path_factory.mktemp("sparse") / "26b")
+    edit_json(checkpoint / "config.json", lambda config: config["text_config"].update(hidden_size=2304))
+    return checkpoint
+
+
+@pytest.mark.parametrize(("command", "num_tensors"), [("build", 1047), ("manifest", 1047), ("quantize", 691)])
+def test_hundreds_of_wrong_tensors_are_told_in_a_few_lines(command, num_tensors, of_another_width, tmp_path):
+    result = CliRunner().invoke(app, [command, str(of_another_width), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    first, *shown, last = result.stderr.splitlines()
+    where, named = f"error: {of_another_width}: ", re.match(r".* together: (\d+) of (\d+) ", first)
+    assert first.startswith(f"{where}config.json and the tensors do not belong together: ")
+    assert first.endswith(" are missing or of another shape; download both from one place")
+    assert len(shown) == 3
+    assert shown[0] == f"{where}model.decoder.embed_tokens.weight: got shape [262144, 2816], expected [262144, 2304]"
+    assert int(named[2]) == num_tensors
+    assert last == f"{where}… and {int(named[1]) - 3} more like these"
+
+
+def test_the_first_of_every_kind_are_told():
+    def lines(*names: str) -> list[str]:
+        return in_few_lines(Path("c"), names, [], ["x"]).splitlines()
+
+    assert lines("a", "b", "c") == ["c: a", "c: b", "c: c", "c: x"]
+    assert lines("a", "b", "c", "d", "e") == ["c: a", "c: b", "c: c", "c: … and 2 more like these", "c: x"]
+    assert of_another_model(5, 10) == [] and len(of_another_model(6, 10)) == 1
 
 
 def test_tensors_are_mapped_not_copied(sharded):
@@ -362,6 +413,29 @@ def test_an_engine_of_another_checkpoint_is_replaced_only_by_force(quick, checkp
     assert not any("compiling" in line for line in lines)
 
 
+def _of_an_older_format(manifest: dict) -> None:
+    manifest.update(format_version=1, tables={})
+    del manifest["files"], manifest["tools"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_of_an_older_format, lambda manifest: manifest.update(surprise=1), lambda manifest: manifest.update(programs={})],
+    ids=["of an older format", "with a key of a newer one", "without programs"],
+)
+def test_an_engine_of_another_checkpoint_is_protected_whatever_its_manifest(change, quick, refused, checkpoint, tmp_path):
+    engine = tmp_path / "e"
+    build_engine(checkpoint, engine)
+    edit_json(engine / "manifest.json", change)
+    before, other = (engine / "manifest.json").read_bytes(), random_checkpoint(tmp_path / "other", seed=1)
+    assert refused("build", other, engine) == (
+        f"error: {engine}: was built from {checkpoint}, asked for {other}; choose another directory or give --force"
+    )
+    assert (engine / "manifest.json").read_bytes() == before
+    assert build_engine(checkpoint, engine).programs  # of its own checkpoint it is built again
+    assert build_engine(other, engine, force=True) == read_manifest(engine)
+
+
 def test_files_that_are_carried_along_are_kept_current_without_compiling(quick, checkpoint, tmp_path, monkeypatch):
     engine = tmp_path / "e"
     manifest = build_engine(checkpoint, engine)
@@ -410,7 +484,7 @@ def test_a_checkpoint_without_a_vision_tower_reads_text_alone(quick, checkpoint,
     assert build_engine(checkpoint, tmp_path / "b").model.vision is None
     save_file(text | {VISION_PROJECTION: tensors[VISION_PROJECTION]}, checkpoint / "model.safetensors")
     edit_json(checkpoint / "config.json", lambda config: config.update(vision_config={**LEAST_VISION}))
-    missing = r"vision_tower\.patch_embedder\.input_proj\.weight: missing, expected shape \[16, 768\]"
+    missing = r"vision_tower\.encoder\.layers\.0\.input_layernorm\.weight: missing, expected shape \[16\]"
     with pytest.raises(CheckpointError, match=missing):
         build_engine(checkpoint, tmp_path / "c")
 
@@ -438,7 +512,9 @@ def test_a_directory_that_is_no_engine_is_not_replaced(quick, checkpoint, tmp_pa
     assert (tmp_path / "home" / "config.json").exists()
 
 
-@pytest.mark.parametrize("text", ['{"name": "my web app"}', "[1]", "{"])
+@pytest.mark.parametrize(
+    "text", ['{"name": "my web app"}', "[1]", "{", '{"format_version": 2}', '{"format_version": 4, "checkpoint": {"id": 1}}']
+)
 def test_a_manifest_of_something_else_is_replaced_only_by_force(text, quick, checkpoint, tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "manifest.json").write_text(text)
@@ -493,12 +569,42 @@ def test_a_damaged_program_is_built_again(content, quick, checkpoint, tmp_path):
     assert "up to date" in lines[-1]
 
 
-def test_onnx_files_stay_with_their_programs(quick, checkpoint, tmp_path, monkeypatch):
+@pytest.fixture
+def quick_onnx(quick, monkeypatch):
     def write_onnx(model, build, directory, report):
         for name in ("encode", "denoise", "head", "vision"):
             (directory / f"{name}.onnx").write_text(name)
 
     monkeypatch.setattr("builder.build.write_onnx", write_onnx)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["all else as it was", "another chat template"])
+@pytest.mark.parametrize("fault", ["got 6 bytes, expected 4", "missing"])
+def test_a_damaged_onnx_file_is_told_and_not_kept(fault, changed, quick_onnx, checkpoint, tmp_path):
+    engine, lines = tmp_path / "e", []
+    build_engine(checkpoint, engine, keep_onnx=True)
+    if fault == "missing":
+        (engine / "head.onnx").unlink()
+    else:
+        (engine / "head.onnx").write_text("broken")
+    if changed:
+        (checkpoint / "chat_template.jinja").write_text("new")
+    manifest = build_engine(checkpoint, engine, report=lines.append)
+    assert lines[-4:] == [
+        f"{engine}/head.onnx: {fault}",
+        f"head.onnx will not be in {engine}; --keep-onnx writes them again",
+        "the programs are up to date, other files are not: copying the programs and the checkpoint's files",
+        f"engine {engine} written",
+    ]
+    assert read_manifest(engine) == manifest and "head.onnx" not in manifest.files
+    assert {path.name for path in engine.glob("*.onnx")} == {"denoise.onnx", "encode.onnx", "vision.onnx"}
+    build_engine(checkpoint, engine, report=lines.append)
+    assert "up to date" in lines[-1]
+    build_engine(checkpoint, engine, keep_onnx=True)
+    assert (engine / "head.onnx").read_text() == "head"
+
+
+def test_onnx_files_stay_with_their_programs(quick_onnx, checkpoint, tmp_path):
     engine, lines = tmp_path / "e", []
 
     def onnx_files() -> list[str]:
@@ -509,15 +615,12 @@ def test_onnx_files_stay_with_their_programs(quick, checkpoint, tmp_path, monkey
     (checkpoint / "chat_template.jinja").write_text("new")
     build_engine(checkpoint, engine, report=lines.append)
     assert len(onnx_files()) == 4 and not any("compiling" in line for line in lines)
-    (engine / "head.onnx").unlink()
-    build_engine(checkpoint, engine, report=lines.append)
-    assert "up to date" in lines[-1]
     build_engine(checkpoint, engine, keep_onnx=True)
     assert len(onnx_files()) == 4
     build_engine(checkpoint, engine, page_size=16, report=lines.append)
     assert onnx_files() == []
     dropped = "denoise.onnx, encode.onnx, head.onnx, vision.onnx"
-    assert f"{dropped} in {engine} will be gone; --keep-onnx writes them again" in lines
+    assert f"{dropped} will not be in {engine}; --keep-onnx writes them again" in lines
 
 
 def test_a_damaged_tokenizer_is_told_before_anything_long(refused, checkpoint, tmp_path, monkeypatch):
@@ -768,10 +871,18 @@ def test_an_engine_that_cannot_be_replaced_is_put_back(quick, checkpoint, tmp_pa
     assert [path.name for path in engine.parent.iterdir()] == ["e"]
 
 
-def test_the_tiny_engine_is_small(engine_dir):
-    """Programs hold no weights: less than the weights although three programs share them."""
-    assert read_manifest(engine_dir).checkpoint.files.keys() == {"model.safetensors"}
-    assert (TINY / "model.safetensors").stat().st_size > (engine_dir / "head.pt2").stat().st_size
+def test_programs_hold_no_weights(engine_dir):
+    """Looked for are the first numbers of every matrix; what programs do hold, frequencies of the positions, is found so."""
+    manifest, tensors = read_manifest(engine_dir), Checkpoint(TINY)
+    assert manifest.build.dtype == "float32" and {tensors.dtype(name) for name in tensors.names()} == {"float32"}
+    rows = {name: tensors.tensor(name).flatten()[:16] for name in tensors.names() if len(tensors.shape(name)) > 1}
+    assert rows.keys() >= {EMBEDDING, VISION_PROJECTION} and all(len(row.unique()) > 8 for row in rows.values())
+    held = {f"{each}_frequencies": rope_frequencies(attention) for each, attention in manifest.model.attention.items()}
+    for name, program in manifest.programs.items():
+        with zipfile.ZipFile(engine_dir / program.file) as package:
+            content = b"".join(package.read(each) for each in package.namelist())
+        found = {each for each, numbers in (rows | held).items() if numbers.numpy().tobytes() in content}
+        assert found == (held.keys() if name in ("encode", "denoise") else set()), name
 
 
 def test_layers_that_read_the_same_rows_are_bound_as_one_weight():
@@ -784,30 +895,3 @@ def test_layers_that_read_the_same_rows_are_bound_as_one_weight():
     assert shape[f"{sliding}.qkv_proj.weight"] == (16 * 256 + 2 * 8 * 256, 2816)
     assert shape["model.decoder.layers.0.mlp.gate_up_proj.weight"] == (2 * 2112, 2816)
     assert bound["model.decoder.self_conditioning.gate_up_proj.weight"][0].endswith("gate_proj.weight")
-
-
-# -- The Makefile
-
-
-@pytest.mark.parametrize("target", ["serve", "demo", "bench"])
-def test_make_builds_what_is_not_there_and_leaves_what_is(target, tmp_path):
-    """A virtual environment of one script, which writes down what it is asked for."""
-    python, asked = tmp_path / "venv" / "bin" / "python", tmp_path / "asked"
-    python.parent.mkdir(parents=True)
-    python.write_text(f"#!/bin/sh\nprintf '%s|' \"$@\" >> '{asked}'\necho >> '{asked}'\n")
-    python.chmod(0o755)
-    (tmp_path / "venv" / ".installed").touch()
-    engine, checkpoint = tmp_path / "my engine", tmp_path / "my checkpoint"
-
-    def make() -> list[str]:
-        asked.unlink(missing_ok=True)
-        variables = [f"VENV={tmp_path / 'venv'}", f"ENGINE={engine}", f"CHECKPOINT={checkpoint}"]
-        subprocess.run(["make", target, *variables], cwd=REAL.parent.parent, check=True, capture_output=True)
-        return asked.read_text().splitlines()
-
-    built, ran = make()
-    assert built.startswith(f"-m|builder|build|{checkpoint}|{engine}|--target|")
-    assert f"|{engine}|" in ran and ("--checkpoint|" not in ran or f"|{checkpoint}|" in ran)
-    engine.mkdir()
-    (engine / "manifest.json").touch()
-    assert make() == [ran]

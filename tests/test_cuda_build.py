@@ -70,6 +70,45 @@ def test_the_command_line_refuses_in_one_line(no_gpu, tmp_path):
     assert line.startswith("error: device 'cuda'")
 
 
+# -- Sizes without kernels
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"head_dim": 96}, "sliding_attention: attention kernel: got head_dim 96, expected a power of two of at least 16"),
+        ({"head_dim": 8}, "sliding_attention: attention kernel: got head_dim 8, expected a power of two"),
+        ({"global_head_dim": 48}, "full_attention: attention kernel: got head_dim 48, expected a power of two"),
+        (
+            {"num_attention_heads": 32},
+            "full_attention: attention kernel: got 32 query heads and 1 key/value heads, expected a multiple, at most 16 times",
+        ),
+    ],
+)
+def test_a_model_without_kernels_is_refused_before_anything_long(sizes, message, gpu, tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="the kernels are written in Triton's language")
+    monkeypatch.setattr("builder.build.compile_programs", None)
+    checkpoint = random_checkpoint(tmp_path / "checkpoint", **sizes)
+    result = CliRunner().invoke(app, ["build", str(checkpoint), str(tmp_path / "e"), "--target", "inductor"])
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: {message}") and line.endswith("; a CPU takes others, with --device cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_cannot_be_traced_is_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("The size of tensor a (33) must match b (32)\n\nWhile executing %mul\nOriginal traceback:")
+
+    monkeypatch.setattr("torch.export.export", refuse)
+    model, build = read_model_config(TINY), BuildConfig(target="inductor", dtype="float32")
+    with pytest.raises(BuildError) as refused:
+        export_program(signatures(model, build)[0], model, build)
+    assert str(refused.value) == (
+        "program encode: cannot be traced (RuntimeError: The size of tensor a (33) must match b (32)); expected sizes that its "
+        "operators take, see the checkpoint's config.json"
+    )
+
+
 # -- Loading what was built for a GPU
 
 
@@ -110,10 +149,10 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
         build = build_config(**choices)
         return {each.name: minimums(each, build) for each in signatures(model, build)}
 
-    assert least() == {"encode": (1, 512), "denoise": (1,), "head": (1,), "vision": (1,)}
-    assert least(max_encode_tokens=8192)["encode"] == (1, 512, 2048, 4096)
-    assert least(max_encode_tokens=4096)["encode"] == (1, 512, 2048)
-    assert least(max_encode_tokens=512)["encode"] == (1,)
+    assert least() == {"encode": (1, 512, 2048), "denoise": (1,), "head": (1,), "vision": (1,)}
+    assert least(max_encode_tokens=8192)["encode"] == least(max_encode_tokens=4096)["encode"] == (1, 512, 2048, 4096)
+    assert least(max_encode_tokens=4095)["encode"] == (1, 512, 2048)
+    assert least(max_encode_tokens=511)["encode"] == (1,)
     assert set(least(device="cpu").values()) == set(least(dtype="float32").values()) == {(1,)}
 
 
@@ -179,8 +218,9 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
         assert {each.device.type for each in inputs} == {"cuda"}
         assert called(program) == expected[signature.name]
     encode = signatures(model, build)[0]
-    for minimum, name in ((2048, "feed_forward_triton"), (4096, "feed_forward")):
-        program = export_program(encode, model, build_config(max_encode_tokens=8192), minimum)
+    variants = ((2048, 8192, "feed_forward_triton"), (2048, 2048, "feed_forward_triton"), (4096, 4096, "feed_forward"))
+    for minimum, most, name in variants:
+        program = export_program(encode, model, build_config(max_encode_tokens=most), minimum)
         assert called(program) == {"normed_heads_triton": layers, "paged_attention": layers - 1, name: layers - 1}
 
 

@@ -1,5 +1,6 @@
 """A finished directory in the place of another: whole at every moment, whatever fails."""
 
+import json
 import os
 import shutil
 
@@ -9,22 +10,24 @@ from builder import staging
 from builder.errors import BuildError
 from builder.staging import staged
 
+OLD, NEW = (json.dumps({"checkpoint": {"path": path, "files": {}}}) for path in ("old", "new"))
+
 
 @pytest.fixture
 def engine(tmp_path):
     place = tmp_path / "engines" / "e"
     place.mkdir(parents=True)
-    (place / "manifest.json").write_text('{"format_version": 1}')
+    (place / "manifest.json").write_text(OLD)
     return place
 
 
 def replace(engine) -> None:
     with staged(engine) as directory:
-        (directory / "manifest.json").write_text('{"format_version": 2}')
+        (directory / "manifest.json").write_text(NEW)
 
 
 def assert_replaced(engine) -> None:
-    assert (engine / "manifest.json").read_text() == '{"format_version": 2}'
+    assert (engine / "manifest.json").read_text() == NEW
     assert [path.name for path in engine.parent.iterdir()] == ["e"]
 
 
@@ -51,7 +54,7 @@ def test_an_old_engine_that_cannot_be_removed_fails_no_build(exchanges, engine, 
     if not exchanges:
         monkeypatch.setattr(staging, "_exchanged", lambda left, right: False)
     replace(engine)
-    assert (engine / "manifest.json").read_text() == '{"format_version": 2}'
+    assert (engine / "manifest.json").read_text() == NEW
 
 
 def test_only_what_puts_it_in_place_is_called_writing(engine):

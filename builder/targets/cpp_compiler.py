@@ -1,10 +1,13 @@
 """The C++ compiler that AOTInductor uses: whether it can be used here, and what it says where it fails."""
 
 import re
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from torch._inductor import config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -30,19 +33,25 @@ def cpp_compiler() -> str:
         ) from None
 
 
-def check_temporary_directory() -> None:
+def check_directories() -> None:
     """
     Raises:
-        BuildError: there is none, or AOTInductor cannot use it.
+        BuildError: there is no temporary directory, or AOTInductor cannot use it, or that of PyTorch or of Python's libraries.
     """
     try:
-        directory = tempfile.gettempdir()
+        temporary = tempfile.gettempdir()
     except OSError as error:
         raise BuildError(f"temporary directory: {error}; make room, or name one in TMPDIR") from error
+    _check_stays_whole("temporary directory", temporary, "name another in TMPDIR")
+    _check_stays_whole("PyTorch's directory", str(Path(torch.__file__).parent), "install it in another")
+    _check_stays_whole("directory of Python's libraries", str(sysconfig.get_config_var("LIBDIR")), "use another Python")
+
+
+def _check_stays_whole(what: str, directory: str, remedy: str) -> None:
     if _NOT_QUOTED.search(directory):  # it is put into command lines as it is, and these are split
         raise BuildError(
-            f"temporary directory: got {directory!r}, expected a path without spaces, quotes and backslashes, which PyTorch "
-            "does not quote; name another in TMPDIR"
+            f"{what}: got {directory!r}, expected a path without spaces, quotes and backslashes, which PyTorch does not quote; "
+            f"{remedy}"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from builder.export import CALLED_FROM, TracedProgram
+from builder.export import CALLED_FROM, TracedProgram, tracing
 from builder.staging import writing
 from builder.targets.compiled import Compiled
 from builder.targets.cpp_compiler import compiling
@@ -29,12 +29,13 @@ def compile_program(program: TracedProgram, directory: Path) -> Compiled:
     becomes C++. For a GPU, their kernels are compiled into the package like all others (but see `opened`).
 
     Raises:
-        BuildError: the compiler fails, or the file cannot be written.
+        BuildError: the program cannot be opened, the compiler fails, or the file cannot be written.
     """
     name, package = f"{program.name}.pt2", io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
-        exported = opened(program) if program.device == "cuda" else with_compiled_operators(program)
+        with tracing(program.name):
+            exported = opened(program) if program.device == "cuda" else with_compiled_operators(program)
         with compiling(f"program {program.name}"):
             torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=dict(_OPTIONS))
     with writing(directory / name):
