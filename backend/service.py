@@ -11,20 +11,20 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from backend.errors import RequestError
 from backend.images.placeholders import expand
 from backend.images.preprocess import ImagePatches
-from backend.job import CanvasOutput, DraftOutput, OnOutput
+from backend.job import OnOutput
 from backend.metrics import MetricsDelta, Series
 from backend.prompt_tokens import PromptTokenizer, check_positions
-from backend.sampling_config import ResolvedSampling, SamplingConfig
+from backend.sampling_config import SamplingConfig
 from backend.service_limits import ServiceLimits
+from backend.service_request import ServiceRequest
 from backend.text_stream import EVERYWHERE, StopScope
 from backend.worker_messages import Cancel, Failure, LoadFailed, Ready, Report, Submit, is_last
 from backend.worker_process import WorkerConfig, WorkerError, WorkerProcess
@@ -32,21 +32,6 @@ from contract.model_config import ModelConfig
 
 _logger = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 0.1
-
-
-@dataclass(kw_only=True)
-class _Request:
-    """`sent`: the worker has it, its images too, which are not kept here any longer. `started`: it has a place in the batch."""
-
-    prompt_ids: list[int]
-    images: tuple[ImagePatches, ...]
-    sampling: ResolvedSampling
-    on_output: OnOutput
-    stop_scope: StopScope
-    draft_interval_s: float | None
-    queued_at_s: float
-    sent: bool = False
-    started: bool = False
 
 
 class Service:
@@ -77,7 +62,8 @@ class Service:
         self._on_metrics, self._on_death, self._on_restart, self._on_gave_up = on_metrics, on_death, on_restart, on_gave_up
         self._handles = itertools.count(1)
         self._lock = threading.Lock()
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, ServiceRequest] = {}
+        self._announced: dict[Hashable, float] = {}  # when they arrived
         self._worker: WorkerProcess | None = None  # the one that is ready
         self._unusable: str | None = None  # why every request is refused
         self._deadline_s = float("inf")  # of closing
@@ -111,6 +97,22 @@ class Service:
         """A prompt as `submit` takes it. Raises RequestError INVALID_ARGUMENT, see `PromptTokenizer`."""
         return self._tokenize(prompt) if isinstance(prompt, str) else list(prompt)
 
+    def announce(self, owner: Hashable, arrived_at_s: float) -> None:
+        """Gives a request its place in the queue before it is ready to be submitted, until it is, or is withdrawn.
+        arrived_at_s: by `time.monotonic`; what is measured of the request begins there.
+
+        Raises:
+            RequestError: UNAVAILABLE as `submit`.
+        """
+        with self._lock:
+            self._check_room()
+            self._announced[owner] = arrived_at_s
+
+    def withdraw(self, owner: Hashable) -> None:
+        """It will not be submitted; nothing happens if it has been."""
+        with self._lock:
+            self._announced.pop(owner, None)
+
     def submit(
         self,
         prompt: str | Sequence[int],
@@ -120,9 +122,11 @@ class Service:
         images: Sequence[ImagePatches] = (),
         stop_scope: StopScope = EVERYWHERE,
         draft_interval_s: float | None = None,
+        owner: Hashable = None,
     ) -> int:
         """Queues a request and returns its handle; `on_output` is called from the supervising thread and must not block.
-        images: one for each placeholder of the prompt. stop_scope, draft_interval_s: see `Scheduler.add`.
+        images: one for each placeholder of the prompt. stop_scope, draft_interval_s: see `Scheduler.add`. owner: of the place
+        that it was given before; None for one without.
 
         Raises:
             RequestError: INVALID_ARGUMENT for parameters that contradict each other, for images that do not fit the prompt, and
@@ -133,24 +137,18 @@ class Service:
         resolved = sampling.resolve(self._engine.defaults, self._tokenize.of_answer)
         check_positions(self._engine.model, token_ids, resolved)  # here, so that millions of tokens go nowhere
         with self._lock:
-            if self._unusable:
-                raise RequestError("UNAVAILABLE", self._unusable)
-            # Those that the worker has not started yet but has places for do not wait.
-            waiting = len(self._requests) - self._engine.max_sequences
-            if waiting >= self._limits.max_queued:
-                raise RequestError(
-                    "UNAVAILABLE",
-                    f"queue: got {waiting} waiting requests, at most {self._limits.max_queued}; try again later",
-                )
+            if owner not in self._announced or self._unusable:
+                self._check_room()
+            arrived_at_s = self._announced.pop(owner, time.monotonic())
             handle = next(self._handles)
-            request = _Request(
+            request = ServiceRequest(
                 prompt_ids=token_ids,
                 images=tuple(images),
                 sampling=resolved,
                 on_output=on_output,
                 stop_scope=stop_scope,
                 draft_interval_s=draft_interval_s,
-                queued_at_s=time.monotonic(),
+                queued_at_s=arrived_at_s,
             )
             self._requests[handle] = request
             if self._worker:
@@ -170,7 +168,16 @@ class Service:
             self._deadline_s = time.monotonic() + timeout_s
         self._thread.join()
 
-    def _send(self, handle: int, request: _Request) -> None:
+    def _check_room(self) -> None:
+        if self._unusable:
+            raise RequestError("UNAVAILABLE", self._unusable)
+        # Those that the worker has not started yet but has places for do not wait.
+        waiting = len(self._requests) + len(self._announced) - self._engine.max_sequences
+        if waiting >= self._limits.max_queued:
+            line = f"queue: got {waiting} waiting requests, at most {self._limits.max_queued}; try again later"
+            raise RequestError("UNAVAILABLE", line)
+
+    def _send(self, handle: int, request: ServiceRequest) -> None:
         request.sent = True
         self._worker.send(
             Submit(
@@ -185,7 +192,7 @@ class Service:
         )
         request.images = ()
 
-    def _forget(self, handle: int) -> _Request | None:
+    def _forget(self, handle: int) -> ServiceRequest | None:
         request = self._requests.pop(handle, None)
         if request and request.sent and self._worker:
             self._worker.send(Cancel(handle=handle))
@@ -275,7 +282,7 @@ class Service:
                 if request is not None:
                     called.append((request, output))
         for request, output in called:
-            _call(request, RequestError(output.code, output.message) if isinstance(output, Failure) else output)
+            request.call(RequestError(output.code, output.message) if isinstance(output, Failure) else output)
 
     def _expire(self, now_s: float) -> None:
         """Fails what has waited too long for a place in the batch."""
@@ -289,12 +296,12 @@ class Service:
             ended = [(self._forget(handle), waited_s) for handle, waited_s in expired]
         for request, waited_s in ended:
             line = f"queue: waited {waited_s:.0f} s, at most {allowed_s:g} s; try again later"
-            _call(request, RequestError("DEADLINE_EXCEEDED", line))
+            request.call(RequestError("DEADLINE_EXCEEDED", line))
 
     def _measure_queue(self) -> None:
         """Only here all that waits is known, also while there is no worker."""
         with self._lock:
-            num_queued = sum(not request.started for request in self._requests.values())
+            num_queued = len(self._announced) + sum(not request.started for request in self._requests.values())
         if num_queued != self._num_queued:
             self._num_queued = num_queued
             self._on_metrics(MetricsDelta(gauges={Series("queued_requests"): num_queued}))
@@ -303,16 +310,9 @@ class Service:
         with self._lock:
             return now_s >= self._deadline_s or (self._deadline_s < float("inf") and not self._requests)
 
-    def _fail(self, concerned: Callable[[_Request], bool], error: RequestError) -> None:
+    def _fail(self, concerned: Callable[[ServiceRequest], bool], error: RequestError) -> None:
         with self._lock:
             ended = [handle for handle, request in self._requests.items() if concerned(request)]
             requests = [self._requests.pop(handle) for handle in ended]
         for request in requests:
-            _call(request, error)
-
-
-def _call(request: _Request, output: CanvasOutput | DraftOutput | RequestError) -> None:
-    try:
-        request.on_output(output)
-    except Exception:
-        _logger.exception("a request's on_output failed; the others go on")
+            request.call(error)

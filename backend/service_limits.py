@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class ServiceLimits:
     """When to refuse, and when to give up.
 
-    max_queued: requests beyond those that the batch has places for. queue_timeout_s: from `submit` to a place in the batch.
+    max_queued: requests beyond those that the batch has places for. queue_timeout_s: from its arrival to a place in the batch.
     load_timeout_s: a worker may take to load the engine. progress_timeout_s: a loaded worker may be silent, which it is while a
     step runs. max_deaths: of workers in a row; the last of them is not replaced. One that has served for deaths_window_s begins
     a new row.

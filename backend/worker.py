@@ -99,6 +99,7 @@ class Inbox:
         return taken
 
     def _read(self) -> None:
+        exit_code = 1
         try:
             while True:
                 message = self._connection.recv()
@@ -106,7 +107,11 @@ class Inbox:
                     self._messages.append(message)
                     self._arrived.notify()
         except (EOFError, OSError):  # the parent closed the connection, or is gone
-            os._exit(0)
+            exit_code = 0
+        except Exception:  # one that memory does not suffice for, say
+            _logger.exception("a message cannot be read; the worker ends")
+        finally:  # whatever it was: without this thread the worker would be deaf, and its heartbeats would go on
+            os._exit(exit_code)
 
 
 class Loop:

@@ -1,12 +1,12 @@
 """The engine worker as its parent sees it: a child process, a connection, and how it ended."""
 
 import json
+import logging
 import os
 import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,7 +15,10 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import backend
+from backend.worker_directory import worker_directory
 from backend.worker_messages import Cancel, LoadFailed, Ready, Report, Submit
+
+_logger = logging.getLogger(__name__)
 
 
 class WorkerError(Exception):
@@ -40,15 +43,13 @@ class WorkerProcess:
         self._outbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
         with ExitStack() as opened:  # closed again if it does not start
             try:
-                # The worker unpacks its programs there, and has no time to remove them when it is killed.
-                self._temporary = tempfile.TemporaryDirectory(prefix="diffusiongemma_worker_", ignore_cleanup_errors=True)
-                opened.enter_context(self._temporary)
+                temporary = opened.enter_context(worker_directory())
                 self._connection, theirs = map(opened.enter_context, Pipe())
-                self._process = _started(config, theirs.fileno(), self._temporary.name)
+                self._process = _started(config, theirs.fileno(), temporary)
             except OSError as error:
                 raise WorkerError(f"engine worker: cannot be started ({error})") from None
             theirs.close()
-            opened.pop_all()
+            self._opened = opened.pop_all()
         # A worker that reads nothing fills the socket; only this thread waits then.
         self._writing = threading.Thread(target=self._write, name="engine worker's outbox", daemon=True)
         self._writing.start()
@@ -76,8 +77,7 @@ class WorkerProcess:
         self._process.wait()
         self._outbox.put(None)
         self._writing.join()
-        self._connection.close()
-        self._temporary.cleanup()
+        self._opened.close()
 
     def _ending(self) -> str:
         try:
@@ -92,14 +92,17 @@ class WorkerProcess:
                 self._connection.send(message)
         except OSError:  # the worker is gone; `receive` says so
             pass
+        except Exception:  # without this thread the worker would hear nothing more; a new one starts in its place
+            _logger.exception("a message to the engine worker cannot be written; the worker is ended")
+            self._process.kill()
 
 
-def _started(config: WorkerConfig, connection: int, temporary: str) -> subprocess.Popen:
+def _started(config: WorkerConfig, connection: int, temporary: Path) -> subprocess.Popen:
     """connection: a file descriptor. Raises OSError."""
     options = {"connection": connection, "parent": os.getpid(), "engine": config.engine_dir}
     options |= {"limits": json.dumps(dict(config.limits))}
     # The worker is this very program, wherever its parent found it.
     paths = filter(None, (str(Path(backend.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": temporary} | config.environment
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(temporary)} | config.environment
     command = [sys.executable, "-m", "backend.worker", *(f"--{name}={value}" for name, value in options.items())]
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[connection])

@@ -3,6 +3,7 @@
 import queue
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -63,22 +64,33 @@ def server_model(monkeypatch):
 @pytest.fixture
 def answering(server_model):
     """A model whose answering thread runs; `cancelled` are the handles that the service was told to end, `released` the answers
-    whose images are no longer held, `submitted` the images that the service got; it refuses those of "bad"."""
+    whose images are no longer held, `submitted` the images that the service got; it refuses those of "bad"; `announced` are
+    the answers that have a place in its queue, which has two."""
     model = server_model.DiffusionGemmaModel()
-    model.cancelled, model.released, model.submitted = [], [], []
+    model.cancelled, model.released, model.submitted, model.announced = [], [], [], {}
 
     def submit(prompt, sampling, on_output, *, images=(), **choices):
         if images == ("bad",):
             raise RequestError("INVALID_ARGUMENT", "prompt: got no place for an image")
         model.submitted.append((prompt, images))
+        model.announced.pop(choices["owner"], None)
         return 9
+
+    def announce(owner, arrived_at_s):
+        if len(model.announced) == 2:
+            raise RequestError("UNAVAILABLE", "queue: got 2 waiting requests, at most 2; try again later")
+        model.announced[owner] = arrived_at_s
+
+    def withdraw(owner):
+        model.announced.pop(owner, None)
 
     def tokens(prompt):
         if prompt == "half":
             raise RequestError("INVALID_ARGUMENT", "prompt: got half of a surrogate pair")
         return [len(prompt), threading.get_ident()]
 
-    model._service = SimpleNamespace(cancel=model.cancelled.append, submit=submit, tokens=tokens, tokenizer=None)
+    queued = {"submit": submit, "announce": announce, "withdraw": withdraw, "cancel": model.cancelled.append}
+    model._service = SimpleNamespace(**queued, tokens=tokens, tokenizer=None)
     model._closing, model._template = False, None
     model._images = SimpleNamespace(release=model.released.append)
     model._events, model._metrics = queue.SimpleQueue(), MetricValues()
@@ -164,6 +176,34 @@ def test_a_long_text_holds_up_nobody_and_can_be_given_up(server_model, answering
     wait_until(lambda: len(answering.submitted) == 2)
     assert answering.submitted[1] == ([1], ())
     assert not senders["b", 20_000].sent
+
+
+def test_what_is_made_ready_has_a_place_in_the_queue_from_its_arrival(server_model, answering, monkeypatch):
+    """Until it is submitted or ends; what finds none is refused at once."""
+    release, senders = threading.Event(), [Sender() for _ in range(4)]
+    monkeypatch.setattr(answering._service, "tokens", lambda prompt: release.wait(60) and [1])
+    monkeypatch.setattr(server_model, "parse_request", lambda request, template: request.parsed)
+    long = GenerationRequest(request_id="7", prompt="a" * 20_000, stream=True, sampling=SamplingConfig())
+    before_s = time.monotonic()
+    with ThreadPoolExecutor() as answering._texts:
+
+        def execute(sender: Sender) -> None:
+            asked = {"parsed": long, "request_id": lambda: "7", "get_response_sender": lambda: sender}
+            answering.execute([SimpleNamespace(**asked)])
+
+        for sender in senders[:3]:
+            execute(sender)
+        assert [len(sender.sent) for sender in senders] == [0, 0, 1, 0]
+        line = "[request id: 7] [UNAVAILABLE] queue: got 2 waiting requests, at most 2; try again later"
+        assert senders[2].sent == [(line, 1)]
+        assert all(before_s <= arrived_at_s <= time.monotonic() for arrived_at_s in answering.announced.values())
+        senders[0].cancelled = True
+        wait_until(lambda: len(answering.announced) == 1)
+        execute(senders[3])
+        assert not senders[3].sent
+        release.set()
+    wait_until(lambda: len(answering.submitted) == 2)
+    assert not answering.announced
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from backend.errors import RequestError
-from backend.images.decode import decode, decode_base64
+from backend.images.decode import decode_base64, open_file, upright_rgb, whole_file
 from backend.images.limits import FORMATS, ImageLimits
 
 LIMITS = ImageLimits()
@@ -37,6 +37,10 @@ def png(width: int, height: int, *, depth: int, color: int, data: bytes, **chunk
         for name, content in listed.items()
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def decode(name: str, data: bytes, limits: ImageLimits) -> Image.Image:
+    return upright_rgb(name, open_file(name, data, limits), expected=whole_file(limits), in_place=True)
 
 
 def decoded(data: bytes, limits: ImageLimits = LIMITS) -> np.ndarray:
@@ -82,6 +86,14 @@ def test_the_orientation_of_exif_data(kind, orientation, tmp_path):
     image = decoded(data)
     np.testing.assert_array_equal(image, np.asarray(load_image(str(tmp_path / "file"))))
     assert image.shape == ((7, 5, 3) if orientation >= 5 else (5, 7, 3))
+
+
+@pytest.mark.parametrize("kind", ["black and white PNG", "CMYK JPEG", "RGBA PNG", "palette PNG with a transparent color"])
+def test_an_image_of_several_tiles(kind):
+    """Of which the last ones are not whole."""
+    small = Image.open(io.BytesIO(FILES[kind]))
+    data = file_of(small.resize((1030, 517)), small.format)
+    np.testing.assert_array_equal(decoded(data), convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True))
 
 
 def test_transparency_lies_on_white():

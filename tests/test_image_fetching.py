@@ -17,7 +17,7 @@ IMAGE = b"\x89PNG" + bytes(96)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/image, /large, /lies, /compressed, /drip, /silent, /to/URL, /again; anything else is not found."""
+    """/image, /large, /endless, /compressed, /identity, /drip, /silent, /to/URL, /again; anything else is not found."""
 
     protocol_version = "HTTP/1.1"
 
@@ -35,6 +35,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, bytes(100), **{"content-length": "10000000000"})
         elif self.path == "/compressed":
             self.answer(200, IMAGE, **{"content-encoding": "gzip"})
+        elif self.path == "/identity":
+            self.answer(200, IMAGE, **{"content-encoding": "Identity"})
         elif self.path in ("/drip", "/silent"):
             self.drip(self.path == "/drip")
         else:
@@ -94,7 +96,8 @@ def refusal(url: str, limits: ImageLimits = LIMITS, **options) -> str:
 
 
 def test_an_image_is_fetched(url):
-    assert fetch("image[0]", f"{url}/image", LIMITS, allowed=this_host) == IMAGE
+    for path in ("image", "identity"):
+        assert fetch("image[0]", f"{url}/{path}", LIMITS, allowed=this_host) == IMAGE
 
 
 def test_nothing_is_fetched_unless_the_operator_allows_it(server, url):
@@ -126,7 +129,7 @@ PRIVATE = [
 @pytest.mark.parametrize("host", PRIVATE)
 def test_a_private_address_is_never_connected_to(server, host):
     server.seen.clear()
-    assert "is not public" in refusal(f"http://{host}:{server.server_port}/image")
+    assert "expected one with public addresses" in refusal(f"http://{host}:{server.server_port}/image")
     assert server.seen == []
 
 
@@ -140,7 +143,7 @@ def test_which_addresses_are_public(address, public):
 
 def test_one_private_address_among_public_ones_is_enough(monkeypatch):
     answers(monkeypatch, "93.184.216.34", "10.1.2.3")
-    assert "whose address 10.1.2.3 is not public" in refusal("http://images.example/image")
+    assert "expected one with public addresses" in refusal("http://images.example/image")
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(server, monkeypatch):
@@ -173,12 +176,21 @@ def answers(monkeypatch, *addresses: str) -> list[str]:
     return names
 
 
-def test_a_name_without_an_address(monkeypatch):
+def test_a_refusal_does_not_tell_which_names_the_network_has(monkeypatch, caplog):
+    """The operator reads it in the log."""
+
     def getaddrinfo(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
 
+    answers(monkeypatch, "10.1.2.3")
+    known = refusal("http://images.example/image")
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert "'images.example', which has no address" in refusal("http://images.example/image")
+    assert known == refusal("http://images.example/image")
+    assert known == "image[0]: got the host 'images.example', expected one with public addresses; send the image itself"
+    assert [record.getMessage() for record in caplog.records if record.name == "backend.images.fetch"] == [
+        "image[0]: the host 'images.example' is refused, 10.1.2.3",
+        "image[0]: the host 'images.example' is refused, it has no address",
+    ]
 
 
 def test_redirects_are_followed_and_checked_again(server, url):
@@ -186,7 +198,7 @@ def test_redirects_are_followed_and_checked_again(server, url):
     assert fetch("image[0]", f"{url}/to/{url}/to//image", LIMITS, allowed=this_host) == IMAGE
     server.seen.clear()
     elsewhere = f"http://127.0.0.2:{server.server_port}/image"
-    assert "127.0.0.2 is not public" in refusal(f"{url}/to/{elsewhere}", allowed=this_host)
+    assert "'127.0.0.2', expected one with public addresses" in refusal(f"{url}/to/{elsewhere}", allowed=this_host)
     assert "expected http or https" in refusal(f"{url}/to/file:///etc/passwd", allowed=this_host)
     assert "more than 3 redirects" in refusal(f"{url}/again", allowed=this_host)
     assert [path for _, path in server.seen if path == "/image"] == []

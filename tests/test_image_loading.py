@@ -3,6 +3,7 @@
 import base64
 import io
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,9 +143,9 @@ class HeldLoader(ImageLoader):
 
     gate = None
 
-    def load(self, sources):
+    def load(self, sources, *reserve):
         assert self.gate.wait(30)
-        return super().load(sources)
+        return super().load(sources, *reserve)
 
 
 @pytest.fixture
@@ -157,9 +158,9 @@ def gate(monkeypatch) -> threading.Event:
 
 @pytest.fixture
 def held(gate):
-    """A pool of one thread that begins when `gate` is set, for two images with their patches."""
+    """A pool of one thread that begins when `gate` is set, for two images with their patches, and as much for decoding."""
     loader = HeldLoader(limits=ImageLimits(), vision=VISION, max_soft_tokens=70)
-    pool = ImagePool(loader, max_bytes=2 * SIZE, num_threads=1)
+    pool = ImagePool(loader, max_bytes=4 * SIZE, num_threads=1)
     yield pool
     gate.set()
     pool.close()
@@ -212,6 +213,46 @@ def test_images_that_never_fit_are_not_asked_for_again(held):
         held.submit("a", [PNG] * 3, lambda _: None)
     assert caught.value.code == "INVALID_ARGUMENT"
     assert str(caught.value) == f"images: got {3 * SIZE} bytes, expected at most {2 * SIZE} in all; send fewer or smaller ones"
+
+
+def test_an_image_that_takes_too_much_to_decode_is_refused(held, gate):
+    written = io.BytesIO()
+    Image.new("RGBA", (500, 400)).save(written, "PNG")
+    num_bytes = len(written.getvalue()) + 500 * 400 * 8 + 900 * 40
+    assert num_bytes > 2 * SIZE
+    arrived = []
+    held.submit("a", [PNG, written.getvalue()], arrived.append)
+    gate.set()
+    wait_until(lambda: arrived)
+    assert str(arrived[0]) == (
+        f"image[1]: got an image that takes {num_bytes} bytes to decode, expected at most {2 * SIZE}; scale it down"
+    )
+
+
+class DecodingLoader(ImageLoader):
+    """Takes all the memory that there is for decoding, and notes whether another thread has it too."""
+
+    taken = threading.Lock()
+    is_taken_twice = False
+
+    def load(self, sources, reserve):
+        with reserve("image[0]", 2 * SIZE):
+            if not self.taken.acquire(blocking=False):
+                DecodingLoader.is_taken_twice = True
+                return ()
+            time.sleep(0.02)  # for another thread, which must not come here
+            self.taken.release()
+        return super().load(sources)
+
+
+def test_images_wait_for_the_memory_that_decoding_takes():
+    pool = ImagePool(DecodingLoader(limits=ImageLimits(), vision=VISION, max_soft_tokens=70), max_bytes=4 * SIZE, num_threads=2)
+    arrived = []
+    pool.submit("a", [PNG], arrived.append)
+    pool.submit("b", [PNG], arrived.append)
+    wait_until(lambda: len(arrived) == 2)
+    assert all(len(loaded) == 1 for loaded in arrived) and not DecodingLoader.is_taken_twice
+    pool.close()
 
 
 def test_an_unexpected_failure_says_nothing_of_itself(held, gate, monkeypatch):

@@ -13,7 +13,8 @@ from transformers import Gemma4Processor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from backend.errors import RequestError
-from backend.images.placeholders import MAX_IMAGES, expand, image_spans
+from backend.images.limits import MAX_IMAGES
+from backend.images.placeholders import expand, image_spans
 from backend.images.preprocess import ImagePatches, preprocess
 from builder.config import read_model_config
 from contract.model_config import SOFT_TOKEN_BUDGETS

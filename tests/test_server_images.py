@@ -31,7 +31,7 @@ FIGURES = list(itertools.islice(figure_questions(2026, held_out=True), NUM_FIGUR
 
 @pytest.fixture(scope="module")
 def server(engine_dir) -> Iterator[TritonServer]:
-    parameters = {"fetch_images": "true", "max_sequences": "8", "image_memory_bytes": str(64 * 1024**2)}
+    parameters = {"fetch_images": "true", "max_sequences": "8", "image_memory_bytes": str(128 * 1024**2)}
     with TritonServer(engine_dir=engine_dir, parameters=parameters, **ANY_PORTS) as running:
         yield running
 
@@ -118,8 +118,9 @@ def test_a_stream_and_an_image_of_an_earlier_turn(client):
 
 
 def test_requests_that_go_while_their_images_load_leave_no_memory_behind(server):
-    """Three of these images fit into image_memory_bytes, so that one that stays counted is noticed."""
-    large = json.dumps(with_url(data_url(encoded(Image.effect_noise((3600, 3600), 64)))))
+    """Three of these images fit into half of image_memory_bytes, so that one that stays counted is noticed."""
+    noise = Image.merge("RGB", [Image.effect_noise((2200, 2200), 64) for _ in range(3)])
+    large = json.dumps(with_url(data_url(encoded(noise))))
     for _ in range(4):
         stream = Stream(server.grpc_url, messages=large, stream=True)
         stream.close(cancel=True)
@@ -135,8 +136,8 @@ BAD_IMAGES = {
     "no base64": (["data:image/png;base64,!"], ["image[0]: got malformed base64"]),
     "too large a file": ([data_url(bytes(20 * 1024**2 + 1))], ["image[0]: got", "bytes, expected at most 20971520"]),
     "too many": ([data_url(PNG)] * 8, ["images: got 8, expected at most 7"]),
-    "a private URL": (["http://169.254.169.254/latest"], ["image[0]: got the host '169.254.169.254'", "not public"]),
-    "this very host": (["http://localhost:8000/v2"], ["image[0]: got the host 'localhost'", "not public"]),
+    "a private URL": (["http://169.254.169.254/latest"], ["image[0]: got the host '169.254.169.254'", "public addresses"]),
+    "this very host": (["http://localhost:8000/v2"], ["image[0]: got the host 'localhost'", "public addresses"]),
     "a file": (["file:///etc/passwd"], ["image[0]: got the URL 'file:///etc/passwd'", "http or https"]),
     "the second one": ([data_url(PNG), data_url(b"hello")], ["image[1]: got 5 bytes"]),
 }

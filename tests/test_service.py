@@ -170,7 +170,7 @@ def test_deaths_far_apart_are_forgiven(engine_dir):
 def test_a_worker_that_cannot_be_started_again_ends_all_requests(engine_dir, monkeypatch, error, words):
     """Whatever goes wrong in the supervising thread; however long each attempt takes."""
     watched = Watched(engine_dir, max_deaths=3, deaths_window_s=0.01)
-    monkeypatch.setattr("backend.worker_process.tempfile.TemporaryDirectory", partial(slowly_raised, error))
+    monkeypatch.setattr("backend.worker_directory.tempfile.TemporaryDirectory", partial(slowly_raised, error))
     wait_until(lambda: watched.service.worker_pid is not None)
     asked = Asked(watched.service, ENDLESS)
     watched.signal(signal.SIGKILL)
@@ -278,6 +278,29 @@ def test_a_queue_without_places_still_serves_what_fits_the_batch(engine_dir):
         Asked(watched.service, SHORT)
     assert all(isinstance(asked.next(), CanvasOutput) for asked in both)
     watched.service.close(timeout_s=0)
+
+
+def test_a_request_that_is_made_ready_has_its_place_from_its_arrival(engine_dir):
+    watched = Watched(engine_dir, max_sequences=1, max_queued=1, queue_timeout_s=1000)
+    arrived_at_s = time.monotonic() - 100
+    for owner in ("a", "b"):
+        watched.service.announce(owner, arrived_at_s)
+    wait_until(lambda: watched.gauge("queued_requests") == 2)
+    for ask in (lambda: watched.service.announce("c", arrived_at_s), lambda: Asked(watched.service, SHORT)):
+        with pytest.raises(RequestError, match="got 1 waiting requests, at most 1") as caught:
+            ask()
+        assert caught.value.code == "UNAVAILABLE"
+    for owner in ("b", "b", "unknown"):
+        watched.service.withdraw(owner)
+    outputs = [queue.Queue(), queue.Queue()]
+    watched.service.submit([5, 6], SHORT, outputs[0].put)  # in the place of b
+    watched.service.submit([5, 6], SHORT, outputs[1].put, owner="a")
+    assert [output.get(timeout=TIMEOUT_S).finish_reason for output in outputs] == ["length", "length"]
+    wait_until(lambda: watched.gauge("queued_requests") == 0)
+    for name in ("queue_seconds", "first_canvas_seconds"):
+        wait_until(lambda name=name: watched.histogram(name))
+        assert watched.histogram(name).sum >= 100
+    watched.service.close()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from waiting import wait_until
 
 from backend.errors import RequestError
 from backend.job import CanvasOutput
@@ -139,4 +140,31 @@ def test_a_program_that_is_not_there(engine_dir, monkeypatch):
 def test_a_worker_that_does_not_get_ready(engine_dir, environment, limits, words):
     with pytest.raises(WorkerError) as caught:
         Service(WorkerConfig(engine_dir=engine_dir, environment=environment), ServiceLimits(**limits))
+    assert str(caught.value) == words
+
+
+class Unreadable:
+    """A message that takes more memory to read than there is."""
+
+    def __reduce__(self):
+        return bytearray, (1 << 60,)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (Unreadable(), "engine worker: ended with exit code 1; see the server's log"),
+        (lambda: "what cannot be pickled", "engine worker: ended by SIGKILL; see the server's log"),
+    ],
+    ids=["read", "written"],
+)
+def test_a_message_that_cannot_be_passed_on_ends_the_worker(engine_dir, message, words):
+    """It would be deaf from then on, and alive to all appearances."""
+    worker = WorkerProcess(WorkerConfig(engine_dir=engine_dir))
+    try:
+        worker.send(message)
+        with pytest.raises(WorkerError) as caught:
+            wait_until(lambda: worker.receive(0.1) is message)
+    finally:
+        worker.end()
     assert str(caught.value) == words

@@ -10,6 +10,7 @@ What is refused raises RequestError INVALID_ARGUMENT, one line.
 """
 
 import ipaddress
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from backend.errors import refused
 from backend.images.limits import ImageLimits
 from backend.parameters import shown
 
+_logger = logging.getLogger(__name__)
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _REDIRECTS = (301, 302, 303, 307, 308)
 # What some release of Python, or all, counts as global: translations to IPv4, site-local addresses, documentation, and the
@@ -78,7 +80,7 @@ def _get(pool: httpcore2.ConnectionPool, name: str, url: httpx2.URL, limits: Ima
         headers = {key.lower(): value.decode("latin-1") for key, value in response.headers}
         if response.status in _REDIRECTS and b"location" in headers:
             return headers[b"location"]
-        if response.status != 200 or b"content-encoding" in headers:  # 5.
+        if response.status != 200 or headers.get(b"content-encoding", "identity").strip().lower() != "identity":  # 5.
             got = f"status {response.status}" if response.status != 200 else "a compressed answer"
             raise refused(f"{name}: got {got} from {shown(str(url))}, expected an image; send the image itself")
         body = bytearray()
@@ -99,8 +101,11 @@ class _CheckedBackend(httpcore2.NetworkBackend):
     def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore2.NetworkStream:
         addresses = self._resolved(host)  # 2.
         barred = [address for address in addresses if not self._allowed(address)]
-        if barred:
-            line = f"{self._name}: got the host {shown(host)}, whose address {barred[0]} is not public; send the image itself"
+        if barred or not addresses:
+            # One message for both, so that no client finds out which names there are in the operator's network.
+            reason = ", ".join(map(str, barred)) or "it has no address"
+            _logger.warning("%s: the host %s is refused, %s", self._name, shown(host), reason)
+            line = f"{self._name}: got the host {shown(host)}, expected one with public addresses; send the image itself"
             raise refused(line)
         for address in addresses:  # 3.
             try:
@@ -114,7 +119,7 @@ class _CheckedBackend(httpcore2.NetworkBackend):
         try:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise refused(f"{self._name}: got the host {shown(host)}, which has no address; send the image itself") from None
+            return []
         return [ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in found]
 
 

@@ -7,6 +7,9 @@ from PIL import Image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 """Pillow's names of the formats that are read; of its other decoders none sees a client's bytes."""
 
+MAX_IMAGES = 7
+"""Of one prompt: what the family was made for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
@@ -17,7 +20,7 @@ class ImageLimits:
     Raises ValueError for more pixels than Pillow decodes without a warning.
     """
 
-    max_images: int = 7
+    max_images: int = MAX_IMAGES
     max_bytes: int = 20 * 1024**2
     max_pixels: int = 50_000_000
     formats: tuple[str, ...] = FORMATS

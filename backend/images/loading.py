@@ -2,29 +2,32 @@
 
 | given as                      | read by                                        |
 |-------------------------------|------------------------------------------------|
-| text: base64, or a data URL   | `decode_base64`, then `decode`                 |
-| text: any other URL           | `fetch`, if the operator allows it; `decode`   |
-| bytes: the content of a file  | `decode`                                       |
-| a path                        | `decode`; never from a client                  |
+| text: base64, or a data URL   | `decode_base64`, then as a file                |
+| text: any other URL           | `fetch`, if the operator allows it; as a file  |
+| bytes: the content of a file  | `open_file`, then `upright_rgb`                |
+| a path                        | as a file; never from a client                 |
 | a Pillow image                | `upright_rgb`, with any mode                   |
 """
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from backend.errors import refused
-from backend.images.decode import decode, decode_base64, upright_rgb
+from backend.images.decode import decode_base64, decoding_bytes, open_file, upright_rgb, whole_file
 from backend.images.fetch import fetch
 from backend.images.limits import ImageLimits
 from backend.images.preprocess import SOFT_TOKEN_BUDGETS, ImagePatches, max_patch_bytes, preprocess
 from contract.model_config import VisionConfig
 
 ImageSource = str | bytes | os.PathLike | Image.Image
+Reserve = Callable[[str, int], AbstractContextManager]
+"""Called with an image's name and the bytes that decoding it takes; they are taken while the context is open."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -51,13 +54,12 @@ class ImageLoader:
         if len(sources) > self.limits.max_images:
             raise refused(f"images: got {len(sources)}, expected at most {self.limits.max_images} in a request")
 
-    def load(self, sources: Sequence[ImageSource]) -> tuple[ImagePatches, ...]:
-        """Raises RequestError INVALID_ARGUMENT, one line that names the image, `image[0]` the first."""
+    def load(
+        self, sources: Sequence[ImageSource], reserve: Reserve = lambda name, num_bytes: nullcontext()
+    ) -> tuple[ImagePatches, ...]:
+        """One after the other. Raises RequestError INVALID_ARGUMENT, one line that names the image, `image[0]` the first."""
         self.check(sources)
-        return tuple(
-            preprocess(self._image(f"image[{index}]", source), self._soft_tokens, self.vision)
-            for index, source in enumerate(sources)
-        )
+        return tuple(self._patches(f"image[{index}]", source, reserve) for index, source in enumerate(sources))
 
     def num_bytes(self, sources: Sequence[ImageSource]) -> int:
         """What the sources, URLs with what they may lead to, and their patches take at most."""
@@ -71,14 +73,23 @@ class ImageLoader:
         """Of one image at most."""
         return self.max_soft_tokens or (self.vision.soft_tokens_per_image if self.vision else 0)
 
-    def _image(self, name: str, source: ImageSource) -> Image.Image:
+    def _patches(self, name: str, source: ImageSource, reserve: Reserve) -> ImagePatches:
         if isinstance(source, Image.Image):
-            return upright_rgb(name, source, expected="a Pillow image of a whole file")
+            picture = upright_rgb(name, source, expected="a Pillow image of a whole file")
+            return preprocess(picture, self._soft_tokens, self.vision)
+        data = self._file(name, source)
+        image = open_file(name, data, self.limits)
+        with reserve(name, len(data) + decoding_bytes(image)):
+            # The same name for both, so that what the decoder holds is gone before the pixels are scaled.
+            image = upright_rgb(name, image, expected=whole_file(self.limits), in_place=True)
+            patches = preprocess(image, self._soft_tokens, self.vision)
+            del image  # before its memory is another one's
+        return patches
+
+    def _file(self, name: str, source: str | bytes | os.PathLike) -> bytes:
         if isinstance(source, str):
-            data = fetch(name, source, self.limits) if is_url(source) else decode_base64(name, source, self.limits)
-        else:
-            data = source if isinstance(source, bytes) else _content(name, Path(source))
-        return decode(name, data, self.limits)
+            return fetch(name, source, self.limits) if is_url(source) else decode_base64(name, source, self.limits)
+        return source if isinstance(source, bytes) else _content(name, Path(source))
 
 
 def is_url(source: ImageSource) -> bool:

@@ -8,12 +8,10 @@ As transformers' `Gemma4Processor`, on token ids: the placeholder is one token, 
 from collections.abc import Sequence
 
 from backend.errors import refused
+from backend.images.limits import MAX_IMAGES
 from backend.images.preprocess import ImagePatches
 from backend.prefix_cache import ImageSpan
 from contract.model_config import ModelConfig
-
-MAX_IMAGES = 7
-"""Of one prompt: what the family was made for."""
 
 
 def expand(token_ids: Sequence[int], images: Sequence[ImagePatches], model_config: ModelConfig) -> list[int]:

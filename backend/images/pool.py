@@ -1,31 +1,47 @@
 """Images loaded apart from the thread that takes requests, by a few threads, within a bound on memory.
 
 Decoding takes tens of milliseconds and fetching seconds, and neither may hold up a server's other requests. What images take
-in memory is counted from the moment a request is here until it has ended: first as they were sent, with the patches that they
-may become, then as patches.
+in memory is counted from the moment a request is here until it has ended:
+
+| half  | what is counted                                                            | and more than that |
+|-------|----------------------------------------------------------------------------|--------------------|
+| one   | as they were sent, with the patches that they may become; then the patches | is refused         |
+| other | of what is being decoded: its file, its pixels, what its decoder holds     | waits its turn     |
+
+In halves, because what waits to be decoded is held meanwhile: in one sum those that wait could leave no room to any of them.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from PIL import Image
 
 from backend.errors import RequestError, refused
 from backend.images.loading import ImageLoader, ImageSource
 from backend.images.preprocess import ImagePatches
 
 _logger = logging.getLogger(__name__)
+# glibc gives what is larger than 32 MiB back to the system when it is freed; of Pillow's own blocks, 16 MiB, every thread kept
+# those of its largest image: 1.6 GB instead of 0.4 GB after four images of 49 million pixels.
+_PIXEL_BLOCK_BYTES = 64 * 1024**2
 
 
 class ImagePool:
     """Every method may be called from any thread. `owner` names a request from `submit` to `release`."""
 
     def __init__(self, loader: ImageLoader, *, max_bytes: int, num_threads: int):
-        """max_bytes: that the images of all requests may take together."""
-        self._loader, self._max_bytes = loader, max_bytes
+        """max_bytes: that the images of all requests may take together, half of it while they are decoded."""
+        self._loader, self._half_bytes = loader, max_bytes // 2
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="images")
         self._lock = threading.Lock()
         self._held: dict[Hashable, int] = {}
+        self._turn = threading.Lock()
+        self._decoded = threading.Condition()
+        self._decoding_bytes = 0
+        Image.core.set_block_size(_PIXEL_BLOCK_BYTES)
 
     def submit(
         self,
@@ -41,16 +57,16 @@ class ImagePool:
         """
         self._loader.check(sources)
         num_bytes = self._loader.num_bytes(sources)
-        if num_bytes > self._max_bytes:
+        if num_bytes > self._half_bytes:
             raise refused(
-                f"images: got {num_bytes} bytes, expected at most {self._max_bytes} in all; send fewer or smaller ones"
+                f"images: got {num_bytes} bytes, expected at most {self._half_bytes} in all; send fewer or smaller ones"
             )
         with self._lock:
             held = sum(self._held.values())
-            if held + num_bytes > self._max_bytes:
+            if held + num_bytes > self._half_bytes:
                 raise RequestError(
                     "UNAVAILABLE",
-                    f"images: got {num_bytes} bytes beside {held} of other requests, at most {self._max_bytes} in all; "
+                    f"images: got {num_bytes} bytes beside {held} of other requests, at most {self._half_bytes} in all; "
                     "try again later",
                 )
             self._held[owner] = num_bytes
@@ -69,7 +85,7 @@ class ImagePool:
         if not self._is_wanted(owner):
             return
         try:
-            loaded: tuple[ImagePatches, ...] | RequestError = self._loader.load(sources)
+            loaded: tuple[ImagePatches, ...] | RequestError = self._loader.load(sources, self._room)
         except RequestError as error:
             loaded = error
         except Exception:  # a thread of the pool has nobody to tell but the request
@@ -81,6 +97,22 @@ class ImagePool:
             if isinstance(loaded, tuple):
                 self._held[owner] = sum(image.patches.nbytes + image.positions.nbytes for image in loaded)
         on_loaded(loaded)
+
+    @contextmanager
+    def _room(self, name: str, num_bytes: int) -> Iterator[None]:
+        """Waits until decoding may take `num_bytes` more, and takes them while the context is open."""
+        if num_bytes > self._half_bytes:
+            got = f"an image that takes {num_bytes} bytes to decode"
+            raise refused(f"{name}: got {got}, expected at most {self._half_bytes}; scale it down")
+        with self._turn, self._decoded:  # one waits at a time, so that small images do not overtake a large one for ever
+            self._decoded.wait_for(lambda: self._decoding_bytes + num_bytes <= self._half_bytes)
+            self._decoding_bytes += num_bytes
+        try:
+            yield
+        finally:
+            with self._decoded:
+                self._decoding_bytes -= num_bytes
+                self._decoded.notify()
 
     def _is_wanted(self, owner: Hashable) -> bool:
         with self._lock:

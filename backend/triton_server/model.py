@@ -123,12 +123,14 @@ class DiffusionGemmaModel:
             pb_utils.Logger.log_error(f"model {self._name}: every request is refused, because it cannot be unloaded: {error}")
 
     def _accept(self, request, sender) -> None:
-        """Raises for a request that is refused before it has an `Answer`; later errors go through the answering thread."""
+        """Raises for a request that is refused before it has its place; later errors go through the answering thread."""
+        arrived_at_s = time.monotonic()
         if self._closing:
             raise RequestError("UNAVAILABLE", "server: it is shutting down; send the request again later")
         parsed = parse_request(request, self._template)
         is_long = isinstance(parsed.prompt, str) and len(parsed.prompt) > _SHORT_TEXT
         answer = Answer(sender, parsed, self._service.tokenizer, is_made_ready=bool(parsed.images) or is_long)
+        self._service.announce(answer, arrived_at_s)
         self._events.put((answer, _ACCEPTED))
         try:
             if parsed.images:
@@ -165,6 +167,7 @@ class DiffusionGemmaModel:
             images=images,
             stop_scope=request.answer.stop_scope if request.answer else EVERYWHERE,
             draft_interval_s=self._settings.draft_interval_s if request.drafts else None,
+            owner=answer,
         )
 
     def _on_output(self, answer: Answer, output: CanvasOutput | DraftOutput | RequestError) -> None:
@@ -198,6 +201,7 @@ class DiffusionGemmaModel:
                 export_at_s = now_s + _EXPORT_INTERVAL_S
             for answer in [answer for answer in active if answer.finished]:
                 active.remove(answer)
+                self._service.withdraw(answer)
                 self._images.release(answer)
         for answer in active:
             line = "server: it shut down before the answer was complete; send it again"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from backend.images.limits import ImageLimits
+from backend.images.limits import MAX_IMAGES, ImageLimits
 from backend.service_limits import ServiceLimits
 from backend.worker_process import WorkerConfig
 
@@ -44,7 +44,7 @@ class Settings(BaseModel):
     image_soft_tokens: int = Field(
         0, ge=0, description="tokens of an image: 70, 140, 280, 560, 1120; 0: what the checkpoint says"
     )
-    max_images: int = Field(7, ge=0, le=7, description="images of a request")
+    max_images: int = Field(MAX_IMAGES, ge=0, le=MAX_IMAGES, description="images of a request")
     max_image_bytes: int = Field(20 * 1024**2, ge=1, description="bytes of an image as it is sent")
     max_image_pixels: int = Field(50_000_000, ge=1, le=89_478_485, description="pixels of an image, width times height")
     image_memory_bytes: int = Field(1024**3, ge=1, description="bytes that the images of all requests take together")
