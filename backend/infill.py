@@ -37,7 +37,9 @@ def _checked_part(name: str, part: object) -> Part:
     if isinstance(part, numbers.Integral) and not isinstance(part, bool):
         return _WIDTH.checked(name, part)
     if not isinstance(part, str) or not part:
-        raise ValueError(f"{name}: got {shown(part)}, expected a text, a number of free tokens or a list of token ids")
+        raise ValueError(
+            f"{name}: got {shown(part)}, expected a non-empty text, a number of free tokens or a list of token ids"
+        )
     return part
 
 

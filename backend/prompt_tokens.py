@@ -52,10 +52,14 @@ class PromptTokenizer:
 
 def check_positions(model: ModelConfig, prompt_ids: Sequence[int], sampling: ResolvedSampling) -> None:
     """Raises RequestError INVALID_ARGUMENT for a prompt and canvases of more tokens than the model has positions."""
-    canvases = -(-sampling.max_tokens // model.canvas_length)
-    if len(prompt_ids) + canvases * model.canvas_length > model.max_position_embeddings:
-        room = f"{canvases} {'canvas' if canvases == 1 else 'canvases'} of {model.canvas_length}"
+    length, most = model.canvas_length, model.max_position_embeddings
+    canvases = -(-sampling.max_tokens // length)
+    needed = len(prompt_ids) + canvases * length
+    if needed > most:
+        fitting = (most - len(prompt_ids)) // length * length
+        remedy = f"lower max_tokens to {fitting}, or shorten the prompt" if fitting > 0 else "shorten the prompt"
         raise refused(
-            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} ({room}), expected at most "
-            f"{model.max_position_embeddings} in all; shorten the prompt or lower max_tokens"
+            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens}, which is "
+            f"{canvases} {'canvas' if canvases == 1 else 'canvases'} of {length}, so {needed} positions, expected at most "
+            f"{most} in all; {remedy}"
         )

@@ -91,7 +91,7 @@ def answering(server_model):
 
     queued = {"submit": submit, "announce": announce, "withdraw": withdraw, "cancel": model.cancelled.append}
     model._service = SimpleNamespace(**queued, tokens=tokens, tokenizer=None)
-    model._closing, model._template = False, None
+    model._closing, model._template, model._settings = False, None, SimpleNamespace(default_max_tokens=0)
     model._images = SimpleNamespace(release=model.released.append)
     model._events, model._metrics = queue.SimpleQueue(), MetricValues()
     model._exported = SimpleNamespace(apply=lambda delta: None, clear_gauges=lambda: None)
@@ -162,7 +162,7 @@ def test_a_long_text_holds_up_nobody_and_can_be_given_up(server_model, answering
     """Its tokens are found beside Triton's thread, which takes the next request meanwhile."""
     release, senders = threading.Event(), {}
     monkeypatch.setattr(answering._service, "tokens", lambda prompt: release.wait(60) and [1])
-    monkeypatch.setattr(server_model, "parse_request", lambda request, template: request)
+    monkeypatch.setattr(server_model, "parse_request", lambda request, *_: request)
     with ThreadPoolExecutor() as answering._texts:
         for prompt in ("a" * 20_000, "a", "b" * 20_000):
             senders[prompt[0], len(prompt)] = sender = Sender()
@@ -182,7 +182,7 @@ def test_what_is_made_ready_has_a_place_in_the_queue_from_its_arrival(server_mod
     """Until it is submitted or ends; what finds none is refused at once."""
     release, senders = threading.Event(), [Sender() for _ in range(4)]
     monkeypatch.setattr(answering._service, "tokens", lambda prompt: release.wait(60) and [1])
-    monkeypatch.setattr(server_model, "parse_request", lambda request, template: request.parsed)
+    monkeypatch.setattr(server_model, "parse_request", lambda request, *_: request.parsed)
     long = GenerationRequest(request_id="7", prompt="a" * 20_000, stream=True, sampling=SamplingConfig())
     before_s = time.monotonic()
     with ThreadPoolExecutor() as answering._texts:

@@ -98,15 +98,23 @@ def test_plain_text_comes_out_as_it_is(text):
         assert read(text) == (text, "", [])
 
 
+@pytest.mark.parametrize("end", ["<tool_call|>", ""])
+def test_a_malformed_call_comes_without_special_tokens_that_are_not_its_own(end):
+    call = f'<|tool_call>call:f{{a:<|"|>x<pad>y<|"|><pad>{end}'
+    assert read(call) == (call.replace("<pad>", ""), "", [])
+    assert read(call, keep_special_tokens=True) == (call, "", [])
+
+
 @ANY_CASE
 @given(MARKUP)
 def test_a_call_is_a_call_or_the_text_that_it_is(body):
     if any(tag in body for tag in ("<|tool_call>", "<tool_call|>")):
         return
-    whole = f"<|tool_call>{body}<tool_call|>"
-    text, thought, calls = read(f"before{whole}after")
+    text, thought, calls = read(f"before<|tool_call>{body}<tool_call|>after")
     assert thought == ""
-    assert (text, len(calls)) in ((f"before{whole}after", 0), ("beforeafter", 1))
+    segments = TagSplitter(TAGS).push(body, last=True)
+    kept = "".join(each.text for each in segments if not each.is_tag or each.text in TOOL_TAGS)
+    assert (text, len(calls)) in ((f"before<|tool_call>{kept}<tool_call|>after", 0), ("beforeafter", 1))
     for _, arguments in calls:
         assert isinstance(json.loads(arguments), dict)
 

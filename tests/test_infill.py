@@ -7,7 +7,7 @@ from backend import LLM, SamplingConfig
 from backend.infill import BLANK, MAX_LENGTH, MAX_PARTS, given_tokens
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
-A_PART = "expected a text, a number of free tokens or a list of token ids"
+A_PART = "expected a non-empty text, a number of free tokens or a list of token ids"
 A_WIDTH = "expected an integer from 1 to 16384"
 A_TOKEN = "expected an integer from 0 to 2147483647"
 

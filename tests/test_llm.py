@@ -122,7 +122,13 @@ def test_prompts_are_texts_or_token_ids_one_or_many(llm):
         ([[3, 448]], {}, "prompt: got token id 448, expected 0 to 447"),
         ([[-1]], {}, "prompt: got token id -1"),
         ([[18]], {}, "prompt: got 1 image placeholders (token 18) and 0 images, expected one placeholder for each image"),
-        ([[5] * 4000], {}, "prompt: got 4000 tokens and max_tokens 256 (8 canvases of 32), expected at most 4096 in all"),
+        (
+            [[5] * 4000],
+            {},
+            "prompt: got 4000 tokens and max_tokens 256, which is 8 canvases of 32, so 4256 positions, expected at most 4096 "
+            "in all; lower max_tokens to 96, or shorten the prompt",
+        ),
+        ([[5] * 4070], SamplingConfig(max_tokens=1), "4102 positions, expected at most 4096 in all; shorten the prompt"),
         (["a", "b"], [SamplingConfig()], "sampling: got 1 configurations, expected 2"),
         ("a" * 65_537, {}, "prompt: got 65537 characters, expected at most 65536, since the model has 4096 positions"),
         ([[1.5, 2]], {}, "prompt: got [1.5, 2], expected a text or a list of token ids, integers"),

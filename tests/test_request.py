@@ -117,6 +117,14 @@ def test_precedence(tensors, parameters, max_tokens):
     assert parse_request(asking(parameters, **tensors)).sampling.max_tokens == max_tokens
 
 
+@pytest.mark.parametrize(
+    ("parameters", "max_tokens"), [({}, 4096), ({"max_tokens": 5}, 5), ({"max_new_tokens": 5}, 5), ({"max_tokens": None}, 4096)]
+)
+def test_the_servers_default_is_for_requests_that_say_nothing(parameters, max_tokens):
+    assert parse_request(asking(parameters), default_max_tokens=4096).sampling.max_tokens == max_tokens
+    assert parse_request(asking(), default_max_tokens=0).sampling.max_tokens is None
+
+
 @pytest.mark.parametrize("in_json", [True, False], ids=["sampling_parameters", "request parameter"])
 def test_a_number_as_logprobs_stays_beside_the_flag_of_another_source(in_json):
     """It is two parameters in one, and the flag is laid over the first alone."""

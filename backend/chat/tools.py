@@ -3,7 +3,7 @@
     value   `<|"|>` text `<|"|>`  |  number  |  true  |  false  |  null  |  `{`key:value,…`}`  |  `[`value,…`]`
     key     bare, or a text in `<|"|>`; numbers are as in JSON; white space between the parts is free
 
-What looks like a call but is none comes back as the text that it is, tags included.
+What looks like a call but is none comes back as the text that it is, these tags included.
 """
 
 import json
@@ -50,30 +50,36 @@ class ToolCallParser:
 
     def __init__(self, *, with_calls: bool = True, keep_tags: bool = False):
         self._with_calls, self._keep_tags = with_calls, keep_tags
-        self._call: str | None = None  # the text of the call that has begun, its opening tag included
+        self._call: tuple[Segment, ...] | None = None  # of the call that has begun, its opening tag included
 
     def push(self, segments: Iterable[Segment], *, last: bool = False) -> tuple[str, list[ToolCall]]:
         """New text outside calls, and the calls that became complete."""
-        text, calls = "", []
+        text, calls = [], []
+        begun = None if self._call is None else list(self._call)
         for segment in segments:
             tag = segment.text if segment.is_tag else ""
             if tag == CALL_OPEN and self._with_calls:
-                text += self._call or ""
-                self._call = CALL_OPEN
-            elif self._call is None:
-                text += segment.text if not tag or self._keep_tags else ""
+                text += self._as_text(begun or ())
+                begun = [segment]
+            elif begun is None:
+                text += [segment.text] if not tag or self._keep_tags else []
             elif tag == CALL_CLOSE:
-                if call := parse_call(self._call.removeprefix(CALL_OPEN)):
+                if call := parse_call("".join(each.text for each in begun[1:])):
                     calls.append(call)
                 else:
-                    text += self._call + CALL_CLOSE
-                self._call = None
+                    text += self._as_text((*begun, segment))
+                begun = None
             else:
-                self._call += segment.text
+                begun.append(segment)
         if last:
-            text += self._call or ""
-            self._call = None
-        return text, calls
+            text += self._as_text(begun or ())
+            begun = None
+        self._call = None if begun is None else tuple(begun)
+        return "".join(text), calls
+
+    def _as_text(self, call: Iterable[Segment]) -> list[str]:
+        """Of what is no call; as everywhere, without special tokens that are not to be kept."""
+        return [each.text for each in call if not each.is_tag or self._keep_tags or each.text in TOOL_TAGS]
 
 
 def parse_call(text: str) -> ToolCall | None:

@@ -127,7 +127,7 @@ class DiffusionGemmaModel:
         arrived_at_s = time.monotonic()
         if self._closing:
             raise RequestError("UNAVAILABLE", "server: it is shutting down; send the request again later")
-        parsed = parse_request(request, self._template)
+        parsed = parse_request(request, self._template, self._settings.default_max_tokens)
         is_long = isinstance(parsed.prompt, str) and len(parsed.prompt) > _SHORT_TEXT
         answer = Answer(sender, parsed, self._service.tokenizer, is_made_ready=bool(parsed.images) or is_long)
         self._service.announce(answer, arrived_at_s)

@@ -77,13 +77,18 @@ class InferenceRequest(Protocol):
     def request_id(self) -> str: ...
 
 
-def parse_request(request: InferenceRequest, template: ChatTemplate | None = None) -> GenerationRequest:
-    """Reads every input and parameter of a request. Raises RequestError INVALID_ARGUMENT with one line."""
+def parse_request(
+    request: InferenceRequest, template: ChatTemplate | None = None, default_max_tokens: int = 0
+) -> GenerationRequest:
+    """Reads every input and parameter of a request. Raises RequestError INVALID_ARGUMENT with one line.
+
+    default_max_tokens: for a request that does not say it; 0 leaves it to the checkpoint."""
     values = {tensor.name(): READERS[tensor.name()](tensor.name(), tensor.as_numpy()) for tensor in request.inputs()}
     parameters, timeout_s = _request_parameters(request)
     tensors = {_SAMPLING_KEYS[name]: value for name, value in values.items() if name in _SAMPLING_KEYS}
+    usual = {"max_tokens": default_max_tokens or None}
     sampling = SamplingConfig.from_mapping(
-        {**canonical(parameters), **canonical(values.get("sampling_parameters", {})), **tensors}
+        {**usual, **canonical(parameters), **canonical(values.get("sampling_parameters", {})), **tensors}
     )
     prompt, answer, images = _prompt(values, template, sampling)
     if values.get("return_drafts") and not values.get("stream"):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from backend.images.limits import MAX_IMAGES, ImageLimits
+from backend.parameters import INT32_MAX
 from backend.service_limits import ServiceLimits
 from backend.worker_process import WorkerConfig
 
@@ -38,6 +39,9 @@ class Settings(BaseModel):
     commit_last: bool = Field(False, description="true keeps those of answers too, at the cost of a pass each, for next turns")
     max_pass_rows: int = Field(0, ge=0, description="canvas positions that one denoising pass takes; 0: what suits the device")
     cpu_threads: int = Field(0, ge=0, description="threads that the engine's worker computes with on the CPU; 0: all cores")
+    default_max_tokens: int = Field(
+        0, ge=0, le=INT32_MAX, description="max_tokens of requests that do not say it; 0: the checkpoint's"
+    )
     max_queued: int = Field(256, ge=0, description="requests that may wait for a place among these sequences")
     queue_timeout_s: Limit = Field(60.0, description="seconds that a request may wait for its place")
     draft_interval_s: Seconds = Field(0.05, description="seconds between drafts, for requests that ask for them")
