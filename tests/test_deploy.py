@@ -13,6 +13,7 @@ from backend.__main__ import app
 from backend.openai_server.settings import OpenAISettings
 from backend.triton_server.launch import TritonServer
 from backend.triton_server.settings import Settings
+from backend.triton_server.staging import MODEL_NAME
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -123,14 +124,14 @@ def test_services_select_the_pods(objects):
 
 def test_probes(objects, containers, compose):
     probes = {name: containers["triton"][f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
-    assert {probe["httpGet"]["path"] for probe in probes.values()} == {"/v2/health/ready"}
+    assert {probe["httpGet"]["path"] for probe in probes.values()} == {f"/v2/models/{MODEL_NAME}/ready"}
     assert {probe["httpGet"]["port"] for probe in probes.values()} == {"http"}
     loading_s = Settings().load_timeout_s
     assert probes["startup"]["periodSeconds"] * probes["startup"]["failureThreshold"] > loading_s
     assert objects["Deployment", "diffusiongemma"]["spec"]["progressDeadlineSeconds"] > loading_s + EXIT_TIMEOUT_S
     assert containers["openai"]["readinessProbe"]["httpGet"] == {"path": "/health", "port": "openai"}
     health = compose["services"]["triton"]["healthcheck"]
-    assert health["test"][-1] == f"http://localhost:{PORTS['http']}/v2/health/ready"
+    assert health["test"][-1] == f"http://localhost:{PORTS['http']}/v2/models/{MODEL_NAME}/ready"
     assert int(health["start_period"].removesuffix("s")) >= loading_s
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 from server_clients import ANY_PORTS, ENDLESS, QUESTION, Refused, Stream, ask_once
-from server_processes import leftovers
+from server_processes import engine_workers, leftovers
+from waiting import wait_until
 
 from backend.triton_server.launch import MODEL_REPOSITORY, ServerError, TritonServer
 from backend.triton_server.model_config import Instances
@@ -82,6 +83,26 @@ def test_a_dead_server_is_noticed_and_cleared_away(engine_dir):
                 server.check_alive()
                 time.sleep(0.01)
     assert leftovers(name) == []
+
+
+def test_deaths_of_workers_are_told_and_their_log_is_kept(engine_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    told: list[str] = []
+    parameters = {"max_worker_deaths": "1"}
+    with TritonServer(engine_dir=engine_dir, parameters=parameters, report=told.append, **ANY_PORTS) as server:
+
+        def gave_up() -> bool:
+            server.check_alive()
+            return told[-1].endswith("; unloading the model")
+
+        (worker,) = engine_workers(server)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(gave_up)
+    died, _, kept = told[-3:]
+    assert died == "engine worker: ended by SIGKILL; see the server's log"
+    assert kept == f"the log tells of errors and is kept: {server.log_path}"
+    assert died in server.log_path.read_text()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [server.log_path]
 
 
 @pytest.mark.parametrize(

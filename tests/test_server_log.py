@@ -19,7 +19,22 @@ def test_news_are_told_once_and_when_they_are_whole(tmp_path):
         assert news.next() == ["weights: 1.5 of 51.6 GB, 0.30 GB/s"]
         log.write(f"{LOADING}memory  0.50 GB = …\n{LOADING}fits    sequences: 16\n{LOADING}other\n".encode())
         assert news.next() == ["memory  0.50 GB = …", "fits    sequences: 16"]
+    assert news.next() == [] and not news.tells_of_errors
+    path.unlink()
     assert news.next() == []
+
+
+def test_deaths_are_news_and_an_internal_error_is_none(tmp_path):
+    path = tmp_path / "server.log"
+    died = "engine worker: ended by SIGKILL; see the server's log"
+    gave_up = f"model diffusiongemma: {died}; workers died 3 times in a row, and no other is started; unloading the model"
+    path.write_text(f'2026-11-28 20:05:12,456 engine worker: started\n{died}\nE1128 20:05:13.8 7 model.py:119] "{gave_up}"\n')
+    news = LogNews(path)
+    assert news.next() == [died, gave_up] and news.tells_of_errors
+
+    path.write_text('E1128 20:05:13.8 7 model.py:278] "Traceback (most recent call last):\\n  File …"\n')
+    news = LogNews(path)
+    assert news.next() == [] and news.tells_of_errors
 
 
 @pytest.mark.parametrize(

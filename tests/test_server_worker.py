@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,13 @@ from backend.triton_server.model_config import Instances
 
 LONG = {"sampling_parameters": json.dumps({"ignore_eos": True, "confidence_threshold": 0, "max_tokens": 640})}
 SHORT = {"text_input": QUESTION, "max_tokens": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place_of_kept_logs(tmp_path_factory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("servers")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +85,10 @@ def test_three_deaths_unload_the_model_and_a_load_brings_it_back(server, client)
 
     kill_worker(server)
     wait_until(lambda: not client.is_model_ready(MODEL_NAME))
-    assert not client.is_server_ready()
     with pytest.raises(Refused):
         ask(server.grpc_url, **SHORT)
     wait_until(lambda: not (engine_workers(server) or stubs(server)))
+    assert not client.is_model_ready(MODEL_NAME)
 
     client.load_model(MODEL_NAME)
     assert client.is_model_ready(MODEL_NAME)

@@ -17,13 +17,14 @@ from types import SimpleNamespace
 import pytest
 import tritonclient.grpc as grpcclient
 from server_clients import NO_PROXY, QUESTION, ask_once
-from server_processes import engine_workers, leftovers
+from server_processes import engine_workers, leftovers, stubs
 from tritonclient.utils import InferenceServerException
 from waiting import TIMEOUT_S, wait_until
 
 from backend.triton_server.staging import MODEL_NAME, MODEL_REPOSITORY, stage_backend, stage_model
 
 ROOT = Path(__file__).parent.parent
+READY = f"/v2/models/{MODEL_NAME}/ready"  # what the probes of deploy/ ask
 BUNDLED = Path(importlib.util.find_spec("pytriton").submodule_search_locations[0]) / "tritonserver" / "bin"
 
 
@@ -79,7 +80,7 @@ def status(server, path: str, method: str = "GET") -> int | None:
 
 
 def test_the_model_serves_cannot_be_touched_and_unloads_itself(server):
-    wait_until(lambda: status(server, "/v2/health/ready") == 200)
+    wait_until(lambda: status(server, READY) == 200)
     url = f"127.0.0.1:{server.grpc}"
     assert ask_once(url, text_input=QUESTION, max_tokens=1).num_output_tokens == 1
 
@@ -95,8 +96,10 @@ def test_the_model_serves_cannot_be_touched_and_unloads_itself(server):
 
     (worker,) = engine_workers(server)
     os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: status(server, "/v2/health/ready") == 400)
-    assert status(server, "/v2/health/live") == 200
+    wait_until(lambda: status(server, READY) == 400)
+    wait_until(lambda: not stubs(server))
+    wait_until(lambda: status(server, "/v2/health/ready") == 200)  # which fails only until the model is unloaded
+    assert status(server, READY) == 400
 
     server.process.terminate()
     assert server.process.wait(TIMEOUT_S) == 0

@@ -4,7 +4,7 @@
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
 
 A server runs from a staging directory (`staging`) with its log, `server.log`. It is removed when the server stops, but for
-the logs if what ends the `with` block is an error.
+the logs if what ends the `with` block is an error, or if the server's log tells of errors (`server_log`).
 """
 
 import http.client
@@ -42,8 +42,8 @@ class TritonServer:
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
     parameters, `instances` its instance group. A model may take `start_timeout_s` to load; a request may go on for
-    `exit_timeout_s` after the stop began. `report` is called with what is told of the start, a line at a time: where the log
-    is, how far loading is.
+    `exit_timeout_s` after the stop began. `report` is called with what is told, a line at a time: where the log is, how far
+    loading is, and, when `check_alive` is called, that a worker died or the model unloads itself.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class TritonServer:
         self._report = report
         self._process: subprocess.Popen | None = None
         self._staging: Path | None = None
+        self._news: LogNews | None = None
 
     @property
     def grpc_url(self) -> str:
@@ -89,7 +90,7 @@ class TritonServer:
 
     @property
     def log_path(self) -> Path:
-        """The server's log; it exists while the server runs, and after an error."""
+        """The server's log; it exists while the server runs, and after errors."""
         return self._staging / "server.log"
 
     @property
@@ -106,6 +107,7 @@ class TritonServer:
         _check_environment()
         try:
             self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
+            self._news = LogNews(self.log_path)
             stage_backend(self._staging / "backends" / "python")
             stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
             self._choose_addresses()
@@ -121,14 +123,18 @@ class TritonServer:
         self.stop(keep_logs=isinstance(error, Exception))
 
     def check_alive(self) -> None:
-        """Raises ServerError with the reason from the log if the server is no longer running."""
+        """Reports what is new in the log. Raises ServerError with the reason from it if the server is no longer running."""
+        self._report_news()
         if self._process.poll() is not None:
             reason = failure_reason(self.log_path.read_text())
             code = self._process.returncode
             raise ServerError(f"tritonserver ended with exit code {code}: {reason}; its log is {self.log_path}")
 
     def stop(self, *, keep_logs: bool = False) -> None:
-        """Ends the server, its stubs and its shared memory, and removes the staging directory. May be called again."""
+        """Ends the server, its stubs and its shared memory, and removes the staging directory. May be called again.
+
+        A log that tells of errors is kept and reported in any case.
+        """
         try:
             if self._process is not None:
                 self._end_processes()
@@ -136,7 +142,10 @@ class TritonServer:
             if self._staging is not None:
                 for region in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
                     region.unlink(missing_ok=True)
-                _remove(self._staging, keep_logs=keep_logs)
+                self._report_news()
+                if self._news.tells_of_errors and not keep_logs:
+                    self._report(f"the log tells of errors and is kept: {self.log_path}")
+                _remove(self._staging, keep_logs=keep_logs or self._news.tells_of_errors)
 
     def _choose_addresses(self) -> None:
         try:
@@ -170,14 +179,16 @@ class TritonServer:
                 start_new_session=True,  # Ctrl-C is for us, and a group can be killed whole
             )
 
+    def _report_news(self) -> None:
+        for line in self._news.next():
+            self._report(line)
+
     def _wait_until_ready(self) -> None:
         deadline_s = time.monotonic() + self._start_timeout_s
-        news, ready = LogNews(self.log_path), False
+        ready = False
         while not ready:
             self.check_alive()
             ready = self._is_ready()
-            for line in news.next():
-                self._report(line)
             if not ready and time.monotonic() > deadline_s:
                 line = self.log_path.read_text().strip().rpartition("\n")[2]
                 late = f"model {MODEL_NAME}: not ready after {self._start_timeout_s:g} s"

@@ -1,28 +1,43 @@
-"""What a server's log says to who starts it: how far loading is, and why the server ended."""
+"""What a server's log says to who starts it: how far loading is, what went wrong, and why the server ended."""
 
 import re
 from pathlib import Path
 
 # Lines of the engine worker: of `load_progress`, and of `engine` about the memory plan.
 _NEWS = re.compile(r"(?:[\d-]+ [\d:,]+ backend\.engine: )?(?P<line>(?:weights:|memory  |fits  ).*)")
+# Lines of the front: of `service` about a worker that has ended, of `model` about one that unloads itself.
+_DEATH = re.compile(r'(?:E\d+ .* model\.py:\d+\] ")?(?P<line>(?:engine worker|server|model [^ :]+): .*?)"?')
+_INTERNAL_ERROR = b"Traceback (most recent call last)"
 _NO_SUCH_GPU = re.compile(r"specifies invalid or unsupported gpu id (?P<number>\d+)\..* are: *(?P<there>[\d ]*)", re.MULTILINE)
 
 
 class LogNews:
-    """The lines of a growing log that say how far loading is."""
+    """The lines of a growing log that say how far loading is, or that a worker died or the model unloads itself.
+
+    tells_of_errors: whether there was one of the latter, or an internal error, among what was read.
+    """
 
     def __init__(self, path: Path):
-        self._path, self._at, self._begun = path, 0, b""
+        self._path, self._at, self._begun, self.tells_of_errors = path, 0, b"", False
 
     def next(self) -> list[str]:
-        """Those that were finished since the last call."""
-        with self._path.open("rb") as log:
-            log.seek(self._at)
-            more = log.read()
+        """Those that were finished since the last call; none of a log that somebody has removed."""
+        try:
+            with self._path.open("rb") as log:
+                log.seek(self._at)
+                more = log.read()
+        except FileNotFoundError:
+            return []
         self._at += len(more)
         *finished, self._begun = (self._begun + more).split(b"\n")
-        found = (_NEWS.fullmatch(line.decode(errors="replace")) for line in finished)
-        return [each["line"] for each in found if each]
+        found = []
+        for line in finished:
+            text = line.decode(errors="replace")
+            death = _DEATH.fullmatch(text)
+            self.tells_of_errors |= bool(death) or _INTERNAL_ERROR in line
+            if news := death or _NEWS.fullmatch(text):
+                found.append(news["line"])
+        return found
 
 
 def failure_reason(log: str) -> str:
