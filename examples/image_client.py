@@ -20,6 +20,7 @@ import tritonclient.grpc as grpcclient
 from openai import OpenAI
 from openai_client import errors_in_one_line
 from PIL import Image, ImageDraw
+from tritonclient.utils import InferenceServerException
 
 MODEL = "diffusiongemma"
 
@@ -60,6 +61,8 @@ def ask_triton(url: str, image: str, question: str) -> str:
     inputs = [tensor("messages", json.dumps([{"role": "user", "content": content}])), tensor("image", image)]
     responses: queue.Queue = queue.Queue()
     with grpcclient.InferenceServerClient(url) as client:
+        if not client.is_model_ready(MODEL):
+            raise SystemExit(f"error: the server at {url} has no model {MODEL} that is ready")
         client.start_stream(lambda result, error: responses.put((result, error)))
         client.async_stream_infer(MODEL, inputs)
         result, error = responses.get()
@@ -74,5 +77,8 @@ def tensor(name: str, value: str) -> grpcclient.InferInput:
 
 
 if __name__ == "__main__":
-    with errors_in_one_line():
-        main()
+    try:
+        with errors_in_one_line():
+            main()
+    except InferenceServerException as error:  # Triton's server cannot be reached
+        raise SystemExit(f"error: {error.message()}") from None

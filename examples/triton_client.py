@@ -31,6 +31,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not 1 <= options.max_tokens < 1 << 31:
+        parser.error(f"--max-tokens: got {options.max_tokens}, expected 1 to 2147483647")
+    if not 0 <= options.seed < 1 << 64:
+        parser.error(f"--seed: got {options.seed}, expected 0 to 18446744073709551615")
 
     if options.chat:
         prompt = tensor("messages", [json.dumps([{"role": "user", "content": options.prompt}]).encode()], "BYTES")

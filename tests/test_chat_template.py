@@ -15,6 +15,7 @@ from backend.errors import RequestError
 TOKENIZER = Tokenizer.from_file(str(TINY / "tokenizer.json"))
 USER = {"role": "user", "content": "Hello."}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}}
+THINKING = "chat_template_kwargs.enable_thinking"
 PRICE = {"type": "function", "function": {"name": "price"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "ulm"}'}}
 
@@ -158,15 +159,22 @@ def assistant(**fields) -> list[dict]:
             ([{"role": "robot", "content": "a"}],),
             "messages[0].role: got 'robot', expected one of 'system', 'developer', 'user'",
         ),
-        (([{"content": "a"}],), "messages[0]: got no role, expected one; add it"),
-        (([USER, {"role": "user"}],), "messages[1]: got no content, expected one; add it"),
+        (([{"content": "a"}],), "messages[0].role: got nothing, expected a value; add it"),
+        (([USER, {"role": "user"}],), "messages[1].content: got nothing, expected a value; add it"),
+        (
+            ([{"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]}],),
+            "messages[0].content[0].image_url: got 'a.png', expected a JSON object",
+        ),
+        (([USER], None, None, {"enable_thinking": "false"}), f"{THINKING}: got 'false', expected true or false"),
+        (([USER], None, None, {"enable_thinking": None}), f"{THINKING}: got null, expected true or false"),
+        (([{"role": "user", "content": True}],), "messages[0].content: got true, expected string"),
         (([{"role": "user", "content": 5}],), "messages[0].content: got 5, expected string"),
         (
             ([{"role": "user", "content": [{"type": "audio"}]}],),
             "messages[0].content[0].type: got 'audio', expected one of 'text'",
         ),
-        (([{"role": "user", "content": [{"type": "text"}]}],), "messages[0].content[0]: got no text"),
-        ((assistant(tool_calls=[{"function": {"arguments": ""}}]),), "messages[1].tool_calls[0].function: got no name"),
+        (([{"role": "user", "content": [{"type": "text"}]}],), "messages[0].content[0].text: got nothing"),
+        ((assistant(tool_calls=[{"function": {"arguments": ""}}]),), "messages[1].tool_calls[0].function.name: got nothing"),
         (
             (assistant(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),),
             "messages[1].tool_calls[0].function.arguments: got '[1]', expected the text of a JSON object",
@@ -179,13 +187,13 @@ def assistant(**fields) -> list[dict]:
             (assistant(tool_calls=[{"function": {"name": "f", "arguments": r'{"a": "\ud800"}'}}]),),
             "messages[1].tool_calls[0].function.arguments: got half of a surrogate pair, which is no character",
         ),
-        (([USER, {"role": "tool", "content": "a"}],), "messages[1].tool_call_id: got None, expected the id of a tool call"),
+        (([USER, {"role": "tool", "content": "a"}],), "messages[1].tool_call_id: got null, expected the id of a tool call"),
         (
             ([*assistant(tool_calls=[CALL]), {"role": "tool", "tool_call_id": "c2", "content": "a"}],),
             "messages[2].tool_call_id: got 'c2', expected the id of a tool call in an earlier assistant message",
         ),
         (([USER], 5), "tools: got 5, expected a list"),
-        (([USER], [{"type": "function"}]), "tools[0]: got no function"),
+        (([USER], [{"type": "function"}]), "tools[0].function: got nothing"),
         (([USER], [{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name: got 'a b', expected string"),
         (([USER], [WEATHER], "maybe"), "tool_choice: got 'maybe', expected 'auto', 'none' or 'required'"),
         (([USER], None, "required"), "tool_choice: got 'required' without tools, expected at least one; send tools"),

@@ -84,9 +84,9 @@ def test_a_prompt_is_echoed_without_log_probabilities():
 
 def test_a_chat_is_not_echoed():
     body = {"model": "diffusiongemma", "messages": [{"role": "user", "content": "a"}]}
-    for echo in (True, "yes"):
+    for echo, shown in ((True, "true"), ("yes", "'yes'")):
         message, param = refusal(json.dumps({**body, "echo": echo}), route="chat/completions")
-        assert (message, param) == (f"echo: got {echo!r}, but a chat is not echoed; remove it", "echo")
+        assert (message, param) == (f"echo: got {shown}, but a chat is not echoed; remove it", "echo")
     assert chat_inputs({**body, "echo": False}) == chat_inputs({**body, "echo": None}) == chat_inputs(body)
 
 
@@ -95,18 +95,18 @@ def test_a_chat_is_not_echoed():
     [
         ("[1.5, 2]", f"prompt[0]: got 1.5, {A_TOKEN_ID}"),
         ('[1, "a"]', f"prompt[1]: got 'a', {A_TOKEN_ID}"),
-        ("[true]", f"prompt[0]: got True, {A_TOKEN_ID}"),
+        ("[true]", f"prompt[0]: got true, {A_TOKEN_ID}"),
         ("[5, -1]", f"prompt[1]: got -1, {A_TOKEN_ID}"),
         ('[["a"]]', f"prompt[0][0]: got 'a', {A_TOKEN_ID}"),
         ("[[1.5]]", f"prompt[0][0]: got 1.5, {A_TOKEN_ID}"),
-        ('["a", [1, false]]', f"prompt[1][1]: got False, {A_TOKEN_ID}"),
+        ('["a", [1, false]]', f"prompt[1][1]: got false, {A_TOKEN_ID}"),
         ("[[1, [2]]]", f"prompt[0][1]: got [2], {A_TOKEN_ID}"),
         ("[[2147483648]]", f"prompt[0][0]: got 2147483648, {A_TOKEN_ID}"),
-        ("[null]", f"prompt[0]: got None, {A_PROMPT}"),
+        ("[null]", f"prompt[0]: got null, {A_PROMPT}"),
         ('[{"a": 1}]', f"prompt[0]: got {{'a': 1}}, {A_PROMPT}"),
         ('["a", 1]', f"prompt[1]: got 1, {A_PROMPT}"),
         ('{"a": 1}', "prompt: got {'a': 1}, expected a text, a list of token ids, or a list of either"),
-        ("null", "prompt: got None, expected a text, a list of token ids, or a list of either"),
+        ("null", "prompt: got null, expected a text, a list of token ids, or a list of either"),
         ("[]", "prompt: got an empty list, expected at least one prompt"),
     ],
 )
@@ -151,7 +151,7 @@ def test_a_seed_of_more_bits_is_refused(seed, n):
 def test_a_bias_may_be_a_fraction():
     assert sampling_of(logit_bias={"277": 0.5, "5": -100}) == [{"logit_bias": {"277": 0.5, "5": -100}}]
     message, param = refusal('{"model": "diffusiongemma", "prompt": "a", "logit_bias": {"277": true}}')
-    assert (message, param) == ("logit_bias.277: got True, expected number", "logit_bias.277")
+    assert (message, param) == ("logit_bias.277: got true, expected number", "logit_bias.277")
 
 
 def test_best_of_may_be_n():
@@ -275,6 +275,6 @@ def test_the_parameter_at_fault_is_named_without_its_value():
     assert bad_request("logprobs=1 and top_logprobs=2: differ; give one number").param == "logprobs"
     assert bad_request("messages[1].content: got 5, expected string").param == "messages[1].content"
     assert bad_request("unknown sampling parameter 'top k' (closest: 'top_k'); expected seed").param == "top k"
-    assert bad_request("body: got no messages, expected one; add it").param == "messages"
+    assert bad_request("messages: got nothing, expected a value; add it").param == "messages"
     assert bad_request("body: got malformed JSON, expected a JSON object").param == "body"
     assert bad_request("the server refuses it").param is None

@@ -134,7 +134,7 @@ def test_a_stream_left_early_makes_room(llm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([{"role": "user"}],), "messages[0]: got no content"),
+        (([{"role": "user"}],), "messages[0].content: got nothing"),
         (("hello",), "messages: got a value of type str, expected a list of messages"),
         (({"role": "user", "content": "a"},), "messages: got a value of type dict, expected a list of messages"),
         ((None,), "messages: got a value of type NoneType, expected a list of messages"),

@@ -7,6 +7,7 @@ from stand_in_model import Model, posted, refusal
 from starlette.testclient import TestClient
 
 from backend.openai_server.app import create_app
+from backend.openai_server.errors import bad_request
 from backend.openai_server.settings import OpenAISettings
 
 CHAT = {"model": "diffusiongemma", "messages": [{"role": "user", "content": "a"}]}
@@ -25,6 +26,7 @@ def client():
     [
         ("POST", "/chat/completions", "expected /v1/chat/completions; is /v1 missing from base_url?"),
         ("GET", "/models/diffusiongemma", "expected /v1/models/diffusiongemma; is /v1 missing from base_url?"),
+        ("POST", "/v1/chat/completions/", f"expected one of {ROUTES}"),
         ("POST", "/v1/responses", f"expected one of {ROUTES}"),
         ("GET", "/v1/chat", f"expected one of {ROUTES}"),
         ("GET", "/", f"expected one of {ROUTES}"),
@@ -60,7 +62,7 @@ def test_stream_options_are_for_streams(route, body):
 
 def test_nothing_is_stored():
     message, param = refusal(json.dumps({**CHAT, "store": True}), route="chat/completions")
-    assert (message, param) == ("store: got True, but this server does not have it; remove it", "store")
+    assert (message, param) == ("store: got true, but this server does not have it; remove it", "store")
     for nothing in (False, None):
         assert posted(json.dumps({**CHAT, "store": nothing}), route="chat/completions")[0] == 200
 
@@ -73,4 +75,78 @@ def test_a_completion_has_its_number_of_log_probabilities_refused_by_its_own_nam
 
 def test_what_is_missing_is_named():
     message, param = refusal('{"model": "diffusiongemma"}', route="chat/completions")
-    assert (message, param) == ("body: got no messages, expected one; add it", "messages")
+    assert (message, param) == ("messages: got nothing, expected a value; add it", "messages")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ({"model": None}, "model: got null, expected string"),
+        ({"seed": True}, "seed: got true, expected integer"),
+        ({"logit_bias": [1]}, "logit_bias: got [1], expected a JSON object"),
+        ({"chat_template_kwargs": "a"}, "chat_template_kwargs: got 'a', expected a JSON object"),
+    ],
+)
+def test_messages_have_the_words_of_json(parameter, message):
+    assert refusal(json.dumps({**CHAT, **parameter}), route="chat/completions") == (message, message.partition(":")[0])
+
+
+@pytest.mark.parametrize(("effort", "thinks"), [("none", False), ("minimal", False), ("low", True)])
+def test_a_contradiction_about_thinking_is_refused(effort, thinks):
+    asked = {**CHAT, "reasoning_effort": effort}
+    for more in ({}, {"chat_template_kwargs": {"enable_thinking": thinks}}):
+        _, _, [inputs] = posted(json.dumps({**asked, **more}), route="chat/completions")
+        assert json.loads(inputs["chat_template_kwargs"]) == {"enable_thinking": thinks}
+    opposite = {"chat_template_kwargs": {"enable_thinking": not thinks}}
+    message, param = refusal(json.dumps({**asked, **opposite}), route="chat/completions")
+    contrary = f"chat_template_kwargs.enable_thinking is {json.dumps(not thinks)}"
+    assert (message, param) == (f"reasoning_effort: got '{effort}', but {contrary}; remove one", "reasoning_effort")
+
+
+def test_the_usual_verbosity_is_accepted():
+    assert posted(json.dumps({**CHAT, "verbosity": "medium"}), route="chat/completions")[0] == 200
+    assert refusal(json.dumps({**CHAT, "verbosity": "low"}), route="chat/completions")[1] == "verbosity"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"), [("chat/completions", CHAT, "messages"), ("completions", COMPLETION, "prompt")]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(route, body, param, stream):
+    class Full(Model):
+        async def generate(self, inputs, request_id):
+            raise bad_request("prompt: got 9000 tokens and max_tokens 256, which is too much")
+            yield
+
+    with TestClient(create_app(OpenAISettings(), Full())) as client:
+        reply = client.post(f"/v1/{route}", json={**body, "stream": stream})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert reply.headers["x-request-id"].startswith(("chatcmpl-", "cmpl-"))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/v1/models", None, 200),
+        ("GET", "/v1/nowhere", None, 404),
+        ("GET", "/v1/completions", None, 405),
+        ("POST", "/v1/completions", {}, 400),
+        ("GET", "/health", None, 500),  # the stand-in cannot say whether it is ready
+    ],
+)
+def test_every_response_has_an_id_of_its_own(method, path, body, status):
+    with TestClient(create_app(OpenAISettings(), Model()), raise_server_exceptions=False) as client:
+        replies = [client.request(method, path, json=body) for _ in range(2)]
+    ids = [reply.headers["x-request-id"] for reply in replies]
+    assert [reply.status_code for reply in replies] == [status] * 2
+    assert all(each.startswith("req-") for each in ids) and len(set(ids)) == 2
+
+
+@pytest.mark.parametrize(("route", "body"), [("chat/completions", CHAT), ("completions", COMPLETION)])
+def test_a_completions_response_has_its_id(client, route, body):
+    reply = client.post(f"/v1/{route}", json=body)
+    assert reply.headers["x-request-id"] == reply.json()["id"]
+    streamed = client.post(f"/v1/{route}", json={**body, "stream": True})
+    first = json.loads(streamed.text.partition("\n")[0].removeprefix("data: "))
+    assert streamed.headers["x-request-id"] == first["id"]

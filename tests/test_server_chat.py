@@ -188,7 +188,7 @@ HELLO = '[{"role": "user", "content": "Hello."}]'
         ({"messages": HELLO, "exclude_input_in_output": False}, ["exclude_input_in_output", "a chat is not echoed"]),
         ({"messages": HELLO, "return_drafts": True}, ["return_drafts: got true without stream"]),
         ({"messages": HELLO, "tools": "5"}, ["tools", "a JSON list of objects"]),
-        ({"messages": HELLO, "tools": '[{"type": "function"}]'}, ["tools[0]: got no function"]),
+        ({"messages": HELLO, "tools": '[{"type": "function"}]'}, ["tools[0].function: got nothing"]),
         ({"messages": HELLO, "tool_choice": "required"}, ["tool_choice: got 'required' without tools"]),
         ({"messages": HELLO, "chat_template_kwargs": "[]"}, ["chat_template_kwargs", "JSON object"]),
         ({"text_input": "a", "tools": "[]", "tool_choice": "auto"}, ["tools, tool_choice: given without messages"]),

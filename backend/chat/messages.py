@@ -3,6 +3,7 @@
 Everything that is refused raises RequestError INVALID_ARGUMENT, one line: where, got, expected.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
@@ -111,7 +112,14 @@ _TOOL_CHOICE = TypeAdapter(Literal["auto", "none", "required"] | NamedToolChoice
 
 
 # Where pydantic's own word is of Python, not of JSON.
-_EXPECTED = {"model_attributes_type": "a JSON object", "list_type": "a list", "iterable_type": "a list"}
+_EXPECTED = {
+    "dict_type": "a JSON object",
+    "model_attributes_type": "a JSON object",
+    "model_type": "a JSON object",
+    "list_type": "a list",
+    "iterable_type": "a list",
+    "none_required": "null",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +161,9 @@ def chat_request(
         required = names[0] if len(names) == 1 else "*"
     if not isinstance(template_kwargs or {}, Mapping):
         raise refused(f"chat_template_kwargs: got {shown(template_kwargs)}, expected an object of variables for the template")
+    thinking = (template_kwargs or {}).get("enable_thinking", False)
+    if not isinstance(thinking, bool):  # a template takes every text for true, "false" as well
+        raise refused(f"chat_template_kwargs.enable_thinking: got {shown_json(thinking)}, expected true or false")
     return ChatRequest(
         messages=_for_template(listed, messages),
         images=[
@@ -210,7 +221,7 @@ def _for_template(listed: list[Message], given: Sequence[Mapping[str, Any]]) -> 
         elif isinstance(message, ToolMessage) and message.name is None:
             if message.tool_call_id not in names:
                 raise refused(
-                    f"messages[{index}].tool_call_id: got {shown(message.tool_call_id)}, "
+                    f"messages[{index}].tool_call_id: got {shown_json(message.tool_call_id)}, "
                     "expected the id of a tool call in an earlier assistant message"
                 )
             ready["name"] = names[message.tool_call_id]
@@ -251,10 +262,15 @@ def _line(name: str, value: object, error: ValidationError) -> str:
     kind, message, context = deepest["type"], deepest["msg"], deepest.get("ctx", {})
     if kind in ("missing", "union_tag_not_found"):
         key = context["discriminator"].strip("'") if context else deepest["loc"][-1]
-        return f"{where}: got no {key}, expected one; add it"
+        return f"{where}.{key}: got nothing, expected a value; add it"
     if kind == "union_tag_invalid":
         key = context["discriminator"].strip("'")
         return f"{where}.{key}: got {shown(context['tag'])}, expected one of {context['expected_tags']}"
     message = _EXPECTED.get(kind, message)
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{where}: got {shown(got)}, expected {expected[:1].lower()}{expected[1:]}"
+    return f"{where}: got {shown_json(got)}, expected {expected[:1].lower()}{expected[1:]}"
+
+
+def shown_json(value: object) -> str:
+    """As `shown`, but null, true and false as JSON has them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)

@@ -8,7 +8,7 @@
 | GET  /health               | 200 if the Triton model would take a request, else 503                            |
 | GET  /metrics              | the Triton server's metrics, passed on                                            |
 
-With API keys, everything under /v1 wants `Authorization: Bearer KEY`.
+With API keys, everything under /v1 wants `Authorization: Bearer KEY`. Every response has an `x-request-id`.
 """
 
 import asyncio
@@ -24,11 +24,14 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from openai.types import Model
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from backend.openai_server.chat import ChatCompletions
 from backend.openai_server.completions import Completions
 from backend.openai_server.errors import ApiError, client_gone
+from backend.openai_server.parameters import new_id
 from backend.openai_server.requests import CHAT, COMPLETION, body_schema, read_body
 from backend.openai_server.routes import no_such_method, no_such_route
 from backend.openai_server.settings import OpenAISettings
@@ -47,7 +50,7 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
         yield
         await app.state.model.close()
 
-    app = FastAPI(title="DiffusionGemma", lifespan=lifespan)
+    app = _Service(title="DiffusionGemma", lifespan=lifespan, redirect_slashes=False)
     created = int(time.time())
     guarded = [Depends(_key_check(settings.api_keys))]
     documented = {}
@@ -109,6 +112,20 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
     return app
 
 
+class _Service(FastAPI):
+    """Every response, errors too, has the header x-request-id: the completion's id, under which the Triton server knows the
+    request, or one of its own."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = scope["request_id"]
+            await send(message)
+
+        scope["request_id"] = new_id("req")
+        await super().__call__(scope, receive, send_with_id)
+
+
 def _answer_without_route(request: Request, error: HTTPException) -> Response:
     """Nothing else raises these here: they are the router's, 404 and 405."""
     if error.status_code == 405:
@@ -120,6 +137,7 @@ def _answer_without_route(request: Request, error: HTTPException) -> Response:
 
 async def _answer(request: Request, completions: ChatCompletions | Completions, body: dict[str, Any]) -> Response:
     """What goes wrong before the first chunk has a status of its own; after it, the error is the last event."""
+    request.scope["request_id"] = completions.id
     if not body.get("stream"):
         return JSONResponse(await _unless_disconnected(request, completions.whole()))
     chunks = completions.chunks()

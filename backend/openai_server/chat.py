@@ -13,6 +13,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
+from backend.openai_server.errors import ApiError
 from backend.openai_server.parameters import chat_inputs, new_id
 from backend.openai_server.triton_model import Part, TritonModel
 
@@ -25,7 +26,7 @@ class ChatCompletions:
         self._inputs = chat_inputs(body)
         self._include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self._one_call = body.get("parallel_tool_calls") is False
-        self._id, self._created = new_id("chatcmpl"), int(time.time())
+        self.id, self._created = new_id("chatcmpl"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
 
     async def whole(self) -> dict[str, Any]:
@@ -33,7 +34,7 @@ class ChatCompletions:
         async for _, _ in self._parts(stream=False):
             pass
         completion = ChatCompletion(
-            id=self._id,
+            id=self.id,
             object="chat.completion",
             created=self._created,
             model=self._name,
@@ -70,18 +71,23 @@ class ChatCompletions:
 
     async def _parts(self, *, stream: bool) -> AsyncIterator[tuple[int, Part]]:
         inputs = [each | {"stream": stream} for each in self._inputs]
-        async with aclosing(parts_of_choices(self._model, inputs, self._id)) as parts:
-            async for index, part in parts:
-                if self._one_call:
-                    del part.tool_calls[max(0, 1 - len(self._choices[index].tool_calls)) :]
-                self._choices[index].add(part)
-                yield index, part
+        async with aclosing(parts_of_choices(self._model, inputs, self.id)) as parts:
+            try:
+                async for index, part in parts:
+                    if self._one_call:
+                        del part.tool_calls[max(0, 1 - len(self._choices[index].tool_calls)) :]
+                    self._choices[index].add(part)
+                    yield index, part
+            except ApiError as error:
+                if error.param == "prompt":  # the model's word for what it makes of them
+                    error.param = "messages"
+                raise
 
     def _chunk(self, choices: list[ChunkChoice], **more: Any) -> dict[str, Any]:
         if self._include_usage:
             more = {"usage": None, **more}
         chunk = ChatCompletionChunk(
-            id=self._id, object="chat.completion.chunk", created=self._created, model=self._name, choices=choices, **more
+            id=self.id, object="chat.completion.chunk", created=self._created, model=self._name, choices=choices, **more
         )
         return chunk.model_dump(exclude_unset=True)
 

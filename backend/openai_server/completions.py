@@ -21,7 +21,7 @@ class Completions:
         self._inputs = completion_inputs(body)
         self._choices_a_prompt = choices_a_prompt(body)
         self._include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        self._id, self._created = new_id("cmpl"), int(time.time())
+        self.id, self._created = new_id("cmpl"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
 
     async def whole(self) -> dict[str, Any]:
@@ -43,14 +43,14 @@ class Completions:
 
     async def _parts(self, *, stream: bool) -> AsyncIterator[tuple[int, Part]]:
         inputs = [each | {"stream": stream} for each in self._inputs]
-        async with aclosing(parts_of_choices(self._model, inputs, self._id)) as parts:
+        async with aclosing(parts_of_choices(self._model, inputs, self.id)) as parts:
             async for index, part in parts:
                 self._choices[index].add(part)
                 yield index, part
 
     def _completion(self, choices: list[CompletionChoice], **more: Any) -> dict[str, Any]:
         completion = Completion.model_construct(
-            id=self._id, object="text_completion", created=self._created, model=self._name, choices=choices, **more
+            id=self.id, object="text_completion", created=self._created, model=self._name, choices=choices, **more
         )
         return completion.model_dump(exclude_unset=True)
 

@@ -17,10 +17,10 @@ _TYPES = {
 
 
 _AT_FAULT = re.compile(
-    r"body: got no (\w+)"
-    r"|unknown sampling parameter '(.+?)'"
+    r"unknown sampling parameter '(.+?)'"
     r"|([\w.\[\]]+)(?:=.*?| of token id \S+| and .+?)?: "
 )
+_TOO_LONG = re.compile(r"prompt: got \d+ tokens and max_tokens \d")
 
 
 class ApiError(Exception):
@@ -37,9 +37,10 @@ class ApiError(Exception):
 
 
 def bad_request(message: str) -> ApiError:
-    """A 400; the parameter at fault is the one that the line begins with."""
+    """A 400; the parameter at fault is the one that the line begins with. The code is one that clients look for."""
     found = _AT_FAULT.match(message)
-    return ApiError(400, message, param=found[found.lastindex] if found else None)
+    code = "context_length_exceeded" if _TOO_LONG.match(message) else None
+    return ApiError(400, message, code=code, param=found[found.lastindex] if found else None)
 
 
 def client_gone() -> ApiError:

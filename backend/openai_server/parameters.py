@@ -13,8 +13,9 @@ from typing import Any
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
+from backend.chat.messages import shown_json
 from backend.openai_server.errors import bad_request
-from backend.parameters import NUMBERS, TOKEN_ID, Number, shown
+from backend.parameters import NUMBERS, TOKEN_ID, Number
 
 _SAMPLING = {
     "frequency_penalty",
@@ -42,7 +43,13 @@ _WITHOUT_EFFECT = {
     "user",
 }
 # Values that ask for nothing, of parameters that nothing here has.
-_NEUTRAL = {"modalities": ["text"], "response_format": {"type": "text"}, "store": False, "suffix": ""}
+_NEUTRAL = {
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "store": False,
+    "suffix": "",
+    "verbosity": "medium",
+}
 MAX_CHOICES = 128
 _SEED = Number(kind=int, minimum=-(1 << 63), maximum=(1 << 64) - 1)  # OpenAI's have a sign, the model's have not
 
@@ -53,15 +60,19 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     reasoning_effort "none" and "minimal" stand for enable_thinking false, the others for true. Raises ApiError 400."""
     given = _given(body, ChatParams.__annotations__)
     if (echo := given.pop("echo", False)) is not False:
-        raise bad_request(f"echo: got {shown(echo)}, but a chat is not echoed; remove it")
+        raise bad_request(f"echo: got {shown_json(echo)}, but a chat is not echoed; remove it")
     if "max_completion_tokens" in given:
         tokens = given.pop("max_completion_tokens")
         if given.setdefault("max_tokens", tokens) != tokens:
             raise bad_request(f"max_tokens: got {given['max_tokens']}, but max_completion_tokens is {tokens}; remove one")
     effort = given.pop("reasoning_effort", None)
     kwargs = given.pop("chat_template_kwargs", {})
-    if effort is not None and isinstance(kwargs, dict):
-        kwargs = {"enable_thinking": effort not in ("none", "minimal"), **kwargs}
+    if effort is not None:
+        thinking = effort not in ("none", "minimal")
+        kwargs = {"enable_thinking": thinking, **kwargs}
+        if kwargs["enable_thinking"] is (not thinking):
+            contrary = f"chat_template_kwargs.enable_thinking is {shown_json(not thinking)}"
+            raise bad_request(f"reasoning_effort: got {shown_json(effort)}, but {contrary}; remove one")
     inputs = {"messages": _json(given.pop("messages"))}
     tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
     if tools:
@@ -80,7 +91,7 @@ def completion_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     given = _given(body, CompletionParams.__annotations__)
     echo = given.pop("echo", False)
     if echo and "logprobs" in given:  # which asks for those of the prompt too
-        got = shown(given["logprobs"])
+        got = shown_json(given["logprobs"])
         raise bad_request(f"logprobs: got {got} with echo, but a prompt has no log probabilities here; remove echo")
     if "logprobs" in given:
         _checked(NUMBERS["top_logprobs"], "logprobs", given["logprobs"])  # a completion's logprobs are their number
@@ -102,7 +113,7 @@ def prompts(prompt: Any) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list):
-        raise bad_request(f"prompt: got {shown(prompt)}, expected a text, a list of token ids, or a list of either")
+        raise bad_request(f"prompt: got {shown_json(prompt)}, expected a text, a list of token ids, or a list of either")
     if not prompt:
         raise bad_request("prompt: got an empty list, expected at least one prompt")
     if isinstance(prompt[0], int | float):
@@ -112,10 +123,10 @@ def prompts(prompt: Any) -> list[str | list[int]]:
 
 def _token_ids(where: str, given: Any) -> list[int]:
     if not isinstance(given, list):
-        raise bad_request(f"{where}: got {shown(given)}, expected a text or a list of token ids")
+        raise bad_request(f"{where}: got {shown_json(given)}, expected a text or a list of token ids")
     for at, token in enumerate(given):
         if type(token) is not int or not TOKEN_ID.minimum <= token <= TOKEN_ID.maximum:  # a bool is an int, but no token
-            raise bad_request(f"{where}[{at}]: got {shown(token)}, expected a token id, {TOKEN_ID.expected()}")
+            raise bad_request(f"{where}[{at}]: got {shown_json(token)}, expected a token id, {TOKEN_ID.expected()}")
     return given
 
 
@@ -129,9 +140,9 @@ def _given(body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     given = {name: value for name, value in body.items() if value is not None}
     refused = [name for name in given if name in unknown and (name not in _NEUTRAL or given[name] != _NEUTRAL[name])]
     if refused:
-        raise bad_request(f"{refused[0]}: got {shown(given[refused[0]])}, but this server does not have it; remove it")
+        raise bad_request(f"{refused[0]}: got {shown_json(given[refused[0]])}, but this server does not have it; remove it")
     if "stream_options" in given and not given.get("stream"):
-        got = shown(given["stream_options"])
+        got = shown_json(given["stream_options"])
         raise bad_request(f"stream_options: got {got} without stream; set stream to true, or remove it")
     return {name: value for name, value in given.items() if name not in unknown | _FRONT_END | _WITHOUT_EFFECT}
 
@@ -139,11 +150,11 @@ def _given(body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
 def _choices(inputs: Mapping[str, Any], sampling: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     """Choice i has the request's seed + i, modulo 2^64. `best_of` may say that all choices are returned: they are."""
     if not 1 <= n <= MAX_CHOICES:
-        raise bad_request(f"n: got {shown(n)}, expected 1 to {MAX_CHOICES}")
+        raise bad_request(f"n: got {shown_json(n)}, expected 1 to {MAX_CHOICES}")
     sampling = dict(sampling)
     best_of = sampling.pop("best_of", n)
     if isinstance(best_of, bool) or best_of not in (1, n):
-        raise bad_request(f"best_of: got {shown(best_of)}, expected n, which is {n}; remove it")
+        raise bad_request(f"best_of: got {shown_json(best_of)}, expected n, which is {n}; remove it")
     if "seed" not in sampling:
         return [{**inputs, "sampling_parameters": _json(sampling)}] * n
     seed = _checked(_SEED, "seed", sampling["seed"])

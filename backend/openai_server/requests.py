@@ -8,7 +8,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from pydantic import TypeAdapter, with_config
 from starlette.requests import ClientDisconnect
 
-from backend.chat.messages import checked
+from backend.chat.messages import checked, shown_json
 from backend.errors import RequestError
 from backend.json_text import read_json
 from backend.openai_server.errors import ApiError, bad_request, client_gone, unknown_model
@@ -51,7 +51,7 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
     except ValueError as error:
         raise bad_request(f"body: got {error}, expected a JSON object") from None
     if not isinstance(body, dict):
-        raise bad_request(f"body: got {shown(body)}, expected a JSON object")
+        raise bad_request(f"body: got {shown_json(body)}, expected a JSON object")
     try:
         checked("body", adapter, body)
     except RequestError as error:
