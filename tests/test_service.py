@@ -135,7 +135,7 @@ def test_a_request_sent_while_there_is_no_worker_waits_for_the_next(watched):
 
 def test_a_prompt_longer_than_the_positions_does_not_reach_the_worker(watched):
     for prompt in ("many " * 5000, [5] * 5000):
-        with pytest.raises(RequestError, match=r"prompt: got \d+ tokens and max_tokens 1 .* at most 4096 in all"):
+        with pytest.raises(RequestError, match=r"prompt: got \d+ tokens and max_tokens 1, .* at most 4096 in all"):
             watched.service.submit(prompt, SHORT, lambda output: None)
 
 
