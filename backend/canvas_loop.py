@@ -53,7 +53,6 @@ class CanvasLoop:
         self._canvas = state(torch.int64, length)
         self._argmax = state(torch.int64, length)
         self._given = state(torch.int64, length).fill_(BLANK)
-        self._with_given: set[int] = set()  # slots whose canvas has given tokens
         self._soft_embeds = state(session.dtype, length, model.hidden_size)
         self._stable_steps = state(torch.int64)
         self._step = state(torch.int64)
@@ -76,8 +75,9 @@ class CanvasLoop:
         noise = initial_canvas_rows(
             self._seed[slot : slot + 1], self._canvas_index[slot : slot + 1], self._within, self._model.vocab_size
         )
-        self._start_given(slot, canvas_index, sampling)
-        self._canvas[slot] = self._given[slot].where(self._given[slot] != BLANK, noise)
+        given = torch.tensor(given_tokens(sampling.infill, canvas_index, self._model.canvas_length), device=noise.device)
+        self._given[slot] = given
+        self._canvas[slot] = given.where(given != BLANK, noise)
         self._argmax[slot] = sampler.NO_CANVAS
         self._soft_embeds[slot] = 0
         self._stable_steps[slot] = 0
@@ -89,13 +89,6 @@ class CanvasLoop:
         self._stability[slot] = sampling.stability_threshold
         self._greedy[slot] = sampling.greedy
         self._start_extras(slot, sampling)
-
-    def _start_given(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
-        given = given_tokens(sampling.infill, canvas_index, self._model.canvas_length)
-        self._given[slot] = torch.tensor(given)
-        self._with_given.discard(slot)
-        if any(token != BLANK for token in given):
-            self._with_given.add(slot)
 
     def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:
         self._extras.pop(slot, None)
@@ -123,9 +116,10 @@ class CanvasLoop:
         hidden = self._denoise(slots, rows)
         # 2. and 5.
         argmax, sampled, entropy = self._vocabulary(slots, rows, hidden)
-        if self._with_given.intersection(slots):
-            given, soft = self._given[rows], self._soft_embeds[rows]
+        given = self._given[rows]
+        if (given != BLANK).any():
             argmax, sampled, entropy = sampler.put_given(given, argmax, sampled, entropy)
+            soft = self._soft_embeds[rows]
             self._soft_embeds[rows] = sampler.put_given_embeddings(given, soft, self._session.embedding, self._embed_scale)
         # 3. and 4.
         canvas, stable_steps, converged = self._advance(rows, argmax, sampled, entropy)

@@ -90,7 +90,7 @@ class PagedKVCache:
             return all(pool.num_pages >= needed[kind] for kind, pool in self._pools.items())
         if not self._free_slots:
             return False
-        shared = self._shared(page_keys, usable_pages(page_keys, self._pools, self._kept, self.page_size, images))
+        _, shared = self._shared(page_keys, images)
         return all(
             pool.num_available >= needed[kind] - len(shared[kind]) + pool.cost_of_sharing([*shared[kind].values()])
             for kind, pool in self._pools.items()
@@ -102,8 +102,7 @@ class PagedKVCache:
         page_keys: keys of the sequence's first pages (`prefix_cache`). Those that are cached are taken over: `length` of the
         slot says how many tokens that is.
         """
-        num_shared = usable_pages(page_keys, self._pools, self._kept, self.page_size, images)
-        shared, most = self._shared(page_keys, num_shared), self.pages_needed(num_tokens)
+        (num_shared, shared), most = self._shared(page_keys, images), self.pages_needed(num_tokens)
         slot = self._free_slots.pop()
         self._owned[slot], self._most[slot] = shared, most
         self._changed.add(slot)
@@ -116,13 +115,14 @@ class PagedKVCache:
         self.length[slot] = num_shared * self.page_size
         return slot
 
-    def _shared(self, page_keys: Sequence[bytes], end: int) -> dict[LayerType, dict[int, int]]:
-        """The cached pages that a sequence with these keys starts from, where `end` of them can be used: column → page."""
+    def _shared(self, page_keys: Sequence[bytes], images: Sequence[ImageSpan]) -> tuple[int, dict[LayerType, dict[int, int]]]:
+        """How many cached pages a sequence with these keys starts from, and those that are still seen: column → page."""
+        end = usable_pages(page_keys, self._pools, self._kept, self.page_size, images)
         shared: dict[LayerType, dict[int, int]] = {}
         for kind, kept in self._kept.items():
             first = 0 if kept is None else max(0, end * self.page_size - kept) // self.page_size
             shared[kind] = {column: self._pools[kind].find(page_keys[column]) for column in range(first, end)}
-        return shared
+        return end, shared
 
     def close(self, slot: int) -> None:
         """Gives back the slot, its pages and what was promised to it."""

@@ -245,16 +245,13 @@ def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
-    expected = "expected a text or a list of token ids, integers"
-    if isinstance(prompt, bytes | Mapping):
-        raise refused(f"prompt: got {shown(prompt)}, {expected}")
     try:
-        token_ids = [index(token) for token in prompt]
+        listed = list(prompt)
+        if isinstance(prompt, bytes | Mapping) or any(isinstance(token, bool) for token in listed):
+            raise TypeError  # Python counts these among lists of integers
+        return [index(token) for token in listed]
     except TypeError:
-        raise refused(f"prompt: got {shown(prompt)}, {expected}") from None
-    if any(isinstance(token, bool) for token in prompt):  # which Python counts among the integers
-        raise refused(f"prompt: got {shown(prompt)}, {expected}")
-    return token_ids
+        raise refused(f"prompt: got {shown(prompt)}, expected a text or a list of token ids, integers") from None
 
 
 def _one_each(sampling: SamplingConfig | Sequence[SamplingConfig] | None, count: int) -> list[SamplingConfig]:
@@ -262,7 +259,7 @@ def _one_each(sampling: SamplingConfig | Sequence[SamplingConfig] | None, count:
     if bad := [each for each in configs if not isinstance(each, SamplingConfig)]:
         raise refused(f"sampling: got {shown(bad[0])}, expected a SamplingConfig or a list of them, one a prompt")
     if len(configs) != count:
-        raise RequestError("INVALID_ARGUMENT", f"sampling: got {len(configs)} configurations, expected {count}, one a prompt")
+        raise refused(f"sampling: got {len(configs)} configurations, expected {count}, one a prompt")
     return configs
 
 

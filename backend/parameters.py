@@ -4,6 +4,7 @@ Every failure is a ValueError of the form `name: got VALUE, expected WHAT`; who 
 is at fault.
 """
 
+import json
 import math
 import numbers
 import re
@@ -71,6 +72,11 @@ def shown(value: object) -> str:
     """`value` as an error message shows it: one line, at most 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def shown_json(value: object) -> str:
+    """As `shown`, but null, true and false as JSON has them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 def _from_text(text: str, kind: type) -> object:

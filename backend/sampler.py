@@ -120,8 +120,7 @@ def soft_embeddings(processed: torch.Tensor, embedding: torch.Tensor, embed_scal
     model was trained so.
     """
     probabilities = processed.to(dtype).softmax(dim=-1, dtype=torch.float32).to(dtype)
-    scale = torch.full((), embed_scale, dtype=torch.float32, device=processed.device).to(dtype)
-    return probabilities @ embedding * scale
+    return _scaled(probabilities @ embedding, embed_scale)
 
 
 def accept(entropy: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
@@ -160,8 +159,7 @@ def put_given_embeddings(
 ) -> torch.Tensor:
     """As `put_given`, of soft embeddings [..., D] `dtype`: `soft_embeddings` of a token with probability 1 is its embedding,
     scaled. embedding: [V, D] `dtype`, embed_scale: see there."""
-    scale = torch.tensor(embed_scale, dtype=torch.float32).to(embedding.dtype).item()
-    of_given = embedding[given.clamp(min=0)] * scale
+    of_given = _scaled(embedding[given.clamp(min=0)], embed_scale)
     return of_given.where((given != BLANK).unsqueeze(-1), soft_embeds)
 
 
@@ -196,6 +194,10 @@ def converged(
     stable = stable_steps >= stability_threshold  # 1.
     confident = entropy.mean(dim=-1) < confidence_threshold  # 2.
     return Convergence(stable & confident, stable_steps)
+
+
+def _scaled(embeddings: torch.Tensor, embed_scale: float) -> torch.Tensor:
+    return embeddings * torch.full((), embed_scale, dtype=torch.float32, device=embeddings.device).to(embeddings.dtype)
 
 
 # Logits that a CPU core works on at a time: on one EPYC core (1 MiB L2), a row of [97, 262144] takes 2.2 ms in such blocks and

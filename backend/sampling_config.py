@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
-from backend.errors import RequestError, refused
+from backend.errors import refused
 from backend.generation_defaults import GenerationDefaults
 from backend.infill import Part, checked_parts, infill_tokens
 from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
@@ -108,7 +108,7 @@ class SamplingConfig:
             if self.top_logprobs and not self.logprobs:
                 raise ValueError(f"top_logprobs: got {self.top_logprobs} without logprobs; set logprobs to true")
         except ValueError as error:
-            raise RequestError("INVALID_ARGUMENT", str(error)) from None
+            raise refused(str(error)) from None
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> "SamplingConfig":

@@ -3,7 +3,6 @@
 Everything that is refused raises RequestError INVALID_ARGUMENT, one line: where, got, expected.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from backend.errors import refused
 from backend.json_text import read_json
-from backend.parameters import shown
+from backend.parameters import shown, shown_json
 
 T = TypeVar("T")
 
@@ -269,8 +268,3 @@ def _line(name: str, value: object, error: ValidationError) -> str:
     message = _EXPECTED.get(kind, message)
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
     return f"{where}: got {shown_json(got)}, expected {expected[:1].lower()}{expected[1:]}"
-
-
-def shown_json(value: object) -> str:
-    """As `shown`, but null, true and false as JSON has them."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)

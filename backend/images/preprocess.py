@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from backend.errors import RequestError
+from backend.errors import refused
 from contract.model_config import SOFT_TOKEN_BUDGETS, VisionConfig
 
 
@@ -68,9 +68,9 @@ def _grid(width: int, height: int, max_soft_tokens: int, vision: VisionConfig) -
     """Columns and rows of soft tokens of an image of width x height pixels."""
     if max_soft_tokens not in SOFT_TOKEN_BUDGETS:
         budgets = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
-        raise RequestError("INVALID_ARGUMENT", f"image_soft_tokens: got {max_soft_tokens}, expected one of {budgets}")
+        raise refused(f"image_soft_tokens: got {max_soft_tokens}, expected one of {budgets}")
     if not width or not height:
-        raise RequestError("INVALID_ARGUMENT", f"image: got {width} x {height} pixels, expected at least 1 x 1")
+        raise refused(f"image: got {width} x {height} pixels, expected at least 1 x 1")
     kernel = vision.pooling_kernel_size
     side = kernel * vision.patch_size
     # In this order of operations: another one rounds differently where a side is a whole number of soft tokens.
@@ -81,8 +81,7 @@ def _grid(width: int, height: int, max_soft_tokens: int, vision: VisionConfig) -
     elif not columns:
         columns, rows = 1, min(height // width, max_soft_tokens)
     if max(columns, rows) * kernel > vision.position_embedding_size:
-        raise RequestError(
-            "INVALID_ARGUMENT",
+        raise refused(
             f"image: got {width} x {height} pixels, {columns * kernel} x {rows * kernel} patches with image_soft_tokens "
             f"{max_soft_tokens}, expected at most {vision.position_embedding_size} along a side; crop it or lower "
             "image_soft_tokens",

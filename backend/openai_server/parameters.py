@@ -13,9 +13,8 @@ from typing import Any
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
-from backend.chat.messages import shown_json
 from backend.openai_server.errors import bad_request
-from backend.parameters import NUMBERS, TOKEN_ID, Number
+from backend.parameters import NUMBERS, TOKEN_ID, Number, shown_json
 
 _SAMPLING = {
     "frequency_penalty",

@@ -39,7 +39,7 @@ import numpy as np
 from backend.chat.answer import AnswerFormat
 from backend.chat.messages import chat_request, placed_images
 from backend.chat.template import ChatTemplate
-from backend.errors import RequestError
+from backend.errors import refused
 from backend.json_text import read_json
 from backend.parameters import shown
 from backend.sampling_config import SamplingConfig, canonical
@@ -92,7 +92,7 @@ def parse_request(
     )
     prompt, answer, images = _prompt(values, template, sampling)
     if values.get("return_drafts") and not values.get("stream"):
-        raise RequestError("INVALID_ARGUMENT", "return_drafts: got true without stream; set stream to true")
+        raise refused("return_drafts: got true without stream; set stream to true")
     return GenerationRequest(
         request_id=request.request_id(),
         prompt=prompt,
@@ -117,9 +117,9 @@ def _parsed_json(name: str, text: str, kind: type, wanted: str) -> Any:
     try:
         value = read_json(text)
     except ValueError as error:
-        raise RequestError("INVALID_ARGUMENT", f"{name}: got {error}: {shown(text)}; expected {wanted}") from None
+        raise refused(f"{name}: got {error}: {shown(text)}; expected {wanted}") from None
     if not isinstance(value, kind):
-        raise RequestError("INVALID_ARGUMENT", f"{name}: got {shown(text)}; expected {wanted}")
+        raise refused(f"{name}: got {shown(text)}; expected {wanted}")
     return value
 
 
@@ -130,16 +130,14 @@ def _prompt(
     given = [name for name in _PROMPTS if name in values]
     if len(given) != 1:
         got = " and ".join(given) or "none"
-        raise RequestError("INVALID_ARGUMENT", f"prompt: got {got}, expected exactly one of the inputs {', '.join(_PROMPTS)}")
+        raise refused(f"prompt: got {got}, expected exactly one of the inputs {', '.join(_PROMPTS)}")
     if given != ["messages"]:
         _refuse_without_messages([name for name in ("tools", "tool_choice", "chat_template_kwargs") if name in values])
         return values[given[0]], None, tuple(values.get("image", ()))
     if not values.get("exclude_input_in_output", True):
-        raise RequestError(
-            "INVALID_ARGUMENT", "exclude_input_in_output: got false with messages, expected true; a chat is not echoed"
-        )
+        raise refused("exclude_input_in_output: got false with messages, expected true; a chat is not echoed")
     if template is None:
-        raise RequestError("INVALID_ARGUMENT", "messages: this model has no chat template; send text_input or input_ids")
+        raise refused("messages: this model has no chat template; send text_input or input_ids")
     parts = (values.get(name) for name in ("messages", "tools", "tool_choice", "chat_template_kwargs"))
     asked = chat_request(*parts)
     chat = template.prompt(asked, keep_special_tokens=not sampling.skip_special_tokens)
@@ -148,7 +146,7 @@ def _prompt(
 
 def _refuse_without_messages(names: list[str]) -> None:
     if names:
-        raise RequestError("INVALID_ARGUMENT", f"{', '.join(names)}: given without messages; send messages, or remove it")
+        raise refused(f"{', '.join(names)}: given without messages; send messages, or remove it")
 
 
 def _request_parameters(request: InferenceRequest) -> tuple[dict[str, Any], float | None]:
@@ -159,7 +157,7 @@ def _request_parameters(request: InferenceRequest) -> tuple[dict[str, Any], floa
     timeout = parameters.pop("timeout", 0)
     if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
         got = shown(timeout)
-        raise RequestError("INVALID_ARGUMENT", f"timeout: got {got}, expected a whole number of microseconds, 0 for no limit")
+        raise refused(f"timeout: got {got}, expected a whole number of microseconds, 0 for no limit")
     timeout = timeout or (request.timeout() if hasattr(request, "timeout") else 0)
     return parameters, timeout / 1e6 if timeout else None
 
@@ -174,7 +172,7 @@ def _strings(name: str, array: np.ndarray) -> list[str]:
     except UnicodeDecodeError as error:
         bad = error.object[error.start : error.start + 1]
         problem = f"got bytes that are not UTF-8 ({bad!r} at byte {error.start})"
-        raise RequestError("INVALID_ARGUMENT", f"{name}: {problem}; send the text encoded as UTF-8") from None
+        raise refused(f"{name}: {problem}; send the text encoded as UTF-8") from None
 
 
 def _json(name: str, array: np.ndarray) -> dict[str, Any]:
