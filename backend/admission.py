@@ -6,16 +6,17 @@ from backend.errors import refused
 from backend.images.placeholders import image_spans
 from backend.images.preprocess import ImagePatches
 from backend.kv_cache import PagedKVCache
-from backend.prompt_tokens import check_positions
+from backend.prompt_tokens import check_positions, most_positions
 from backend.sampling_config import ResolvedSampling
 from contract.manifest import Manifest
 from contract.model_config import ModelConfig
 
 
-def most_cached_tokens(num_prompt_tokens: int, max_tokens: int, canvas_length: int, *, commit_last: bool = False) -> int:
+def most_cached_tokens(
+    num_prompt_tokens: int, sampling: ResolvedSampling, canvas_length: int, *, commit_last: bool = False
+) -> int:
     """Cached tokens that a request may come to: the prompt and its canvases, but the last one unless it is committed too."""
-    canvases = -(-max_tokens // canvas_length)
-    return num_prompt_tokens + (canvases - (not commit_last)) * canvas_length
+    return most_positions(num_prompt_tokens, sampling, canvas_length) - (0 if commit_last else canvas_length)
 
 
 def check_request(
@@ -42,7 +43,7 @@ def check_request(
         if bad is not None:
             raise refused(f"{name}: got token id {bad}, expected 0 to {model.vocab_size - 1}")
     check_positions(model, prompt_ids, sampling)
-    num_tokens = most_cached_tokens(len(prompt_ids), sampling.max_tokens, model.canvas_length, commit_last=commit_last)
+    num_tokens = most_cached_tokens(len(prompt_ids), sampling, model.canvas_length, commit_last=commit_last)
     if not cache.fits(num_tokens, when_empty=True):
         needed, has = cache.pages_needed(num_tokens), cache.num_pages
         pages = ", ".join(f"{kind} {needed[kind]} of {has[kind]}" for kind in needed)

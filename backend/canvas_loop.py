@@ -9,7 +9,7 @@ One denoising step of a row, numbered as in transformers' `generate` (1.c.i to 1
 5. Soft embeddings of the processed logits, for the next step.
 
 A request may ask for more: a logit bias (in 2, before the temperature), filters (of the denoiser canvas in 2), log
-probabilities, and tokens of the answer that are given (put in after 2 and 5).
+probabilities, tokens of the answer that are given (put in after 2 and 5), and a choice of the canvas' first token (a bias).
 
 Rows are independent: each has its own step, temperature, bound, seed and limits, and joins and leaves between any two steps.
 The state of a row is a few tensors of canvas size; logits live only inside a chunk of rows of the head.
@@ -17,6 +17,7 @@ The state of a row is a few tensors of canvas size; logits live only inside a ch
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from backend import sampler
@@ -68,8 +69,9 @@ class CanvasLoop:
     def prepare(self) -> None:
         """Makes ready, before anyone waits for it, what steps need. The session must have its pages."""
 
-    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
-        """Fills the slot's canvas with its initial noise; the prefix must be in the cache."""
+    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling, allowed: np.ndarray | None = None) -> None:
+        """Fills the slot's canvas with its initial noise; the prefix must be in the cache. allowed: [V] bool, the tokens that
+        its first one may be; None: every one."""
         self._seed[slot] = seed_bits(sampling.seed)
         self._canvas_index[slot] = canvas_index
         noise = initial_canvas_rows(
@@ -88,11 +90,11 @@ class CanvasLoop:
         self._confidence[slot] = sampling.confidence_threshold
         self._stability[slot] = sampling.stability_threshold
         self._greedy[slot] = sampling.greedy
-        self._start_extras(slot, sampling)
+        self._start_extras(slot, sampling, allowed)
 
-    def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:
+    def _start_extras(self, slot: int, sampling: ResolvedSampling, allowed: np.ndarray | None) -> None:
         self._extras.pop(slot, None)
-        extras = RowExtras.of(sampling, self._model.canvas_length, self._model.vocab_size, self._session.device)
+        extras = RowExtras.of(sampling, self._model, self._session.device, allowed)
         if extras:
             self._extras[slot] = extras
 
@@ -188,7 +190,7 @@ class CanvasLoop:
                 cap=self._model.final_logit_softcapping,
                 temperature=temperature[chunk],
                 noise=noise,
-                bias=[extra.bias(of_chunk) for extra, of_chunk, _ in extras],
+                bias=[each for extra, *of_it in extras for each in extra.biases(*of_it)],
             )
             for extra, of_chunk, of_canvas in extras:
                 extra.after(result, noise, of_chunk, of_canvas)

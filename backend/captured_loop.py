@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -122,10 +123,10 @@ class CapturedLoop(TableLoop):
         self._results = {slot: (step.results, row) for row, slot in enumerate(slots)}
         return step.results.finished[: len(slots)].tolist()
 
-    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling) -> None:
+    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling, allowed: np.ndarray | None = None) -> None:
         """See `CanvasLoop.start_canvas`."""
         self._results.pop(slot, None)
-        super().start_canvas(slot, canvas_index, sampling)
+        super().start_canvas(slot, canvas_index, sampling, allowed)
 
     def argmax_canvas(self, slot: int) -> list[int]:
         """See `CanvasLoop.argmax_canvas`. Does not wait for the device."""
@@ -218,6 +219,7 @@ class CapturedLoop(TableLoop):
             }
             each = {name: value.repeat_interleave(length) for name, value in each.items()}
             each["positions"] = self._within.repeat(rows.numel())
+            each["slots"] = self._tables.slots(each["slots"], each["positions"])
             given = self._given[rows]
         hidden = self._hidden_of(inputs).flatten(0, 1)
         # 2.

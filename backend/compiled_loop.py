@@ -41,6 +41,7 @@ class CompiledLoop(TableLoop):
         of_rows = (self._greedy[rows], self._seed[rows], self._canvas_index[rows], steps)
         slot, temperature, *drawn = (value.repeat_interleave(length) for value in (rows, temperature, *of_rows))
         drawn.append(self._within.repeat(batch))
+        slot = self._tables.slots(slot, drawn[-1])
         extras = (*self._tables.filters, *self._tables.logprob_tables)
         passes, soft_embeds = [], torch.empty_like(hidden)
         for begin in range(0, batch * length, self._chunk_rows):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from backend.answer_grammar import Grammars
 from backend.canvas_loop import CanvasLoop
 from backend.compiled_loop import CompiledLoop
 from backend.generation_defaults import GenerationDefaults
@@ -32,6 +33,7 @@ class Engine:
             ManifestError: see `plan_memory`, and on a GPU `check_free`.
         """
         model, build = session.manifest.model, session.manifest.build
+        grammars = Grammars(tokenizer, model.vocab_size)
         limits = limits.resolved(build.max_sequences)
         self.plan = plan_memory(session.manifest, limits, device_type=session.device.type)
         for line in self.plan.report().splitlines():
@@ -56,11 +58,13 @@ class Engine:
             cache,
             loop,
             tokenizer,
+            grammars=grammars,
             prefix_cache=limits.prefix_cache,
             commit_last=limits.commit_last,
             max_pass_rows=max_pass_rows,
         )
         loop.prepare()
+        grammars.prepare()
 
     @classmethod
     def load(cls, engine_dir: Path, limits: EngineLimits, checkpoint_dir: Path | None = None) -> "Engine":

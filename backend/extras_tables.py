@@ -1,14 +1,17 @@
 """What the requests in all slots ask of a step beyond the plain one, as tables: `row_extras` for loops of compiled operators.
 
-A table has a row for each slot. That of a slot without extras changes nothing.
+A table has a row for each slot. That of a slot without extras changes nothing. The first token of a canvas has a row of its own
+where the request does not let it be every token: what an operator takes for its slot is then `num_slots` more (`slots`).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from backend.job import TokenLogprob
 from backend.logprobs import token_logprobs
 from backend.parameters import MOST_ALTERNATIVES
+from backend.sampler import FORBIDDEN
 from backend.sampling_config import ResolvedSampling
 from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
@@ -17,33 +20,51 @@ class ExtrasTables:
     """All tensors live as long as the object, and are written in place."""
 
     def __init__(self, num_slots: int, canvas_length: int, vocab_size: int, device: torch.device):
-        self._bias = torch.zeros(num_slots, vocab_size, dtype=torch.float32, device=device)
-        self._biased = torch.zeros(num_slots, dtype=torch.bool, device=device)
-        self.filters = Filters.off(num_slots, device)
-        self.logprob_tables = LogprobTables.empty(num_slots, canvas_length, MOST_ALTERNATIVES, device)
+        self._num_slots, num_rows = num_slots, 2 * num_slots
+        self._bias = torch.zeros(num_rows, vocab_size, dtype=torch.float32, device=device)
+        self._biased = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._has_first = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self.filters = Filters.off(num_rows, device)
+        self.logprob_tables = LogprobTables.empty(num_rows, canvas_length, MOST_ALTERNATIVES, device)
         self._counts: dict[int, int] = {}  # of the slots that want log probabilities
 
-    def start(self, slot: int, sampling: ResolvedSampling) -> None:
-        """From now on the slot's are those of `sampling`."""
-        if sampling.logit_bias:
-            token_ids, values = zip(*sampling.logit_bias, strict=True)
-            self._bias[slot] = 0
-            self._bias[slot, list(token_ids)] = torch.tensor(values, device=self._bias.device)
-        self._biased[slot] = bool(sampling.logit_bias)
-        for table, value in zip(self.filters, (sampling.top_k, sampling.top_p, sampling.min_p), strict=True):
-            table[slot] = value
+    def start(self, slot: int, sampling: ResolvedSampling, allowed: np.ndarray | None = None) -> None:
+        """From now on the slot's are those of `sampling`. allowed: see `CanvasLoop.start_canvas`."""
+        first = slot + self._num_slots
+        self._has_first[slot] = allowed is not None
+        for row in (slot,) if allowed is None else (slot, first):
+            if sampling.logit_bias:
+                token_ids, values = zip(*sampling.logit_bias, strict=True)
+                self._bias[row] = 0
+                self._bias[row, list(token_ids)] = torch.tensor(values, device=self._bias.device)
+            self._biased[row] = bool(sampling.logit_bias)
+            for table, value in zip(self.filters, (sampling.top_k, sampling.top_p, sampling.min_p), strict=True):
+                table[row] = value
+        if allowed is not None:
+            bias = self._bias[first] if sampling.logit_bias else 0.0
+            forbidden = torch.from_numpy(np.where(allowed, np.float32(0), np.float32(FORBIDDEN)))
+            self._bias[first] = forbidden.to(self._bias.device) + bias
+            self._biased[first] = True
         self._counts.pop(slot, None)
         if sampling.logprobs:
             self._counts[slot] = min(sampling.top_logprobs, self._bias.shape[1])
-        self.logprob_tables.counts[slot] = self._counts.get(slot, -1)
+        self.logprob_tables.counts[[slot, first]] = self._counts.get(slot, -1)
+
+    def slots(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """The rows of the tables of canvas positions [R] that belong to `slots` [R]."""
+        return slots + self._num_slots * (self._has_first[slots] & (positions == 0))
 
     def bias(self, slots: Tensor) -> Bias:
-        """Of rows that belong to `slots` [R]."""
+        """slots: see `slots`."""
         return Bias(self._bias, self._biased, slots)
 
     def logprobs(self, slot: int) -> list[TokenLogprob] | None:
         """Those of the last step, if the slot wants any."""
         if slot not in self._counts:
             return None
-        _, logprobs, tokens, values = (table[slot] for table in self.logprob_tables)
-        return token_logprobs(logprobs, tokens[:, : self._counts[slot]], values[:, : self._counts[slot]])
+        rows = torch.full_like(self.logprob_tables.logprobs[slot], slot, dtype=torch.int64)
+        positions = torch.arange(len(rows), device=rows.device)
+        where = self.slots(rows, positions), positions
+        _, logprobs, tokens, values = self.logprob_tables
+        count = self._counts[slot]
+        return token_logprobs(logprobs[where], tokens[where][:, :count], values[where][:, :count])

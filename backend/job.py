@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from backend.answer_grammar import AnswerGrammar
 from backend.errors import RequestError
 from backend.images.preprocess import ImagePatches
 from backend.infill import BLANK, given_tokens
@@ -76,6 +77,7 @@ class Job:
     sampling: ResolvedSampling
     on_output: OnOutput
     text: TextStream
+    grammar: AnswerGrammar | None = None
     draft_interval_s: float | None = None
     added_at: float
     slot: int = -1
@@ -122,10 +124,13 @@ class Job:
     def finish_canvas(self, canvas: list[int], num_steps: int, logprobs: list[TokenLogprob] | None = None) -> CanvasOutput:
         """Takes a finished canvas into the result; the output's finish_reason says whether it was the last. logprobs: of every
         token of the canvas, if the request asks."""
-        tokens, reason = self._trim(canvas)
-        self.tokens += tokens
-        self.logprobs += self._with_given(logprobs or [])[: len(tokens)]
-        delta = self.text.push(tokens, last=reason is not None)
+        own, added, reason = self._trim(canvas)
+        if self.grammar:
+            self.grammar.take(own + added)
+        self.tokens += own + added
+        if logprobs:
+            self.logprobs += self._with_given(logprobs)[: len(own)] + [self._sure(token) for token in added]
+        delta = self.text.push(own + added, last=reason is not None)
         new = slice(self.num_sent, delta.num_tokens)
         self.num_sent = delta.num_tokens
         output = self.output(delta.text, new, num_steps, "stop" if delta.stopped else reason)
@@ -133,11 +138,14 @@ class Job:
         self.canvas_index += 1
         return output
 
+    def draft_is_due(self, now: float) -> bool:
+        return self.draft_interval_s is not None and now - self.drafted_at >= self.draft_interval_s
+
     def draft(self, canvas: list[int], step: int) -> DraftOutput:
         """What `finish_canvas` would give for the canvas as it stands; changes nothing."""
-        tokens, reason = self._trim(canvas)
-        delta = self.text.fork().push(tokens, last=reason is not None)
-        new_tokens = (self.tokens + tokens)[self.num_sent : delta.num_tokens]
+        own, added, reason = self._trim(canvas)
+        delta = self.text.fork().push(own + added, last=reason is not None)
+        new_tokens = (self.tokens + own + added)[self.num_sent : delta.num_tokens]
         return DraftOutput(text=delta.text, token_ids=new_tokens, canvas_index=self.canvas_index, step=step)
 
     def output(self, text: str, new: slice, num_steps: int, finish_reason: str | None) -> CanvasOutput:
@@ -155,17 +163,21 @@ class Job:
         )
 
     def _with_given(self, logprobs: list[TokenLogprob]) -> list[TokenLogprob]:
-        """Those of a canvas; a token that the request gives has probability 1."""
+        """Those of a canvas, with those of the tokens that the request gives."""
         given = given_tokens(self.sampling.infill, self.canvas_index, len(logprobs))
-        return [
-            each if token == BLANK else TokenLogprob(0.0, [(token, 0.0)] if each.top else [])
-            for token, each in zip(given, logprobs, strict=True)
-        ]
+        return [each if token == BLANK else self._sure(token) for token, each in zip(given, logprobs, strict=True)]
 
-    def _trim(self, canvas: list[int]) -> tuple[list[int], str | None]:
-        """The canvas up to max_tokens or the first end-of-sequence or stop token, which is not part of the result."""
+    def _sure(self, token: int) -> TokenLogprob:
+        """Of a token that the model has no choice about: probability 1."""
+        return TokenLogprob(0.0, [(token, 0.0)] if self.sampling.top_logprobs else [])
+
+    def _trim(self, canvas: list[int]) -> tuple[list[int], list[int], str | None]:
+        """The canvas up to max_tokens or the first end-of-sequence or stop token, which is not part of the result, and with a
+        grammar as far as that accepts it; tokens that a grammar adds; and why the result ends there, if it does."""
         room = self.sampling.max_tokens - len(self.tokens)
-        for index, token in enumerate(canvas[:room]):
-            if token in self.end_tokens:
-                return canvas[:index], "stop"
-        return canvas[:room], "length" if room <= len(canvas) else None
+        end = next((index for index, token in enumerate(canvas[:room]) if token in self.end_tokens), None)
+        if self.grammar:
+            return self.grammar.fitted(canvas[: room if end is None else end], None if end is None else canvas[end], room)
+        if end is not None:
+            return canvas[:end], [], "stop"
+        return canvas[:room], [], "length" if room <= len(canvas) else None

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from operator import index
 from os import PathLike
@@ -181,9 +181,7 @@ class LLM:
     def _chat_request(self, messages: Messages, config: SamplingConfig, images: Images, *more) -> _Request:
         chat = chat_request(messages, *more)
         prompt = self._template.prompt(chat, keep_special_tokens=not config.skip_special_tokens)
-        # The tags in the answer are special tokens.
-        config = replace(config, skip_special_tokens=False)
-        return self._request(prompt.text, config, placed_images(chat, images), prompt.form)
+        return self._request(prompt.text, prompt.form.sampling(config), placed_images(chat, images), prompt.form)
 
     def _images_each(self, images: Images | Sequence[Images] | None, count: int, *, alone: bool) -> list[Images]:
         if images is None:

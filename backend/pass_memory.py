@@ -37,9 +37,10 @@ def token_bytes(model: ModelConfig, kind: LayerType, dtype: str) -> int:
 
 
 def state_bytes(model: ModelConfig, build: BuildConfig) -> int:
-    """Of a sequence in the canvas loop, with its row in the tables of biases and log probabilities."""
-    of_position = model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION + 4 + MOST_ALTERNATIVES * 12
-    return model.canvas_length * of_position + 4 * model.vocab_size
+    """Of a sequence in the canvas loop, with its rows in the tables of biases and log probabilities: `extras_tables`."""
+    of_tables = model.canvas_length * (4 + MOST_ALTERNATIVES * 12) + 4 * model.vocab_size
+    of_position = model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION
+    return model.canvas_length * of_position + 2 * of_tables
 
 
 def denoise_bytes(model: ModelConfig, build: BuildConfig, rows: int, device_type: str) -> int:

@@ -53,13 +53,22 @@ class PromptTokenizer:
 def check_positions(model: ModelConfig, prompt_ids: Sequence[int], sampling: ResolvedSampling) -> None:
     """Raises RequestError INVALID_ARGUMENT for a prompt and canvases of more tokens than the model has positions."""
     length, most = model.canvas_length, model.max_position_embeddings
-    canvases = -(-sampling.max_tokens // length)
-    needed = len(prompt_ids) + canvases * length
+    needed = most_positions(len(prompt_ids), sampling, length)
     if needed > most:
-        fitting = (most - len(prompt_ids)) // length * length
+        free, canvases = most - len(prompt_ids), -(-sampling.max_tokens // length)
+        fitting = free - length + 1 if sampling.grammar else free // length * length
         remedy = f"lower max_tokens to {fitting}, or shorten the prompt" if fitting > 0 else "shorten the prompt"
+        as_canvases = f"{canvases} {'canvas' if canvases == 1 else 'canvases'} of {length}"
+        if sampling.grammar:
+            as_canvases = f"canvases of {length}, the last of which may begin before the last token"
         raise refused(
-            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens}, which is "
-            f"{canvases} {'canvas' if canvases == 1 else 'canvases'} of {length}, so {needed} positions, expected at most "
-            f"{most} in all; {remedy}"
+            f"prompt: got {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens}, which is {as_canvases}, so {needed} "
+            f"positions, expected at most {most} in all; {remedy}"
         )
+
+
+def most_positions(num_prompt_tokens: int, sampling: ResolvedSampling, canvas_length: int) -> int:
+    """Of a prompt and its canvases. With a grammar a canvas may be kept in part, and the next one begins behind that."""
+    if sampling.grammar:
+        return num_prompt_tokens + sampling.max_tokens - 1 + canvas_length
+    return num_prompt_tokens + -(-sampling.max_tokens // canvas_length) * canvas_length

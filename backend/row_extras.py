@@ -1,34 +1,47 @@
-"""What one request asks of a step beyond the plain one: a logit bias, sampling filters, log probabilities."""
+"""What one request asks of a step beyond the plain one: a logit bias, sampling filters, log probabilities, and a choice of its
+canvas' first token."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
 from backend.logit_filters import filtered_sample
 from backend.logprobs import CanvasLogprobs
-from backend.sampler import LogitBias, VocabularyPass
+from backend.sampler import FORBIDDEN, LogitBias, VocabularyPass
 from backend.sampling_config import ResolvedSampling
+from contract.model_config import ModelConfig
 
 
 class RowExtras:
     """Of one canvas. `RowExtras.of` gives None for a request that asks for none."""
 
-    def __init__(self, sampling: ResolvedSampling, canvas_length: int, vocab_size: int, device: torch.device):
+    def __init__(self, sampling: ResolvedSampling, model: ModelConfig, device: torch.device, allowed: np.ndarray | None):
         token_ids, values = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else ((), ())
         self._token_ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
         self._values = torch.tensor(values, dtype=torch.float32, device=device)
+        forbidden = [] if allowed is None else np.flatnonzero(~allowed)
+        self._forbidden = torch.as_tensor(forbidden, dtype=torch.int64, device=device)  # as the canvas' first token
         self._filters = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
         self._has_filters = _has_filters(sampling)
-        num_alternatives = min(sampling.top_logprobs, vocab_size)
-        self.logprobs = CanvasLogprobs(canvas_length, num_alternatives, device) if sampling.logprobs else None
+        num_alternatives = min(sampling.top_logprobs, model.vocab_size)
+        self.logprobs = CanvasLogprobs(model.canvas_length, num_alternatives, device) if sampling.logprobs else None
 
     @classmethod
-    def of(cls, sampling: ResolvedSampling, canvas_length: int, vocab_size: int, device: torch.device) -> "RowExtras | None":
-        if sampling.logit_bias or sampling.logprobs or _has_filters(sampling):
-            return cls(sampling, canvas_length, vocab_size, device)
+    def of(
+        cls, sampling: ResolvedSampling, model: ModelConfig, device: torch.device, allowed: np.ndarray | None
+    ) -> "RowExtras | None":
+        """allowed: see `CanvasLoop.start_canvas`."""
+        if sampling.logit_bias or sampling.logprobs or _has_filters(sampling) or allowed is not None:
+            return cls(sampling, model, device, allowed)
         return None
 
-    def bias(self, rows: slice) -> LogitBias:
-        """For `rows` of a chunk, all of this canvas."""
-        return LogitBias(rows.start, rows.stop, self._token_ids, self._values)
+    def biases(self, rows: slice, positions: slice) -> Iterator[LogitBias]:
+        """For `rows` of a chunk, which are at `positions` of this canvas."""
+        yield LogitBias(rows.start, rows.stop, self._token_ids, self._values)
+        if positions.start == 0:
+            values = torch.full(self._forbidden.shape, FORBIDDEN, device=self._forbidden.device)
+            yield LogitBias(rows.start, rows.start + 1, self._forbidden, values)
 
     def after(self, result: VocabularyPass, noise: torch.Tensor | None, rows: slice, positions: slice) -> None:
         """Draws `result.sampled` of `rows` again if there are filters, and records their log probabilities.

@@ -24,6 +24,9 @@ import torch
 
 from backend.infill import BLANK
 
+FORBIDDEN = -1e9
+"""The bias of a token that must not be: nothing of its probability is left in float32, whatever the temperature, and no
+infinity is subtracted from another."""
 NO_CANVAS = -1  # fills the previous argmax canvas of a row at its first step: equal to no token
 
 

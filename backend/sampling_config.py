@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 from backend.errors import refused
 from backend.generation_defaults import GenerationDefaults
+from backend.grammar import Grammar, checked_grammar
 from backend.infill import Part, checked_parts, infill_tokens
 from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
 
@@ -65,6 +66,7 @@ class ResolvedSampling:
     logprobs: bool
     top_logprobs: int
     infill: tuple[int, ...] = ()  # the answer's first tokens, BLANK where the model fills them
+    grammar: str = ""  # what an `AnswerGrammar` is made of; "": the answer is free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class SamplingConfig:
     logprobs: bool = False  # log probabilities of the tokens of the result, at the last step of their canvas
     top_logprobs: int = 0  # with logprobs: and of this many most likely tokens in each place
     infill: tuple[Part, ...] = ()  # what the answer begins with: texts, numbers of free tokens, token ids; a list is accepted
+    structured_outputs: Grammar | None = None  # what the answer is a text of; a mapping is accepted: `grammar.py`
 
     def __post_init__(self):
         try:
@@ -105,6 +108,9 @@ class SamplingConfig:
             object.__setattr__(self, "stop_token_ids", _checked_token_ids(self.stop_token_ids))
             object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
             object.__setattr__(self, "infill", checked_parts(self.infill))
+            object.__setattr__(self, "structured_outputs", checked_grammar(self.structured_outputs))
+            if self.infill and self.structured_outputs:
+                raise ValueError("infill and structured_outputs: both given, but each says what the answer is; remove one")
             if self.top_logprobs and not self.logprobs:
                 raise ValueError(f"top_logprobs: got {self.top_logprobs} without logprobs; set logprobs to true")
         except ValueError as error:
@@ -180,6 +186,7 @@ class SamplingConfig:
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
             infill=infill_tokens(self.infill, tokenize, max_tokens),
+            grammar=self.structured_outputs.text if self.structured_outputs else "",
         )
 
 

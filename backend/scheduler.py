@@ -29,6 +29,7 @@ from functools import partial
 from tokenizers import Tokenizer
 
 from backend.admission import check_images, check_request, most_cached_tokens
+from backend.answer_grammar import Grammars
 from backend.canvas_loop import CanvasLoop
 from backend.encode_budget import encode_budget, share_encode_budget
 from backend.encode_pass import NewTokens, encode_new_tokens
@@ -58,15 +59,17 @@ class Scheduler:
         loop: CanvasLoop,
         tokenizer: Tokenizer,
         *,
+        grammars: Grammars | None = None,
         prefix_cache: bool = True,
         commit_last: bool = False,
         max_pass_rows: int | None = None,
         metrics: MetricValues | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`max_pass_rows`: canvas positions that one denoising pass takes, at least one canvas; None takes all in one."""
+        """`grammars`: None where no request has any. `max_pass_rows`: canvas positions that one denoising pass takes, at least
+        one canvas; None takes all in one."""
         session.bind_pages(cache.pages)
-        self.metrics = metrics or MetricValues()
+        self.metrics, self._grammars = metrics or MetricValues(), grammars
         self.num_failed_steps = 0
         """Device steps in a row that failed: a server whose device does not recover can tell by it."""
         self._session, self._cache, self._loop, self._tokenizer, self._clock = session, cache, loop, tokenizer, clock
@@ -77,10 +80,6 @@ class Scheduler:
         self._queue: deque[Job] = deque()
         self._active: list[Job] = []
         self._num_ticks = 0
-
-    @property
-    def num_queued(self) -> int:
-        return len(self._queue)
 
     @property
     def num_active(self) -> int:
@@ -108,6 +107,7 @@ class Scheduler:
         added_at: float | None = None,
     ) -> Job:
         """Queues a request that passed `check`; `on_output` is called once a canvas, at last with a finish_reason or error.
+        Raises RequestError for a grammar that the tokenizer has no tokens for.
 
         images: those of the prompt, whose placeholders are expanded (`backend.images.placeholders`).
         stop_scope: where in the result stop strings are looked for.
@@ -124,6 +124,7 @@ class Scheduler:
             text=TextStream(
                 self._tokenizer, stop=sampling.stop, skip_special_tokens=sampling.skip_special_tokens, stop_scope=stop_scope
             ),
+            grammar=self._grammars.answer(sampling) if sampling.grammar else None,
             draft_interval_s=draft_interval_s,
             added_at=self._clock() if added_at is None else added_at,
             prefix=list(prompt_ids),
@@ -144,7 +145,10 @@ class Scheduler:
 
     def fail_all(self, error: RequestError) -> None:
         """Ends every request, active or queued."""
-        for job in [*self._queue, *self._active]:
+        self._fail_each([*self._queue, *self._active], error)
+
+    def _fail_each(self, jobs: Sequence[Job], error: RequestError) -> None:
+        for job in jobs:
             if job.ended:
                 self._leave(job)
             self.fail(job, error)
@@ -188,19 +192,18 @@ class Scheduler:
                 deliver()
         self._set_gauges()
 
-    def _fail_step(self, error: RuntimeError) -> None:
+    def _fail_step(self, problem: RuntimeError) -> None:
         self.num_failed_steps += 1
         _logger.exception("a device step failed; every request in flight ends with an error")
-        first_line = str(error).partition("\n")[0]
-        for job in list(self._active):
-            if job.ended:
-                self._leave(job)
-            self.fail(job, RequestError("INTERNAL", f"device step failed: {first_line}; send the request again"))
+        first_line = str(problem).partition("\n")[0]
+        error = RequestError("INTERNAL", f"device step failed: {first_line}; send the request again")
+        self._fail_each(list(self._active), error)
 
     def _admit(self) -> None:
         while self._queue:
             job = self._queue[0]
-            num_tokens, known = self._most_cached_tokens(job), {"page_keys": job.page_keys, "images": job.image_spans}
+            length, known = self._canvas_length, {"page_keys": job.page_keys, "images": job.image_spans}
+            num_tokens = most_cached_tokens(len(job.prompt_ids), job.sampling, length, commit_last=self._commit_last)
             if not self._cache.fits(num_tokens, **known):
                 return
             job.slot = self._cache.open(num_tokens, **known)
@@ -213,10 +216,6 @@ class Scheduler:
                 self.metrics.count("prefix_cache_lookup_tokens_total", len(job.prefix))
                 self.metrics.count("prefix_cache_hit_tokens_total", num_hit)
 
-    def _most_cached_tokens(self, job: Job) -> int:
-        max_tokens = job.sampling.max_tokens
-        return most_cached_tokens(len(job.prompt_ids), max_tokens, self._canvas_length, commit_last=self._commit_last)
-
     def _wait_for_encode(self, job: Job, num_pending: int) -> None:
         """The last tokens of the job's prefix are to be encoded; with none to encode its canvas starts."""
         job.num_pending, job.waiting_since = num_pending, self._num_ticks
@@ -224,8 +223,13 @@ class Scheduler:
             self._start_canvas(job)
 
     def _start_canvas(self, job: Job) -> None:
-        self._loop.start_canvas(job.slot, job.canvas_index, job.sampling)
-        job.canvas_started_at = self._clock()
+        try:
+            allowed = job.grammar.allowed() if job.grammar else None
+        except RequestError as error:
+            self.fail(job, error)
+        else:
+            self._loop.start_canvas(job.slot, job.canvas_index, job.sampling, allowed)
+            job.canvas_started_at = self._clock()
 
     def _encode(self, waiting: list[Job]) -> None:
         num_canvas_rows = (len(self._active) - len(waiting)) * self._canvas_length
@@ -255,14 +259,11 @@ class Scheduler:
             group = rows[start : start + self._max_pass_sequences]
             finished = self._loop.step([job.slot for job in group])
             for job, is_finished in zip(group, finished, strict=True):
-                if is_finished or self._draft_is_due(job):
+                if is_finished or job.draft_is_due(self._clock()):
                     deliver = self._finish_canvas if is_finished else self._send_draft
                     canvas, num_steps = self._loop.argmax_canvas(job.slot), self._loop.num_steps(job.slot)
                     stepped.append(partial(self._isolated, deliver, job, canvas, num_steps))
         return stepped
-
-    def _draft_is_due(self, job: Job) -> bool:
-        return job.draft_interval_s is not None and self._clock() - job.drafted_at >= job.draft_interval_s
 
     def _isolated(self, deliver: Callable[[Job, list[int], int], None], job: Job, canvas: list[int], num_steps: int) -> None:
         """Calls `deliver` unless the request has ended since; an error in it ends this request alone."""
@@ -270,6 +271,8 @@ class Scheduler:
             return
         try:
             deliver(job, canvas, num_steps)
+        except RequestError as error:
+            self.fail(job, error)
         except Exception:  # of the request's text or of the caller's on_output: whatever it is, the other requests go on
             _logger.exception("a request failed; the others go on")
             self.fail(job, RequestError("INTERNAL", "internal error in this request; see the server's log"))
@@ -282,18 +285,18 @@ class Scheduler:
         """Trims the finished canvas, sends what is new, and ends the request or has the canvas committed."""
         num_before, is_first = len(job.tokens), job.canvas_index == 0
         output = job.finish_canvas(canvas, num_steps, self._loop.logprobs(job.slot))
-        now = self._clock()
         self.metrics.observe("canvas_steps", num_steps)
-        self.metrics.observe("canvas_seconds", now - job.canvas_started_at)
+        self.metrics.observe("canvas_seconds", self._clock() - job.canvas_started_at)
         if is_first:
-            self.metrics.observe("first_canvas_seconds", now - job.added_at)
+            self.metrics.observe("first_canvas_seconds", self._clock() - job.added_at)
         self.metrics.count("output_tokens_total", len(output.token_ids))
         if output.finish_reason is None:
-            self._commit(job, canvas)
+            self._commit(job, job.tokens[num_before:])
             job.on_output(output)
         elif self._commit_last:
-            # With the token that ended it, which the next turn's prompt has too.
-            self._commit(job, canvas[: len(job.tokens) - num_before + 1])
+            # With the token that ended it, which the next turn's prompt has too; a grammar's end has none.
+            kept = job.tokens[num_before:]
+            self._commit(job, kept if job.grammar else canvas[: len(kept) + 1])
             self._end(job, "success", output)
         else:
             self._leave(job)
@@ -310,10 +313,8 @@ class Scheduler:
 
     def _set_gauges(self) -> None:
         self.metrics.set("active_requests", len(self._active))
-        for name, pages in (
-            ("kv_pages", self._cache.num_pages),
-            ("kv_pages_used", self._cache.num_pages_used),
-            ("kv_pages_cached", self._cache.num_pages_kept),
-        ):
+        cache = self._cache
+        of_pages = {"kv_pages": cache.num_pages, "kv_pages_used": cache.num_pages_used, "kv_pages_cached": cache.num_pages_kept}
+        for name, pages in of_pages.items():
             for kind, count in pages.items():
                 self.metrics.set(name, count, kind)

@@ -1,5 +1,7 @@
 """A canvas loop whose operators read what requests ask for beyond the plain step from tables: every row is in the same pass."""
 
+import numpy as np
+
 from backend.canvas_loop import CanvasLoop
 from backend.extras_tables import ExtrasTables
 from backend.job import TokenLogprob
@@ -17,8 +19,8 @@ class TableLoop(CanvasLoop):
         super().__init__(session, cache, workspace_bytes=workspace_bytes)
         self._tables = ExtrasTables(len(self._step), self._model.canvas_length, self._model.vocab_size, session.device)
 
-    def _start_extras(self, slot: int, sampling: ResolvedSampling) -> None:
-        self._tables.start(slot, sampling)
+    def _start_extras(self, slot: int, sampling: ResolvedSampling, allowed: np.ndarray | None) -> None:
+        self._tables.start(slot, sampling, allowed)
 
     def logprobs(self, slot: int) -> list[TokenLogprob] | None:
         """See `CanvasLoop.logprobs`."""

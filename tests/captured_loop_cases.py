@@ -1,5 +1,6 @@
 """The cases of `test_captured_loop.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1)."""
 
+import numpy as np
 import pytest
 import torch
 from small_checkpoints import network_session, random_checkpoint
@@ -89,13 +90,15 @@ SAMPLINGS = (
 def run(session, loop, slots, extras=({}, {}, {})) -> list[tuple]:
     """Steps of three rows that join one after the other and leave when they are finished; what the loop says of each.
 
-    extras: what each asks for beyond `SAMPLINGS`.
+    extras: what each asks for beyond `SAMPLINGS`; "first": the tokens that the first one of its canvas may be.
     """
     defaults = GenerationDefaults.from_json({"eos_token_id": []})
     active, seen = [], []
     for tick in range(9):
         if tick < len(slots):
-            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick], **extras[tick]).resolve(defaults))
+            extra = dict(extras[tick])
+            allowed = np.isin(np.arange(97), first) if (first := extra.pop("first", None)) else None
+            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick], **extra).resolve(defaults), allowed)
             assert loop.num_steps(slots[tick]) == 0
             active.append(slots[tick])
         if not active:
@@ -140,8 +143,21 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
         ),
         (({}, {"logit_bias": {5: 3.0, 9: -100.0}, "logprobs": True}, {"top_k": 7}), 512 << 20),
         (({"infill": [3, [5, 6], 4, [7]]}, {}, {"infill": [40, [8] * 5], "top_k": 7, "logprobs": True}), 97 * 4 * 24),
+        (
+            (
+                {"first": [7, 50, 96], "logprobs": True, "top_logprobs": 2},
+                {"first": [60]},
+                {"first": [3, 4, 5, 6], "logit_bias": {3: -2.0, 9: 4.0}, "top_k": 2, "top_p": 0.9, "logprobs": True},
+            ),
+            97 * 4 * 24,
+        ),
     ],
-    ids=["all rows, chunks of 24", "two of three, one chunk", "given tokens, of the third in its third canvas"],
+    ids=[
+        "all rows, chunks of 24",
+        "two of three, one chunk",
+        "given tokens, of the third in its third canvas",
+        "a choice of first tokens, also with a bias and filters",
+    ],
 )
 def test_rows_with_extras_are_those_of_the_plain_loop(session, extras, workspace_bytes, monkeypatch):
     """In the steps that all others are in. Log probabilities to roundings that the steps of a canvas hand on."""
@@ -166,12 +182,13 @@ def test_a_slot_keeps_nothing_of_the_request_before(session):
     loop, slots = loop_of(CapturedLoop, session, [5])
     expected = run(session, loop, slots)
     every = {"logit_bias": {5: 30.0}, "top_k": 2, "top_p": 0.1, "min_p": 0.5, "logprobs": True, "top_logprobs": 20}
-    every["infill"] = [[5], 1, [6]]
+    every |= {"infill": [[5], 1, [6]], "first": [5, 40]}
     assert run(session, loop, slots, (every,)) != expected
     assert run(session, loop, slots) == expected
     assert loop.logprobs(slots[0]) is None
     run(session, loop, slots, ({"logit_bias": {6: 1.0}},))
     assert loop._tables.bias(torch.tensor(slots)).values[slots[0]].count_nonzero() == 1
+    assert not loop._tables._has_first.any()
 
 
 def test_the_plan_holds_what_a_loop_keeps(session):
@@ -180,7 +197,7 @@ def test_the_plan_holds_what_a_loop_keeps(session):
     loop, _ = loop_of(CapturedLoop, session, [30, 5, 41])
     tables = vars(loop._tables).values()
     kept = [*vars(loop).values(), *tables, *loop._tables.filters, *loop._tables.logprob_tables]
-    kept_bytes = sum(each.nbytes for each in kept if isinstance(each, torch.Tensor) and len(each) == 5)
+    kept_bytes = sum(each.nbytes for each in kept if isinstance(each, torch.Tensor) and len(each) in (5, 10))
     planned = 5 * state_bytes(manifest.model, manifest.build)
     assert 0.9 * planned < kept_bytes <= planned
 

@@ -45,6 +45,7 @@ class Oracle:
         greedy: bool = False,
         warpers: LogitsProcessorList | None = None,
         given: Sequence[int] = (),
+        first_canvas: int = 0,
         **generation,
     ) -> OracleResult:
         """`generate` of transformers with `torch.randint` and `torch.multinomial` replaced by our noise for `seed`.
@@ -52,12 +53,13 @@ class Oracle:
         Tokens after the end are not replaced by padding here (pad_token_id None), so that whole canvases are compared.
         `warpers` restrict what is drawn and nothing else; a `logits_processor`, which transformers takes, acts on everything.
         `given`: tokens that the answer begins with, negative where it is free: in canvases from the start, and by a processor.
+        `first_canvas`: index of the first canvas, where the prompt ends with others.
         """
         warpers = LogitsProcessorList() if warpers is None else warpers
         if given:
             only = _OnlyGiven(len(prompt_ids), given)
             generation["logits_processor"] = LogitsProcessorList([*generation.get("logits_processor", ()), only])
-        with _injected(seed, self.canvas_length, self.vocab_size, greedy, warpers, given) as trace:
+        with _injected(seed, self.canvas_length, self.vocab_size, greedy, warpers, given, first_canvas) as trace:
             output = self.model.generate(torch.tensor([prompt_ids]), **generation)
         new = output.sequences[0, len(prompt_ids) :].tolist()
         canvases = [new[start : start + self.canvas_length] for start in range(0, len(new), self.canvas_length)]
@@ -150,14 +152,20 @@ class _Trace:
 
 @contextmanager
 def _injected(
-    seed: int, canvas_length: int, vocab_size: int, greedy: bool, warpers: LogitsProcessorList, given: Sequence[int]
+    seed: int,
+    canvas_length: int,
+    vocab_size: int,
+    greedy: bool,
+    warpers: LogitsProcessorList,
+    given: Sequence[int],
+    first_canvas: int,
 ) -> Iterator[_Trace]:
     trace = _Trace()
 
     def where() -> dict[str, int]:
         return {
             "seed": seed,
-            "canvas_index": len(trace.num_steps) - 1,
+            "canvas_index": first_canvas + len(trace.num_steps) - 1,
             "canvas_length": canvas_length,
             "vocab_size": vocab_size,
         }
@@ -170,7 +178,7 @@ def _injected(
         trace.num_steps.append(0)
         trace.probabilities.append(torch.empty(0))
         canvas = initial_canvas(**where())
-        of_it = torch.tensor(given[where()["canvas_index"] * canvas_length :][:canvas_length], dtype=canvas.dtype)
+        of_it = torch.tensor(given[(len(trace.num_steps) - 1) * canvas_length :][:canvas_length], dtype=canvas.dtype)
         canvas[: len(of_it)] = torch.where(of_it >= 0, of_it, canvas[: len(of_it)])
         return canvas.unsqueeze(0)
 

@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_checkpoints import TINY, network_session, random_image
@@ -62,9 +63,10 @@ def test_float32_tokens_of_requests_with_extras_are_those_of_the_uncompiled_netw
         {"logit_bias": {5: 1.0}},
         {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
         {"infill": [1, [297, 277], 40, [298] * 3], "ignore_eos": True},
+        {"structured_outputs": {"regex": "It is [0-9 ]{2,40}[a-d]"}, "top_k": 9, "logprobs": True},
         {},
     )
-    configs = [SamplingConfig(seed=seed, **SAMPLING, **extras[seed % 5]) for seed in range(len(prompts))]
+    configs = [SamplingConfig(seed=seed, **SAMPLING, **extras[seed % 6]) for seed in range(len(prompts))]
     expected = uncompiled("float32", max_sequences=5).generate(prompts, configs)
     actual = LLM(engine("float32"), max_sequences=5).generate(prompts, configs)
     assert [result.token_ids for result in actual] == [result.token_ids for result in expected]
@@ -123,7 +125,9 @@ def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, dtype):
             new_kv = [torch.randn(shape, generator=generator, device=session.device).to(session.dtype) for shape in shapes]
             cache.append([slot], [length], new_kv)
             infill = [4, [5, 6]] if slot == slots[1] else []
-            loop.start_canvas(slot, 0, SamplingConfig(seed=slot, confidence_threshold=0, infill=infill).resolve(defaults))
+            allowed = np.arange(model.vocab_size) % 7 == 0 if slot == slots[2] else None
+            config = SamplingConfig(seed=slot, confidence_threshold=0, infill=infill)
+            loop.start_canvas(slot, 0, config.resolve(defaults), allowed)
         for rows in (slots, slots, slots[1:2], slots):
             finished = loop.step(rows)
             canvases = [loop.argmax_canvas(slot) for slot in rows]

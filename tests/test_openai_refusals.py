@@ -1,6 +1,7 @@
 """What the OpenAI front end refuses by itself, over a stand-in for the Triton model."""
 
 import json
+import re
 
 import pytest
 from stand_in_model import Model, posted, refusal
@@ -101,6 +102,24 @@ def test_a_contradiction_about_thinking_is_refused(effort, thinks):
     message, param = refusal(json.dumps({**asked, **opposite}), route="chat/completions")
     contrary = f"chat_template_kwargs.enable_thinking is {json.dumps(not thinks)}"
     assert (message, param) == (f"reasoning_effort: got '{effort}', but {contrary}; remove one", "reasoning_effort")
+
+
+STRUCTURE = {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (STRUCTURE, "response_format and structured_outputs: both given, but each says what the answer is; remove one"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema: got none, expected a JSON schema, an object",
+        ),
+    ],
+    ids=["twice", "no schema"],
+)
+def test_an_answer_is_described_once_and_wholly(parameters, message):
+    assert refusal(json.dumps({**CHAT, **parameters}), route="chat/completions") == (message, re.match(r"[\w.]+", message)[0])
 
 
 def test_the_usual_verbosity_is_accepted():

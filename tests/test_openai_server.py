@@ -14,6 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 from schemathesis import GenerationMode
 from small_checkpoints import TINY
 from tiny_tasks import Question, questions
@@ -230,6 +231,24 @@ def test_parts_of_the_answer_are_given(client):
     first, *blanks, last = choice.logprobs.content
     assert [(each.token, each.logprob, len(each.top_logprobs)) for each in (first, last)] == [("r", 0.0, 1), ("u", 0.0, 1)]
     assert [len(each.top_logprobs) for each in blanks] == [2] * 3
+
+
+def test_structured_output_with_a_pydantic_model(client):
+    """As the client's helper asks for it: the schema of the model, whose values the tiny checkpoint makes up."""
+
+    class Sum(BaseModel):
+        answer: int
+
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    completion = client.chat.completions.parse(model=MODEL, messages=messages, seed=1, max_tokens=128, response_format=Sum)
+    [choice] = completion.choices
+    assert choice.finish_reason == "stop" and isinstance(choice.message.parsed, Sum)
+    plain = {"type": "json_schema", "json_schema": {"name": "number", "schema": {"type": "integer"}}}
+    for asked in ({"response_format": plain}, {"extra_body": {"structured_outputs": {"regex": "[0-9]+"}}}):
+        answer = client.chat.completions.create(model=MODEL, messages=messages, seed=1, **asked)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("42", "stop")
+    free = client.chat.completions.create(model=MODEL, messages=messages, seed=1, response_format={"type": "text"})
+    assert free.choices[0].message.content == "42"
 
 
 def test_completions_take_the_prompt_as_it_is(client, render, chat_tokenizer):

@@ -1,5 +1,6 @@
 """Biases, filters and log probabilities in whole generations, against transformers' `generate` with the same noise."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from small_checkpoints import TINY, random_checkpoint
 from test_generation import RANDOM, llm_of, prompt_of
 from tolerances import TOLERANCE
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     SequenceBiasLogitsProcessor,
@@ -165,6 +167,43 @@ def test_given_tokens_have_probability_1_and_blanks_their_distributions(pair):
     assert [value for _, value in result.top_logprobs[1]] == pytest.approx(values[0].tolist(), rel=0, abs=LOGPROB_TOLERANCE)
 
 
+DIGITS, BELL = range(68, 78), 27  # tokens of bytes, the latter of the only one for its character
+
+
+class _FirstToken(LogitsProcessor):
+    """The first token of a canvas is one of `allowed`."""
+
+    def __init__(self, allowed):
+        self._forbidden = [token for token in range(VOCAB_SIZE) if token not in allowed]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, 0, self._forbidden] = -1e9
+        return scores
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+def test_a_grammar_chooses_first_tokens_and_cuts_canvases(pair, temperature):
+    """Every canvas is transformers' behind what has been kept, and its own noise; digits are kept as far as they go."""
+    llm, oracle = pair
+    tokens, num_steps, logprobs = [], [], []
+    while len(tokens) < 12:
+        processors = LogitsProcessorList([_FirstToken(DIGITS)])
+        one_canvas = {"max_new_tokens": 16, "greedy": temperature == 0, "first_canvas": len(num_steps)}
+        expected = oracle.generate(
+            PROMPT + tokens, seed=3, logits_processor=processors, **{**RANDOM_OF_THE_ORACLE, **one_canvas}
+        )
+        [canvas] = expected.canvases
+        own = list(itertools.takewhile(lambda token: token in DIGITS, canvas))[: 12 - len(tokens)]
+        assert own
+        tokens, num_steps = tokens + own, num_steps + expected.num_steps
+        logprobs += expected.probabilities[0].max(-1).values.log()[: len(own)].tolist()
+    result = one(llm, structured_outputs={"regex": "[0-9]{12}\\x07"}, temperature=temperature, logprobs=True)
+    assert (result.token_ids, result.num_steps, result.finish_reason) == ([*tokens, BELL], num_steps, "stop")
+    assert result.logprobs == pytest.approx([*logprobs, 0.0], rel=0, abs=LOGPROB_TOLERANCE)
+    assert len(num_steps) > 3
+
+
 EVERY_KIND = [
     {},
     {"top_k": 4},
@@ -175,6 +214,8 @@ EVERY_KIND = [
     {"top_k": 50, "top_p": 0.9, "temperature": 2},
     {"temperature": 0.3},
     {"infill": [[5, 6], 12, [7], 7, [9] * 4], "top_k": 40, "logprobs": True, "top_logprobs": 2},
+    {"structured_outputs": {"regex": "[0-9]{4}[!-'][!-9]+;"}},
+    {"structured_outputs": {"regex": "[0-9]{8}"}, "top_p": 0.7, "logit_bias": {73: 4.0}, "logprobs": True, "top_logprobs": 2},
 ]
 
 
@@ -202,7 +243,8 @@ def test_every_mix_of_rows_gives_each_what_it_gets_alone(every_kind_alone, max_s
 def test_a_compiled_engine_gives_what_the_plain_loop_gives(engine_dir):
     """Of requests of every kind, together."""
     configs = [SamplingConfig(seed=seed, **RANDOM, **kind) for seed, kind in enumerate(EVERY_KIND)]
-    prompts = [prompt_of(3 + 4 * seed) for seed in range(len(configs))]
+    # Without special tokens, one of which stands for an image.
+    prompts = [[max(token, 20) for token in prompt_of(3 + 4 * seed)] for seed in range(len(configs))]
     expected = llm_of(TINY).generate(prompts, configs)
     for own, other in zip(LLM(engine_dir).generate(prompts, configs), expected, strict=True):
         assert (own.token_ids, own.num_steps) == (other.token_ids, other.num_steps)

@@ -201,7 +201,7 @@ def test_nothing_overtakes_a_request_that_waits_for_pages(checkpoint):
     _, big = add(scheduler, prompt_of(150, seed=2))
     small = [add(scheduler, prompt_of(3, seed=seed), max_tokens=1, max_denoising_steps=1)[1] for seed in range(5)]
     while not first.ended:
-        assert (scheduler.num_active, scheduler.num_queued) == (1, 6)
+        assert scheduler.num_active == 1 and not any(sent.ended for sent in (big, *small))
         scheduler.tick()
     run(scheduler)
     assert big.ended and all(sent.ended for sent in small)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,15 @@ def test_parts_of_the_answer_are_given(server, llm):
     assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids) == ("remlu", expected.token_ids)
     with post(server.http_url, {"messages": json.dumps(question), "sampling_parameters": json.dumps(sampling)}) as reply:
         assert json.load(reply)["text_output"] == "remlu"
+
+
+def test_structured_output(server, llm):
+    question, structure = [{"role": "user", "content": "Count from 3 to 30."}], {"regex": "Numbers: [0-9]{2}( [0-9]+){3}"}
+    sampling = {"structured_outputs": structure, "max_tokens": 64}
+    [expected] = llm.chat(question, SamplingConfig(seed=1, **sampling))
+    answer = ask_once(server.grpc_url, messages=json.dumps(question), seed=1, sampling_parameters=json.dumps(sampling))
+    assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
+    assert re.fullmatch(structure["regex"], answer.text)
 
 
 def test_how_tokens_are_described(llm):

@@ -6,11 +6,13 @@ text with tags ──markup──▶ segments ──reasoning──▶ thought
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backend.chat.markup import TagSet, TagSplitter
 from backend.chat.reasoning import ReasoningParser
 from backend.chat.tools import ToolCall, ToolCallParser
+from backend.errors import refused
+from backend.sampling_config import SamplingConfig
 from backend.text_stream import EVERYWHERE, StopScope
 
 
@@ -29,7 +31,8 @@ class AnswerFormat:
 
     tags: the tokenizer's special tokens and the markup. prefill: what the prompt already has of the answer. in_thought: the
     prompt ends inside a thought. with_tools: tool calls are expected; otherwise a call is text. keep_special_tokens: those that
-    are no markup stay in the text. stop_scope: where in the answer stop strings are looked for.
+    are no markup stay in the text. stop_scope: where in the answer stop strings are looked for. before_answer: see
+    `answer_place`.
     """
 
     tags: TagSet
@@ -38,6 +41,18 @@ class AnswerFormat:
     with_tools: bool = False
     keep_special_tokens: bool = False
     stop_scope: StopScope = EVERYWHERE
+    before_answer: str = ""
+
+    def sampling(self, config: SamplingConfig) -> SamplingConfig:
+        """The choices of a request whose answer is read so: tags are special tokens, which must not be skipped, and a grammar
+        is that of the answer alone.
+
+        Raises RequestError INVALID_ARGUMENT for a grammar of an answer that has begun with a call."""
+        grammar = config.structured_outputs
+        if grammar and self.prefill:
+            raise refused("structured_outputs: given with a tool_choice that begins a call, which is no answer; remove one")
+        within = grammar and replace(grammar, before=self.before_answer)
+        return replace(config, skip_special_tokens=False, structured_outputs=within)
 
 
 class AnswerParser:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from backend.chat.answer import AnswerFormat
+from backend.chat.answer_place import rules_before_answer
 from backend.chat.markup import TagSet
 from backend.chat.messages import ChatRequest
 from backend.chat.reasoning import CHANNEL_CLOSE, CHANNEL_OPEN, REASONING_TAGS
@@ -43,8 +44,8 @@ class ChatTemplate:
     def __init__(self, template: str | None, names: Mapping[str, str], tokenizer: Tokenizer):
         """names: variables that every template sees, `bos_token` for one. template None: every chat is refused."""
         self._template, self._names = template, dict(names)
-        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-        self._tags = TagSet({*special, *REASONING_TAGS, *TOOL_TAGS})
+        self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        self._tags = TagSet({*self._special, *REASONING_TAGS, *TOOL_TAGS})
         self._answer_text = AnswerText(tokenizer)
 
     @classmethod
@@ -69,8 +70,8 @@ class ChatTemplate:
         """1. Render the chat, with the model's turn open.
         2. A tool that must be called: begin the call. The model, which goes on from what the prompt has, can then only finish
            it (it does not think first; a call that it does not finish is text).
-        3. Say how to read the answer: whether the prompt leaves a thought open, what it has of the answer already, and where
-           stop strings count.
+        3. Say how to read the answer: whether the prompt leaves a thought open, what it has of the answer already, where
+           stop strings count, and what may come before an answer that a grammar describes.
 
         Raises RequestError INVALID_ARGUMENT for what the template refuses.
         """
@@ -81,8 +82,19 @@ class ChatTemplate:
             name = "" if chat.required_tool == "*" else chat.required_tool + "{"
             prefill = f"{CHANNEL_CLOSE if in_thought else ''}{CALL_OPEN}call:{name}"
         choices = {"with_tools": bool(chat.tools), "keep_special_tokens": keep_special_tokens}
-        scope = self._answer_text.scope(is_open=in_thought or bool(prefill), **choices)
-        form = AnswerFormat(tags=self._tags, prefill=prefill, in_thought=in_thought, stop_scope=scope, **choices)  # 3.
+        form = AnswerFormat(  # 3.
+            tags=self._tags,
+            prefill=prefill,
+            in_thought=in_thought,
+            stop_scope=self._answer_text.scope(is_open=in_thought or bool(prefill), **choices),
+            before_answer=rules_before_answer(
+                self._special,
+                in_thought=in_thought,
+                after_thought=text.rstrip().endswith(CHANNEL_CLOSE),
+                with_tools=bool(chat.tools),
+            ),
+            **choices,
+        )
         return ChatPrompt(text=text + prefill, form=form)
 
     def _rendered(self, chat: ChatRequest) -> str:

@@ -29,7 +29,17 @@ _SAMPLING = {
     "top_p",
 }
 # Read below or by the front end itself.
-_READ = {"best_of", "echo", "max_completion_tokens", "messages", "prompt", "reasoning_effort", "tool_choice", "tools"}
+_READ = {
+    "best_of",
+    "echo",
+    "max_completion_tokens",
+    "messages",
+    "prompt",
+    "reasoning_effort",
+    "response_format",
+    "tool_choice",
+    "tools",
+}
 _FRONT_END = {"model", "n", "parallel_tool_calls", "stream", "stream_options"}
 # They say something about the account, the cache or the tier: nothing about the answer.
 _WITHOUT_EFFECT = {
@@ -44,7 +54,6 @@ _WITHOUT_EFFECT = {
 # Values that ask for nothing, of parameters that nothing here has.
 _NEUTRAL = {
     "modalities": ["text"],
-    "response_format": {"type": "text"},
     "store": False,
     "suffix": "",
     "verbosity": "medium",
@@ -64,6 +73,9 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         tokens = given.pop("max_completion_tokens")
         if given.setdefault("max_tokens", tokens) != tokens:
             raise bad_request(f"max_tokens: got {given['max_tokens']}, but max_completion_tokens is {tokens}; remove one")
+    structure = _structure(given.pop("response_format", None))
+    if structure and given.setdefault("structured_outputs", structure) is not structure:
+        raise bad_request("response_format and structured_outputs: both given, but each says what the answer is; remove one")
     effort = given.pop("reasoning_effort", None)
     kwargs = given.pop("chat_template_kwargs", {})
     if effort is not None:
@@ -83,6 +95,18 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     if kwargs:
         inputs["chat_template_kwargs"] = _json(kwargs)
     return _choices(inputs, given, choices_a_prompt(body))
+
+
+def _structure(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a response_format asks of `structured_outputs`. What the schema may be, the model checks."""
+    if not response_format or response_format["type"] == "text":
+        return None
+    if response_format["type"] == "json_object":
+        return {"json_object": True}
+    schema = response_format["json_schema"].get("schema")
+    if schema is None:
+        raise bad_request("response_format.json_schema.schema: got none, expected a JSON schema, an object")
+    return {"json": schema}
 
 
 def completion_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from the checkpoint. The request's parameters are also where `/generate` puts JS
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,8 +97,7 @@ def parse_request(
         request_id=request.request_id(),
         prompt=prompt,
         images=images,
-        # The tags in a chat's answer are special tokens; what is none of the answer is dropped when the answer is read.
-        sampling=replace(sampling, skip_special_tokens=False) if answer else sampling,
+        sampling=answer.sampling(sampling) if answer else sampling,
         answer=answer,
         stream=values.get("stream", False),
         drafts=values.get("return_drafts", False),

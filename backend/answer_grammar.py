@@ -1,0 +1,106 @@
+"""How an answer is held to a grammar, canvas by canvas.
+
+All tokens of a canvas are denoised together, so what a token may be depends on tokens that are not there yet. Therefore the
+grammar is applied between canvases, and to the one token that depends on none:
+
+1. The first token of a canvas is one that the grammar allows there: all others are as good as impossible (`allowed`).
+2. Of a finished canvas the longest beginning that the grammar accepts is kept, and what can only follow it is added (`fitted`).
+3. The next canvas begins behind that, until nothing can follow, or the model ends the answer where the grammar lets it end.
+
+An answer that the model writes rightly by itself takes no step more than without a grammar. A departure costs the rest of its
+canvas; every canvas adds at least one token.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from tokenizers import Tokenizer
+
+from backend.errors import RequestError, refused
+from backend.grammar import first_line
+from backend.sampling_config import ResolvedSampling
+
+# Bounds what going through a canvas can cost: 0.1 s; a grammar that is ambiguous at every token would take minutes.
+_LIMITS = LLParserLimits(max_items_in_row=300, verbose_errors=False)
+
+
+class Grammars:
+    """Makes the grammars of requests for one tokenizer.
+
+    llguidance's own form of a tokenizer takes 4 seconds and 180 MB for 262,144 tokens: a thread sees to it from the start.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+        self._vocab_size = vocab_size
+        thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._tokenizer = thread.submit(lambda: LLTokenizer(tokenizer.to_str()))
+        thread.shutdown(wait=False)
+
+    def prepare(self) -> None:
+        """Waits until no request would have to."""
+        self._tokenizer.result()
+
+    def answer(self, sampling: ResolvedSampling) -> "AnswerGrammar":
+        """Of a request with a grammar. Raises RequestError INVALID_ARGUMENT for what only the tokenizer shows to be wrong."""
+        return AnswerGrammar(self._tokenizer.result(), sampling, self._vocab_size)
+
+
+class AnswerGrammar:
+    """How far one answer is in its grammar."""
+
+    def __init__(self, tokenizer: LLTokenizer, sampling: ResolvedSampling, vocab_size: int):
+        self._eos_token_ids, self._vocab_size = frozenset(sampling.eos_token_ids), vocab_size
+        self._ends_of_tokenizer = list(tokenizer.eos_tokens)
+        self._matcher = LLMatcher(tokenizer, sampling.grammar, log_level=0, limits=_LIMITS)
+        _check(self._matcher)
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next: [V] bool. An end-of-sequence token may where the answer may end.
+
+        Raises RequestError INVALID_ARGUMENT if none may, or if finding out takes too long."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        _check(self._matcher)
+        allowed = np.zeros(self._vocab_size, dtype=bool)
+        known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
+        allowed[: len(known)] = known
+        may_end = self._matcher.is_accepting()
+        for tokens, value in ((self._ends_of_tokenizer, False), (self._eos_token_ids, may_end)):
+            allowed[[token for token in tokens if token < self._vocab_size]] = value
+        if not allowed.any():
+            raise refused("structured_outputs: no token of the vocabulary can follow; change the grammar")
+        return allowed
+
+    def fitted(self, tokens: list[int], end_token: int | None, room: int) -> tuple[list[int], list[int], str | None]:
+        """Of a canvas' tokens, at most `room`, those that are kept; what can only follow them, no more than there is room for;
+        and the reason to finish there: "stop", "length" or None. Changes nothing.
+
+        end_token: the end-of-sequence or stop token behind them; the latter ends an answer wherever it stands.
+        """
+        matcher = self._matcher.deep_copy()
+        count = matcher.try_consume_tokens(tokens)
+        is_end = end_token is not None and (end_token not in self._eos_token_ids or matcher.is_accepting())
+        if count == len(tokens) and is_end:
+            return tokens, [], "stop"
+        added = [] if matcher.is_stopped() else self._within_vocabulary(matcher.compute_ff_tokens())
+        matcher.try_consume_tokens(added)
+        _check(matcher)
+        if not count + len(added):
+            raise RequestError("INTERNAL", "structured_outputs: a canvas begins with a token that was not allowed there")
+        is_complete = matcher.is_stopped() and count + len(added) <= room
+        reason = "stop" if is_complete else "length" if count + len(added) >= room else None
+        return tokens[:count], added[: room - count], reason
+
+    def _within_vocabulary(self, tokens: list[int]) -> list[int]:
+        """The first of them, that the model has: a tokenizer may have more."""
+        return list(takewhile(lambda token: token < self._vocab_size, tokens))
+
+    def take(self, tokens: list[int]) -> None:
+        """They are part of the answer."""
+        self._matcher.consume_tokens(tokens)
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        raise refused(f"structured_outputs: {first_line(matcher.get_error())}; change the grammar")

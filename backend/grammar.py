@@ -1,0 +1,130 @@
+"""Structured output: an answer that is a text of a grammar. A JSON schema, a regular expression, a list of choices is one, too.
+
+    {"json": {"type": "object", …}}  ──checked_grammar──▶  Grammar
+
+What a request may ask for, and what llguidance makes of it; `answer_grammar` holds answers to it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from llguidance import LLMatcher, regex_to_lark
+
+from backend.json_text import read_json
+from backend.parameters import shown
+
+MAX_GRAMMAR_LENGTH = 65_536  # characters
+MAX_MULTIPLE = 10_000  # time and memory grow with it: 0.1 s
+# Between the parts of a JSON text: as people and programs write it. More would be room for an answer of nothing else.
+_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,40})?"}
+_EXPECTED = (
+    'one of {"json": a JSON schema}, {"json_object": true}, {"regex": a text}, {"choice": a list of texts} and '
+    '{"grammar": a text in llguidance\'s form of Lark}'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """answer: as llguidance takes it, JSON. before: rules of Lark, whose `start` says where in the model's text `@answer`
+    stands; "": it is all of it."""
+
+    answer: str
+    before: str = ""
+
+    @property
+    def text(self) -> str:
+        """What a matcher is made of."""
+        answer = {**json.loads(self.answer), "name": "answer"}
+        return json.dumps({"grammars": [{"lark_grammar": self.before}, answer] if self.before else [answer]})
+
+
+def checked_grammar(value: object) -> Grammar | None:
+    """Raises ValueError."""
+    if value is None or isinstance(value, Grammar):
+        return value
+    name, content = _only_item(value)
+    answer = json.dumps(_READERS[name](f"structured_outputs.{name}", content))
+    if len(answer) > MAX_GRAMMAR_LENGTH:
+        raise ValueError(
+            f"structured_outputs.{name}: got {len(answer)} characters, expected at most {MAX_GRAMMAR_LENGTH}; shorten it"
+        )
+    grammar = Grammar(answer=answer)
+    if problem := LLMatcher.validate_grammar(grammar.text):
+        raise ValueError(f"structured_outputs.{name}: got {shown(content)}, which is refused: {first_line(problem)}")
+    return grammar
+
+
+def _only_item(value: object) -> tuple[str, object]:
+    given = {name: each for name, each in value.items() if each is not None} if isinstance(value, Mapping) else {}
+    if len(given) != 1 or not set(given) <= set(_READERS):
+        raise ValueError(f"structured_outputs: got {shown(value)}, expected {_EXPECTED}")
+    [(name, content)] = given.items()
+    return name, content
+
+
+def _json_schema(name: str, schema: object) -> dict:
+    if isinstance(schema, str):
+        try:
+            schema = read_json(schema)
+        except ValueError as error:
+            raise ValueError(f"{name}: got {error}: {shown(schema)}; expected a JSON schema") from None
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"{name}: got {shown(schema)}, expected a JSON schema, an object")
+    try:
+        text = json.dumps(schema, allow_nan=False)
+        json.loads(text, object_hook=partial(_check_multiple, name))
+        grammar = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+    except _TooLarge:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: got {shown(schema)}, which is refused: {first_line(str(error))}") from None
+    return json.loads(grammar)["grammars"][0]
+
+
+class _TooLarge(ValueError):
+    pass
+
+
+def _check_multiple(name: str, schema: dict) -> None:
+    multiple = schema.get("multipleOf")
+    if isinstance(multiple, int | float) and multiple > MAX_MULTIPLE:
+        raise _TooLarge(f"{name}: got multipleOf {shown(multiple)}, expected at most {MAX_MULTIPLE}")
+
+
+def _json_object(name: str, wanted: object) -> dict:
+    if wanted is not True:
+        raise ValueError(f"{name}: got {shown(wanted)}, expected true")
+    return _json_schema(name, {"type": "object"})
+
+
+def _regex(name: str, regex: object) -> dict:
+    return {"lark_grammar": f"start: /{regex_to_lark(_text(name, regex))}/"}
+
+
+def _choice(name: str, choices: object) -> dict:
+    if not isinstance(choices, list | tuple) or not choices:
+        raise ValueError(f"{name}: got {shown(choices)}, expected a list of non-empty texts")
+    # A terminal, in capitals: the lexer takes thousands of choices at once, the parser one by one.
+    return {"lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(_text(name, choice)) for choice in choices)}
+
+
+def _lark(name: str, grammar: object) -> dict:
+    if "%json" in _text(name, grammar):
+        raise ValueError(f"{name}: got %json, expected rules alone; say what it is with structured_outputs.json")
+    return {"lark_grammar": grammar}
+
+
+def _text(name: str, text: object) -> str:
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{name}: got {shown(text)}, expected a non-empty text")
+    return text
+
+
+_READERS = {"json": _json_schema, "json_object": _json_object, "regex": _regex, "choice": _choice, "grammar": _lark}
+
+
+def first_line(problem: str) -> str:
+    """Of what llguidance says."""
+    return " ".join(problem.partition("\n")[0].split())[:200]
