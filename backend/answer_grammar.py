@@ -52,7 +52,7 @@ class AnswerGrammar:
 
     def __init__(self, tokenizer: LLTokenizer, sampling: ResolvedSampling, vocab_size: int):
         self._eos_token_ids, self._vocab_size = frozenset(sampling.eos_token_ids), vocab_size
-        self._ends_of_tokenizer = list(tokenizer.eos_tokens)
+        self._ends_of_tokenizer = frozenset(tokenizer.eos_tokens)  # llguidance's, which the request may ignore
         self._matcher = LLMatcher(tokenizer, sampling.grammar, log_level=0, limits=_LIMITS)
         _check(self._matcher)
 
@@ -79,7 +79,7 @@ class AnswerGrammar:
         end_token: the end-of-sequence or stop token behind them; the latter ends an answer wherever it stands.
         """
         matcher = self._matcher.deep_copy()
-        count = matcher.try_consume_tokens(tokens)
+        count = matcher.try_consume_tokens(list(takewhile(lambda token: token not in self._ends_of_tokenizer, tokens)))
         is_end = end_token is not None and (end_token not in self._eos_token_ids or matcher.is_accepting())
         if count == len(tokens) and is_end:
             return tokens, [], "stop"

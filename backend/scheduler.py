@@ -294,9 +294,9 @@ class Scheduler:
             self._commit(job, job.tokens[num_before:])
             job.on_output(output)
         elif self._commit_last:
-            # With the token that ended it, which the next turn's prompt has too; a grammar's end has none.
+            # With the token that ended it, which the next turn's prompt has too; a grammar that is complete needs none.
             kept = job.tokens[num_before:]
-            self._commit(job, kept if job.grammar else canvas[: len(kept) + 1])
+            self._commit(job, (kept or canvas[:1]) if job.grammar else canvas[: len(kept) + 1])
             self._end(job, "success", output)
         else:
             self._leave(job)

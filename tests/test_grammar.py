@@ -12,7 +12,10 @@ from tokenizers import Tokenizer
 
 from backend import LLM, RequestError, SamplingConfig
 from backend.answer_grammar import AnswerGrammar, Grammars
+from backend.engine import Engine, EngineLimits
+from backend.generation_defaults import GenerationDefaults
 from backend.grammar import MAX_GRAMMAR_LENGTH
+from backend.session import Session
 
 EOS, STOP = 1, 6
 ANSWER = {
@@ -145,6 +148,7 @@ def test_what_no_token_can_follow_is_refused(tokenizer):
         ("[ab]+;", "abba", EOS, 99, "abba", "", None),
         ("[ab]+;", "abba", STOP, 99, "abba", "", "stop"),
         ("[ab]+;", "ab;cc", None, 99, "ab;", "", "stop"),
+        ("[ab]+", "ab<eos>ab", None, 99, "ab", "", None),
         ("[ab]+;", "ab;cc", None, 3, "ab;", "", "stop"),
         ("ab cd?", "abc", None, 99, "ab", " c", None),
         ("ab cd", "axc", None, 99, "a", "b cd", "stop"),
@@ -270,6 +274,20 @@ def test_end_of_sequence_tokens_that_are_ignored_end_nothing(llm):
     answer = ask(llm, SUM, {"regex": "[0-9]{5}"}, ignore_eos=True)
     assert len(answer.text) == 5 and answer.text.isdigit() and answer.finish_reason == "stop"
     assert ask(llm, SUM, {"regex": "[0-9]+"}, ignore_eos=True, max_tokens=40).finish_reason == "length"
+
+
+def test_an_empty_answer_is_one_if_the_grammar_has_it(engine_dir):
+    """Its last canvas is committed, of which nothing is kept."""
+    session = Session.load(engine_dir)
+    tokenizer = Tokenizer.from_file(str(engine_dir / "tokenizer.json"))
+    defaults = GenerationDefaults.from_json(engine_dir / "generation_config.json")
+    llm = LLM.from_engine(Engine(session, tokenizer, defaults, EngineLimits(max_sequences=1, commit_last=True)))
+    config = SamplingConfig(structured_outputs={"regex": "a*"}, stop_token_ids=[STOP], logit_bias={STOP: 100}, seed=1)
+    for _ in range(2):
+        [answer] = llm.generate([[20, 21]], config)
+        assert (answer.token_ids, answer.finish_reason, len(answer.num_steps)) == ([], "stop", 1)
+        llm._engine.scheduler.tick()
+        assert llm._engine.scheduler.is_idle
 
 
 def test_pieces_and_drafts_follow_the_grammar(llm):
