@@ -22,9 +22,6 @@ from backend.errors import RequestError, refused
 from backend.grammar import first_line
 from backend.sampling_config import ResolvedSampling
 
-# Bounds what going through a canvas can cost: 0.1 s; a grammar that is ambiguous at every token would take minutes.
-_LIMITS = LLParserLimits(max_items_in_row=300, verbose_errors=False)
-
 
 class Grammars:
     """Makes the grammars of requests for one tokenizer.
@@ -53,7 +50,8 @@ class AnswerGrammar:
     def __init__(self, tokenizer: LLTokenizer, sampling: ResolvedSampling, vocab_size: int):
         self._eos_token_ids, self._vocab_size = frozenset(sampling.eos_token_ids), vocab_size
         self._ends_of_tokenizer = frozenset(tokenizer.eos_tokens)  # llguidance's, which the request may ignore
-        self._matcher = LLMatcher(tokenizer, sampling.grammar, log_level=0, limits=_LIMITS)
+        limits = LLParserLimits(max_items_in_row=sampling.grammar.max_readings, verbose_errors=False)
+        self._matcher = LLMatcher(tokenizer, sampling.grammar.text, log_level=0, limits=limits)
         _check(self._matcher)
 
     def allowed(self) -> np.ndarray:

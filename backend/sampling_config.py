@@ -66,7 +66,7 @@ class ResolvedSampling:
     logprobs: bool
     top_logprobs: int
     infill: tuple[int, ...] = ()  # the answer's first tokens, BLANK where the model fills them
-    grammar: str = ""  # what an `AnswerGrammar` is made of; "": the answer is free
+    grammar: Grammar | None = None  # None: the answer is free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class SamplingConfig:
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
             infill=infill_tokens(self.infill, tokenize, max_tokens),
-            grammar=self.structured_outputs.text if self.structured_outputs else "",
+            grammar=self.structured_outputs,
         )
 
 

@@ -12,6 +12,7 @@ from backend.chat.markup import TagSet, TagSplitter
 from backend.chat.reasoning import ReasoningParser
 from backend.chat.tools import ToolCall, ToolCallParser
 from backend.errors import refused
+from backend.grammar import Grammar
 from backend.sampling_config import SamplingConfig
 from backend.text_stream import EVERYWHERE, StopScope
 
@@ -31,8 +32,8 @@ class AnswerFormat:
 
     tags: the tokenizer's special tokens and the markup. prefill: what the prompt already has of the answer. in_thought: the
     prompt ends inside a thought. with_tools: tool calls are expected; otherwise a call is text. keep_special_tokens: those that
-    are no markup stay in the text. stop_scope: where in the answer stop strings are looked for. before_answer: see
-    `answer_place`.
+    are no markup stay in the text. stop_scope: where in the answer stop strings are looked for. of_call: the
+    grammar of a call that must be made. before_answer: see `answer_place`.
     """
 
     tags: TagSet
@@ -41,17 +42,18 @@ class AnswerFormat:
     with_tools: bool = False
     keep_special_tokens: bool = False
     stop_scope: StopScope = EVERYWHERE
+    of_call: Grammar | None = None
     before_answer: str = ""
 
     def sampling(self, config: SamplingConfig) -> SamplingConfig:
-        """The choices of a request whose answer is read so: tags are special tokens, which must not be skipped, and a grammar
-        is that of the answer alone.
+        """The choices of a request whose answer is read so: tags are special tokens, which must not be skipped; a grammar is
+        that of the answer alone; and a call that must be made is one, unless the request itself gives parts of it.
 
         Raises RequestError INVALID_ARGUMENT for a grammar of an answer that has begun with a call."""
         grammar = config.structured_outputs
         if grammar and self.prefill:
             raise refused("structured_outputs: given with a tool_choice that begins a call, which is no answer; remove one")
-        within = grammar and replace(grammar, before=self.before_answer)
+        within = replace(grammar, before=self.before_answer) if grammar else None if config.infill else self.of_call
         return replace(config, skip_special_tokens=False, structured_outputs=within)
 
 

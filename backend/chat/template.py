@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from backend.chat.answer import AnswerFormat
 from backend.chat.answer_place import rules_before_answer
+from backend.chat.call_grammar import call_grammar
 from backend.chat.markup import TagSet
 from backend.chat.messages import ChatRequest
 from backend.chat.reasoning import CHANNEL_CLOSE, CHANNEL_OPEN, REASONING_TAGS
@@ -69,7 +70,7 @@ class ChatTemplate:
     def prompt(self, chat: ChatRequest, *, keep_special_tokens: bool = False) -> ChatPrompt:
         """1. Render the chat, with the model's turn open.
         2. A tool that must be called: begin the call. The model, which goes on from what the prompt has, can then only finish
-           it (it does not think first; a call that it does not finish is text).
+           it, held to the grammar of calls (it does not think first; a call that it does not finish is text).
         3. Say how to read the answer: whether the prompt leaves a thought open, what it has of the answer already, where
            stop strings count, and what may come before an answer that a grammar describes.
 
@@ -77,16 +78,18 @@ class ChatTemplate:
         """
         text = self._rendered(chat)  # 1.
         in_thought = _OPEN_THOUGHT.search(text) is not None
-        prefill = ""
+        prefill, of_call = "", None
         if chat.required_tool:  # 2.
-            name = "" if chat.required_tool == "*" else chat.required_tool + "{"
-            prefill = f"{CHANNEL_CLOSE if in_thought else ''}{CALL_OPEN}call:{name}"
+            name = "" if chat.required_tool == "*" else chat.required_tool
+            prefill = f"{CHANNEL_CLOSE if in_thought else ''}{CALL_OPEN}call:{name}{'{' if name else ''}"
+            of_call = call_grammar(chat.tools, self._special, begun=name)
         choices = {"with_tools": bool(chat.tools), "keep_special_tokens": keep_special_tokens}
         form = AnswerFormat(  # 3.
             tags=self._tags,
             prefill=prefill,
             in_thought=in_thought,
             stop_scope=self._answer_text.scope(is_open=in_thought or bool(prefill), **choices),
+            of_call=of_call,
             before_answer=rules_before_answer(
                 self._special,
                 in_thought=in_thought,

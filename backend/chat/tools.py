@@ -21,7 +21,7 @@ _MAX_DEPTH = 64
 _NAME = re.compile(r"\s*call:([^\s{}]+)\s*(?=\{)")
 _SPACE = re.compile(r"\s*")
 _TEXT = re.compile(re.escape(QUOTE) + "(.*?)" + re.escape(QUOTE), re.DOTALL)
-_BARE_KEY = re.compile(r"[^\s:,{}\[\]<>\"]+(?: +[^\s:,{}\[\]<>\"]+)*")
+BARE_KEY = re.compile(r"[^\s:,{}\[\]<>\"]+(?: +[^\s:,{}\[\]<>\"]+)*")
 _WORD = re.compile(r"[-+.\w]+")
 _ATOM = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _MAX_NUMBER_LENGTH = 300  # readers of JSON refuse or misread longer ones
@@ -117,7 +117,7 @@ def _object(text: str, start: int, depth: int) -> tuple[str, int]:
 
     def pair(at: int) -> int:
         quoted = _TEXT.match(text, at)
-        key = quoted or _BARE_KEY.match(text, at)
+        key = quoted or BARE_KEY.match(text, at)
         if not key:
             raise _Malformed
         name = json.dumps(quoted[1] if quoted else key[0], ensure_ascii=False)
