@@ -7,12 +7,13 @@ import pytest
 import torch
 from test_plugins import attention_inputs
 from tolerances import assert_close
-from triton_interpreter import let_dot_read_bfloat16
+from triton_interpreter import let_dot_read_bfloat16, save_the_interpreters_time
 
 from plugins.attention.launch import attention
 from plugins.attention.reference import paged_attention_reference
 
 let_dot_read_bfloat16()
+save_the_interpreters_time()
 
 DTYPES = [torch.float32, torch.bfloat16]
 SMALL = {"heads": 4, "kv_heads": 2, "head_dim": 16, "page_size": 16}

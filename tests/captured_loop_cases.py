@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from small_checkpoints import network_session, random_checkpoint
-from triton_interpreter import let_casts_round_to_bfloat16
+from triton_interpreter import let_casts_round_to_bfloat16, save_the_interpreters_time
 
 from backend import sampler
 from backend.canvas_loop import CanvasLoop
@@ -19,6 +19,7 @@ from plugins.vocabulary.feedback import soft_embeddings
 VOCAB_SIZES = (97, 448, 5000)
 
 let_casts_round_to_bfloat16()
+save_the_interpreters_time()
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from interpreter_runs import InterpreterRuns
-from small_checkpoints import TINY
-from transformers import AutoTokenizer
-
-from builder.build import build_engine
 
 ROOT = Path(__file__).parent.parent
+TINY = ROOT / "checkpoints" / "tiny"
 sys.path.insert(0, str(TINY.parent))
 
 from tiny_tasks import TASKS, Question, questions  # noqa: E402
@@ -45,6 +42,8 @@ def check_interpreted(request) -> Callable[[], None]:
 @pytest.fixture(scope="session")
 def engine_dir() -> Path:
     """The tiny checkpoint's engine, compiled; kept between runs and built again only when something it depends on changed."""
+    from builder.build import build_engine  # only here, as below: runs of interpreted cases would import it for nothing
+
     engine = ROOT / "engines" / "tests"
     build_engine(TINY, engine, target="inductor", dtype="float32", device="cpu")
     return engine
@@ -53,6 +52,8 @@ def engine_dir() -> Path:
 @pytest.fixture(scope="session")
 def chat_tokenizer():
     """The tiny checkpoint's tokenizer as transformers loads it, with its chat template."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(TINY)
 
 

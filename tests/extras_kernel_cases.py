@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton_interpreter import let_casts_round_to_bfloat16
+from triton_interpreter import let_casts_round_to_bfloat16, save_the_interpreters_time
 
 from backend import noise, sampler
 from backend.logit_filters import filtered_sample
@@ -20,6 +20,7 @@ from plugins.vocabulary.order_kernel import from_ordered_word, ordered_words
 from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
 let_casts_round_to_bfloat16()
+save_the_interpreters_time()
 
 # numpy's, about tokens that have no chance: a bound of infinity is meant, and so is no bound where every token is forbidden.
 pytestmark = [

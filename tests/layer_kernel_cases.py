@@ -5,7 +5,13 @@ import torch
 from expert_formats import arranged
 from tolerances import assert_close
 from torch.nn.functional import gelu
-from triton_interpreter import let_casts_know_e4m3, let_casts_round_to_bfloat16, let_dot_read_bfloat16, let_empty_assembly_pass
+from triton_interpreter import (
+    let_casts_know_e4m3,
+    let_casts_round_to_bfloat16,
+    let_dot_read_bfloat16,
+    let_empty_assembly_pass,
+    save_the_interpreters_time,
+)
 
 from plugins.feed_forward import launch
 from plugins.feed_forward.mlp_launch import FEW_ROWS, activate_launch, mlp_beside
@@ -25,6 +31,7 @@ let_dot_read_bfloat16()
 let_casts_round_to_bfloat16()
 let_casts_know_e4m3()
 let_empty_assembly_pass()
+save_the_interpreters_time()
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -15,6 +15,7 @@ from triton_interpreter import (
     let_dot_read_bfloat16,
     let_empty_assembly_pass,
     let_fma_round_once,
+    save_the_interpreters_time,
 )
 
 from plugins.moe import alignment, fp8_launch
@@ -28,6 +29,7 @@ let_dot_read_bfloat16()
 let_casts_know_e4m3()
 let_empty_assembly_pass()
 let_fma_round_once()
+save_the_interpreters_time()
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tolerances import assert_close
-from triton_interpreter import let_dot_read_bfloat16
+from triton_interpreter import let_dot_read_bfloat16, save_the_interpreters_time
 
 from plugins.feed_forward.reference import route
 from plugins.moe import alignment, launch
@@ -24,6 +24,7 @@ from plugins.moe.launch import FEW_ROWS, Tile
 from plugins.moe.reference import experts_reference
 
 let_dot_read_bfloat16()
+save_the_interpreters_time()
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

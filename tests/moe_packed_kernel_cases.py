@@ -7,7 +7,12 @@ tensors with NaN, or the largest integer) and the scales of experts that no row 
 import pytest
 import torch
 from tolerances import assert_close
-from triton_interpreter import let_casts_round_to_bfloat16, let_dot_read_bfloat16, let_empty_assembly_pass
+from triton_interpreter import (
+    let_casts_round_to_bfloat16,
+    let_dot_read_bfloat16,
+    let_empty_assembly_pass,
+    save_the_interpreters_time,
+)
 
 from plugins.moe import alignment, launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile
@@ -18,6 +23,7 @@ from plugins.moe.reference import experts_reference
 let_dot_read_bfloat16()
 let_casts_round_to_bfloat16()
 let_empty_assembly_pass()
+save_the_interpreters_time()
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

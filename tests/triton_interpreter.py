@@ -1,4 +1,29 @@
-"""What Triton's interpreter does otherwise than devices, put right for kernel tests (see `interpreter_runs.py`)."""
+"""What Triton's interpreter does otherwise than devices, put right for kernel tests (see `interpreter_runs.py`), and what it
+does too often."""
+
+
+def save_the_interpreters_time() -> None:
+    """The interpreter replaces the language's functions at every launch, and again at every call of a function in a kernel, and
+    makes a table of all dtypes to look up one. That takes more time than what kernels do; here it is done once a process."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+    look_up, found = interpreter._get_np_dtype, {}
+
+    def patch_once(function):
+        module = function.__globals__["__name__"]
+        if module not in patched:
+            patched.add(module)
+            patch(function)
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    def look_up_once(dtype):
+        scalar = dtype.scalar
+        if scalar.name not in found:
+            found[scalar.name] = look_up(scalar)
+        return found[scalar.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, look_up_once
 
 
 def let_dot_read_bfloat16() -> None:

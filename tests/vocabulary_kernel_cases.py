@@ -8,10 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton_interpreter import save_the_interpreters_time
 
 from backend import noise, sampler
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
 from plugins.vocabulary.noise_kernel import gumbel_from_words, gumbel_words
+
+save_the_interpreters_time()
 
 # numpy's, about tokens that have no chance: a bound of infinity is meant, and so is no bound where every token is forbidden.
 pytestmark = [
