@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -8,8 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from interpreter_runs import InterpreterRuns
+
+# Of all that the tests start, too. Several processes run at once, and threads of an operation wait for each other by spinning:
+# on two busy cores a small operation takes five times as long with two threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints" / "tiny"
@@ -80,12 +86,11 @@ def held_out() -> list[Question]:
 
 
 @pytest.fixture
-def one_thread_an_operation():
-    """For tests that have threads of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def two_threads_an_operation():
+    """For tests of what divides its work among threads."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

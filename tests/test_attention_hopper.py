@@ -20,7 +20,7 @@ from plugins.attention.reference import paged_attention_reference
 SLIDING = {"heads": 4, "kv_heads": 2, "head_dim": 256, "page_size": 32}
 FULL = {"heads": 8, "kv_heads": 1, "head_dim": 512, "page_size": 32}
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread_an_operation")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def interpreted(inputs, causal, window, num_splits=1, keys=None):

@@ -31,6 +31,9 @@ CASES = (
 )
 
 
+pytestmark = pytest.mark.usefixtures("two_threads_an_operation")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def operators(engine_dir):
     load_operators(engine_dir / FILE_NAME)

@@ -75,6 +75,7 @@ def test_the_seed_decides(random_pair):
     assert len({first, *others}) == 4
 
 
+@pytest.mark.usefixtures("two_threads_an_operation")
 @pytest.mark.parametrize("max_sequences", [1, 2, 16])
 def test_rows_of_one_batch_are_what_they_are_alone(max_sequences, random_pair):
     """Unequal prompts, seeds, steps and lengths at once; with fewer slots than requests, rows join while others go on."""
@@ -105,6 +106,7 @@ def test_few_kv_pages_make_requests_wait_not_fail(random_pair):
     ]
 
 
+@pytest.mark.usefixtures("two_threads_an_operation")
 def test_the_tiny_checkpoint_compiled(engine_dir, held_out, render):
     """The trained checkpoint converges and ends its answers: tokens and steps of every canvas, from the compiled engine."""
     llm, oracle = LLM(engine_dir), Oracle(TINY)

@@ -9,6 +9,8 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from backend.logit_filters import filtered_sample
 from backend.noise import gumbel_noise
 
+pytestmark = pytest.mark.usefixtures("two_threads_an_operation")
+
 FILTERS = [
     {"top_k": 1},
     {"top_k": 5},

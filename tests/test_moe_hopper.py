@@ -31,7 +31,7 @@ from plugins.triton_launch import HOPPER_CAPABILITY, Launch
 
 EXPERTS = 4
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread_an_operation")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @dataclass(frozen=True)

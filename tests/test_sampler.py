@@ -14,6 +14,8 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import Diffusi
 
 from backend import sampler
 
+pytestmark = pytest.mark.usefixtures("two_threads_an_operation")
+
 VOCAB_SIZES = (2, 63, 257, 4096)
 # The entropy is a sum over the vocabulary of float32 terms whose total is at most ln(V), about 10: a few roundings of it.
 ENTROPY_TOLERANCE = {"rtol": 2e-6, "atol": 4e-6}

@@ -19,7 +19,7 @@ from backend.triton_server.launch import MODEL_NAME, TritonServer
 
 @pytest.fixture(scope="module")
 def server(engine_dir) -> Iterator[TritonServer]:
-    with TritonServer(engine_dir=engine_dir, **ANY_PORTS) as running:
+    with TritonServer(engine_dir=engine_dir, parameters={"cpu_threads": "2"}, **ANY_PORTS) as running:
         yield running
 
 

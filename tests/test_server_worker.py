@@ -32,10 +32,8 @@ def place_of_kept_logs(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def server(engine_dir) -> Iterator[TritonServer]:
     parameters = {"max_worker_deaths": "3", "progress_timeout_s": "10"}
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")  # a reload has two workers at once, whose threads would fight for the cores
-        with TritonServer(engine_dir=engine_dir, parameters=parameters, exit_timeout_s=1, **ANY_PORTS) as running:
-            yield running
+    with TritonServer(engine_dir=engine_dir, parameters=parameters, exit_timeout_s=1, **ANY_PORTS) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -91,11 +91,9 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(engine_dir) -> Iterator[Watched]:
     """May lose workers without end; a silent one is ended after ten seconds, which no busy machine takes for a step."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        watched = Watched(engine_dir, max_deaths=1000, progress_timeout_s=10.0)
-        yield watched
-        watched.service.close()
+    watched = Watched(engine_dir, max_deaths=1000, progress_timeout_s=10.0)
+    yield watched
+    watched.service.close()
 
 
 @pytest.mark.parametrize(
