@@ -65,8 +65,9 @@ serve: built ## Build ENGINE if need be and serve it with Triton Inference Serve
 demo: built ## Build ENGINE if need be, serve it, ask a few questions, stop
 	$(BIN)/python examples/demo.py "$(ENGINE)"
 
+# In two processes, file by file in the order of tests/conftest.py.
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every file with a test that is skipped where there is no GPU.
 test-gpu: $(INSTALLED) ## Prove what needs an H100 or H200 (and, for plans, pip install '.[tensorrt]'); see docs/tensorrt.md

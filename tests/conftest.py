@@ -1,15 +1,12 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, their order, and the threads of an operation."""
 
+import fcntl
 import itertools
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from interpreter_runs import InterpreterRuns
 
 # Of all that the tests start, too. Several processes run at once, and threads of an operation wait for each other by spinning:
 # on two busy cores a small operation takes five times as long with two threads.
@@ -23,26 +20,12 @@ sys.path.insert(0, str(TINY.parent))
 
 from tiny_tasks import TASKS, Question, questions  # noqa: E402
 
-_RUNS = pytest.StashKey[InterpreterRuns]()
 
-
-def pytest_collection_finish(session):
-    marks = [mark for item in session.items for mark in item.iter_markers("interpreted")]
-    if find_spec("triton") and not session.config.option.collectonly:
-        session.config.stash[_RUNS] = InterpreterRuns(dict.fromkeys(mark.args[0] for mark in marks))
-
-
-def pytest_sessionfinish(session):
-    if runs := session.config.stash.get(_RUNS, None):
-        runs.stop()
-
-
-@pytest.fixture
-def check_interpreted(request) -> Callable[[], None]:
-    """Fails if a case that the test's mark names has failed."""
-    pytest.importorskip("triton", reason="the kernels are written in Triton's language")
-    mark = request.node.get_closest_marker("interpreted")
-    return partial(request.config.stash[_RUNS].check, *mark.args)
+def pytest_collection_modifyitems(items):
+    """First a file that wants the engine, then those that do not, then the others: of two processes one compiles the engine,
+    which takes minutes of one core, and the other need not wait for it."""
+    wanting = sorted({item.path for item in items if "engine_dir" in item.fixturenames})
+    items.sort(key=lambda item: (item.path not in wanting[:1], item.path in wanting))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +34,10 @@ def engine_dir() -> Path:
     from builder.build import build_engine  # only here, as below: runs of interpreted cases would import it for nothing
 
     engine = ROOT / "engines" / "tests"
-    build_engine(TINY, engine, target="inductor", dtype="float32", device="cpu")
+    engine.parent.mkdir(exist_ok=True)
+    with (engine.parent / "tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of these tests may be building it
+        build_engine(TINY, engine, target="inductor", dtype="float32", device="cpu")
     return engine
 
 

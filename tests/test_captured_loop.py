@@ -1,11 +1,11 @@
 """The captured loop's steps equal the plain loop's, uncaptured and in Triton's interpreter: see `captured_loop_cases.py`."""
 
 import pytest
+from interpreter_runs import check_interpreted
 
 
-@pytest.mark.interpreted("captured_loop_cases.py")
-def test_captured_steps_equal_plain_steps(check_interpreted):
-    check_interpreted()
+def test_captured_steps_equal_plain_steps():
+    check_interpreted("captured_loop_cases.py")
 
 
 @pytest.mark.parametrize(

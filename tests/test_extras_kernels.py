@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter_runs import check_interpreted
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
@@ -16,9 +17,8 @@ from plugins.vocabulary.logprobs import logprobs_launch
 ROWS, SLOTS, VOCAB_SIZE, CANVAS_LENGTH, MOST = 1024, 65, 262_144, 256, 20
 
 
-@pytest.mark.interpreted("extras_kernel_cases.py")
-def test_kernels_equal_the_plain_sampler(check_interpreted):
-    check_interpreted()
+def test_kernels_equal_the_plain_sampler():
+    check_interpreted("extras_kernel_cases.py")
 
 
 def described(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:

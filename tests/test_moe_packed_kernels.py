@@ -1,8 +1,7 @@
 """The kernels of packed experts equal those of plain ones, in Triton's interpreter: see `moe_packed_kernel_cases.py`."""
 
-import pytest
+from interpreter_runs import check_interpreted
 
 
-@pytest.mark.interpreted("moe_packed_kernel_cases.py")
-def test_packed_kernels_equal_the_plain_ones(check_interpreted):
-    check_interpreted()
+def test_packed_kernels_equal_the_plain_ones():
+    check_interpreted("moe_packed_kernel_cases.py")

@@ -89,7 +89,7 @@ def test_a_bias_of_100_forces_and_the_canvas_converges_at_once(pair):
             [TopKLogitsWarper(10), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)],
         ),
     ],
-    ids=str,
+    ids=["top_k", "top_p", "min_p", "all"],
 )
 def test_filters_are_transformers_warpers_on_the_sampled_token(pair, filters, warpers):
     """With a bound that accepts much of what is drawn."""

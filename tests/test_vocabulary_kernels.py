@@ -1,8 +1,7 @@
 """The sampler's kernels equal the plain sampler and its noise, in Triton's interpreter: see `vocabulary_kernel_cases.py`."""
 
-import pytest
+from interpreter_runs import check_interpreted
 
 
-@pytest.mark.interpreted("vocabulary_kernel_cases.py")
-def test_sampler_kernels_equal_the_plain_sampler(check_interpreted):
-    check_interpreted()
+def test_sampler_kernels_equal_the_plain_sampler():
+    check_interpreted("vocabulary_kernel_cases.py")
