@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from backend.errors import RequestError, refused
-from backend.grammar import first_line
+from backend.grammar_check import told
 from backend.sampling_config import ResolvedSampling
 
 
@@ -49,13 +49,14 @@ class AnswerGrammar:
 
     def __init__(self, tokenizer: LLTokenizer, sampling: ResolvedSampling, vocab_size: int):
         self._eos_token_ids, self._vocab_size = frozenset(sampling.eos_token_ids), vocab_size
+        self._stop_token_ids = frozenset(sampling.stop_token_ids) - self._eos_token_ids
         self._ends_of_tokenizer = frozenset(tokenizer.eos_tokens)  # llguidance's, which the request may ignore
         limits = LLParserLimits(max_items_in_row=sampling.grammar.max_readings, verbose_errors=False)
         self._matcher = LLMatcher(tokenizer, sampling.grammar.text, log_level=0, limits=limits)
         _check(self._matcher)
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may come next: [V] bool. An end-of-sequence token may where the answer may end.
+        """Which tokens may come next: [V] bool. An end-of-sequence token may where the answer may end, a stop token anywhere.
 
         Raises RequestError INVALID_ARGUMENT if none may, or if finding out takes too long."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -68,6 +69,7 @@ class AnswerGrammar:
             allowed[[token for token in tokens if token < self._vocab_size]] = value
         if not allowed.any():
             raise refused("structured_outputs: no token of the vocabulary can follow; change the grammar")
+        allowed[[token for token in self._stop_token_ids if token < self._vocab_size]] = True
         return allowed
 
     def fitted(self, tokens: list[int], end_token: int | None, room: int) -> tuple[list[int], list[int], str | None]:
@@ -78,10 +80,12 @@ class AnswerGrammar:
         """
         matcher = self._matcher.deep_copy()
         count = matcher.try_consume_tokens(list(takewhile(lambda token: token not in self._ends_of_tokenizer, tokens)))
-        is_end = end_token is not None and (end_token not in self._eos_token_ids or matcher.is_accepting())
+        is_end = end_token in self._stop_token_ids or (end_token in self._eos_token_ids and matcher.is_accepting())
         if count == len(tokens) and is_end:
             return tokens, [], "stop"
         added = [] if matcher.is_stopped() else self._within_vocabulary(matcher.compute_ff_tokens())
+        # llguidance makes special tokens of texts that look like them, and accepts no such token: the text ends before it.
+        added = added[: matcher.deep_copy().try_consume_tokens(added)]
         matcher.try_consume_tokens(added)
         _check(matcher)
         if not count + len(added):
@@ -101,4 +105,4 @@ class AnswerGrammar:
 
 def _check(matcher: LLMatcher) -> None:
     if matcher.is_error():
-        raise refused(f"structured_outputs: {first_line(matcher.get_error())}; change the grammar")
+        raise refused(f"structured_outputs: {told(matcher.get_error())}; change the grammar")

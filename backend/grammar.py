@@ -2,13 +2,12 @@
 
     {"json": {"type": "object", …}}  ──checked_grammar──▶  Grammar
 
-What a request may ask for, and what llguidance makes of it; `answer_grammar` holds answers to it.
+What a request may ask for, as llguidance takes it. `grammar_check` has it looked at, `answer_grammar` holds answers to it.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from llguidance import LLMatcher, regex_to_lark
 
@@ -16,7 +15,6 @@ from backend.json_text import read_json
 from backend.parameters import shown
 
 MAX_GRAMMAR_LENGTH = 65_536  # characters
-MAX_MULTIPLE = 10_000  # time and memory grow with it: 0.1 s
 # Rules that let every token be read in several ways take 0.1 s a canvas with so many, minutes with 2,000; schemas do not.
 _MAX_READINGS_OF_RULES = 300
 # Between the parts of a JSON text: as people and programs write it. More would be room for an answer of nothing else.
@@ -44,7 +42,7 @@ class Grammar:
 
 
 def checked_grammar(value: object) -> Grammar | None:
-    """Raises ValueError."""
+    """Raises ValueError for what is none at first sight; see `grammar_check` for the rest."""
     if value is None or isinstance(value, Grammar):
         return value
     name, content = _only_item(value)
@@ -54,10 +52,7 @@ def checked_grammar(value: object) -> Grammar | None:
         raise ValueError(
             f"structured_outputs.{name}: got {len(answer)} characters, expected at most {MAX_GRAMMAR_LENGTH}; shorten it"
         )
-    grammar = Grammar(answer=answer, max_readings=max_readings)
-    if problem := LLMatcher.validate_grammar(grammar.text):
-        raise ValueError(f"structured_outputs.{name}: got {shown(content)}, which is refused: {first_line(problem)}")
-    return grammar
+    return Grammar(answer=answer, max_readings=max_readings)
 
 
 def _only_item(value: object) -> tuple[str, object]:
@@ -76,25 +71,14 @@ def _json_schema(name: str, schema: object) -> dict:
             raise ValueError(f"{name}: got {error}: {shown(schema)}; expected a JSON schema") from None
     if not isinstance(schema, Mapping):
         raise ValueError(f"{name}: got {shown(schema)}, expected a JSON schema, an object")
+    if "x-guidance" in schema:
+        raise ValueError(f"{name}: got x-guidance, which would change how llguidance reads it; remove it")
     try:
         text = json.dumps(schema, allow_nan=False)
-        json.loads(text, object_hook=partial(_check_multiple, name))
         grammar = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
-    except _TooLarge:
-        raise
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: got {shown(schema)}, which is refused: {first_line(str(error))}") from None
+        raise ValueError(f"{name}: got {shown(schema)}, which is refused: {' '.join(str(error).split())}") from None
     return json.loads(grammar)["grammars"][0]
-
-
-class _TooLarge(ValueError):
-    pass
-
-
-def _check_multiple(name: str, schema: dict) -> None:
-    multiple = schema.get("multipleOf")
-    if isinstance(multiple, int | float) and multiple > MAX_MULTIPLE:
-        raise _TooLarge(f"{name}: got multipleOf {shown(multiple)}, expected at most {MAX_MULTIPLE}")
 
 
 def _json_object(name: str, wanted: object) -> dict:
@@ -104,7 +88,10 @@ def _json_object(name: str, wanted: object) -> dict:
 
 
 def _regex(name: str, regex: object) -> dict:
-    return {"lark_grammar": f"start: /{regex_to_lark(_text(name, regex))}/"}
+    text = _text(name, regex)
+    if (len(text) - len(text.rstrip("\\"))) % 2:  # what would take it for the next character's has none
+        raise ValueError(f"{name}: got {shown(text)}, expected no single backslash at the end; double it")
+    return {"lark_grammar": f"start: /{regex_to_lark(text)}/"}
 
 
 def _choice(name: str, choices: object) -> dict:
@@ -115,20 +102,17 @@ def _choice(name: str, choices: object) -> dict:
 
 
 def _lark(name: str, grammar: object) -> dict:
-    if "%json" in _text(name, grammar):
-        raise ValueError(f"{name}: got %json, expected rules alone; say what it is with structured_outputs.json")
-    return {"lark_grammar": grammar}
+    return {"lark_grammar": _text(name, grammar)}
 
 
 def _text(name: str, text: object) -> str:
     if not isinstance(text, str) or not text:
         raise ValueError(f"{name}: got {shown(text)}, expected a non-empty text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: got {shown(text)}, with half of a surrogate pair, expected text") from None
     return text
 
 
 _READERS = {"json": _json_schema, "json_object": _json_object, "regex": _regex, "choice": _choice, "grammar": _lark}
-
-
-def first_line(problem: str) -> str:
-    """Of what llguidance says."""
-    return " ".join(problem.partition("\n")[0].split())[:200]

@@ -17,6 +17,7 @@ from backend.chat.template import ChatTemplate
 from backend.engine import Engine, EngineLimits
 from backend.errors import RequestError, refused
 from backend.generation import Generation, Piece, PieceReader
+from backend.grammar_check import check_grammar
 from backend.images.limits import ImageLimits
 from backend.images.loading import ImageLoader, ImageSource
 from backend.images.local import local_images
@@ -175,6 +176,7 @@ class LLM:
         token_ids = self._engine.tokenize(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         prompt_ids = expand(token_ids, patches, self._engine.session.manifest.model)
         resolved = config.resolve(self._engine.defaults, self._engine.tokenize.of_answer)
+        check_grammar(resolved.grammar)
         self._engine.scheduler.check(prompt_ids, resolved, images=patches)
         return _Request(prompt_ids=prompt_ids, images=patches, sampling=resolved, form=form)
 

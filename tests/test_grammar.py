@@ -15,6 +15,7 @@ from backend.answer_grammar import AnswerGrammar, Grammars
 from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
 from backend.grammar import MAX_GRAMMAR_LENGTH
+from backend.grammar_check import check_grammar
 from backend.session import Session
 
 EOS, STOP = 1, 6
@@ -65,34 +66,60 @@ def names(tokenizer: Tokenizer, allowed: np.ndarray) -> set[str]:
         ({"xml": "a"}, f"structured_outputs: got {{'xml': 'a'}}, expected {FORMS}"),
         ({"json": 3}, "structured_outputs.json: got 3, expected a JSON schema, an object"),
         ({"json": "{"}, "structured_outputs.json: got malformed JSON (Expecting property name enclosed in double quotes at "),
-        (
-            {"json": {"type": "objekt"}},
-            "structured_outputs.json: got {'type': 'objekt'}, which is refused: Invalid type: objekt",
-        ),
-        ({"json": {"if": {}}}, "structured_outputs.json: got {'if': {}}, which is refused: Unimplemented keys: [\"if\"]"),
         ({"json": {"maximum": float("nan")}}, "structured_outputs.json: got {'maximum': nan}, which is refused: Out of range "),
-        ({"json": {"items": {"multipleOf": 10_001}}}, "structured_outputs.json: got multipleOf 10001, expected at most 10000"),
         (
             {"json": json.loads('{"items": ' * 300 + "{}" + "}" * 300)},
             "structured_outputs.json: got {'items': {'items': {'items'",
         ),
+        ({"json": {"x-guidance": {"lenient": True}}}, "structured_outputs.json: got x-guidance, which would change how "),
         ({"json_object": False}, "structured_outputs.json_object: got False, expected true"),
-        ({"regex": "a("}, "structured_outputs.regex: got 'a(', which is refused: "),
         ({"regex": ""}, "structured_outputs.regex: got '', expected a non-empty text"),
+        ({"regex": "a\\"}, "structured_outputs.regex: got 'a\\\\', expected no single backslash at the end; double it"),
+        ({"regex": "\ud800"}, "structured_outputs.regex: got '\\ud800', with half of a surrogate pair, expected text"),
         ({"choice": []}, "structured_outputs.choice: got [], expected a list of non-empty texts"),
         ({"choice": "yes"}, "structured_outputs.choice: got 'yes', expected a list of non-empty texts"),
         ({"choice": ["a", 1]}, "structured_outputs.choice: got 1, expected a non-empty text"),
-        ({"grammar": "start: %json {}"}, "structured_outputs.grammar: got %json, expected rules alone; say what it is with "),
-        ({"grammar": "start: missing"}, "structured_outputs.grammar: got 'start: missing', which is refused: "),
         ({"regex": "a" * MAX_GRAMMAR_LENGTH}, "structured_outputs.regex: got "),
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_refused_grammars(structure, message):
+def test_what_is_no_grammar(structure, message):
     line = refusal(SamplingConfig, structured_outputs=structure)
     assert line.startswith(message)
     assert "\n" not in line and len(line) < 400
     assert refusal(SamplingConfig.from_mapping, {"structured_outputs": structure}) == line
+
+
+PATTERNS = {"pattern": "^(a|b)*a(a|b){20}$", "allOf": [{"pattern": f"a.{{{number}}}$"} for number in range(60)]}
+RULES = "\n".join(f"r{number}: r{number + 1}" for number in range(4600))
+
+
+@pytest.mark.parametrize(
+    ("structure", "problem"),
+    [
+        ({"json": {"type": "objekt"}}, "Invalid type: objekt"),
+        ({"json": {"if": {}}}, 'Unimplemented keys: ["if"]'),
+        ({"regex": "a("}, 'at 1(8): invalid regex "a(" (in regex): regex parse error error: unclosed group'),
+        ({"grammar": "start: missing"}, 'at 1(8): unknown name: "missing"'),
+        ({"json": {"type": "string", **PATTERNS}}, "got a grammar that takes more than a second or 2 GB to make"),
+        ({"json": {"type": "integer", "multipleOf": 999983}}, "got a grammar that takes more than a second or 2 GB to make"),
+        ({"grammar": f'start: r0\n{RULES}\nr4600: "a"'}, "got a grammar that takes more than a second or 2 GB to make"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_llguidance_refuses_hangs_over_or_crashes_on_ends_one_request(structure, problem):
+    """In a process of its own. The last has nearly as many rules as fit."""
+    grammar = SamplingConfig(structured_outputs=structure).structured_outputs
+    for _ in range(2):
+        assert refusal(check_grammar, grammar) == f"structured_outputs: {problem}; change the grammar"
+
+
+def test_what_is_right_is_looked_at_once(monkeypatch):
+    grammar = SamplingConfig(structured_outputs={"regex": "once only"}).structured_outputs
+    check_grammar(grammar)
+    monkeypatch.setattr("subprocess.run", None)
+    check_grammar(grammar)
+    check_grammar(None)
 
 
 def test_an_answer_is_given_or_described():
@@ -127,6 +154,19 @@ def test_what_would_keep_others_waiting_is_refused(begin, ids):
         begin({"grammar": 'start: s\ns: s s s | s s | "a" | ""'}).fitted(ids("a" * 99), None, 99)
     choices = [f"{number:,} miles" for number in range(1800)]
     assert begin({"choice": choices}).fitted(ids("1,234 miles"), EOS, 99) == (ids("1,234 miles"), [], "stop")
+
+
+def test_a_stop_token_may_end_an_answer_anywhere(begin, ids):
+    """But for one that is an end-of-sequence token too, which the grammar must let."""
+    grammar = begin({"regex": "[ab]+;"}, stop_token_ids=[STOP, EOS])
+    grammar.take(ids("ab"))
+    assert grammar.allowed()[STOP] and not grammar.allowed()[EOS]
+    assert grammar.fitted([], STOP, 9) == ([], [], "stop")
+
+
+def test_what_follows_is_added_as_far_as_it_is_text(begin, ids):
+    """llguidance would have the token <eos> next."""
+    assert begin({"choice": ["ab<eos>cd"]}).fitted(ids("ax"), None, 99) == (ids("a"), ids("b"), None)
 
 
 def test_what_no_token_can_follow_is_refused(tokenizer):

@@ -148,6 +148,9 @@ def test_structured_output(server, llm):
     answer = ask_once(server.grpc_url, messages=json.dumps(question), seed=1, sampling_parameters=json.dumps(sampling))
     assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
     assert re.fullmatch(structure["regex"], answer.text)
+    refused = json.dumps({"structured_outputs": {"regex": "a("}})
+    with pytest.raises(Refused, match=r"\[INVALID_ARGUMENT\] structured_outputs: .*unclosed group; change the grammar$"):
+        ask_once(server.grpc_url, messages=json.dumps(question), sampling_parameters=refused)
 
 
 def test_how_tokens_are_described(llm):

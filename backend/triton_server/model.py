@@ -24,6 +24,7 @@ import triton_python_backend_utils as pb_utils
 
 from backend.chat.template import ChatTemplate
 from backend.errors import RequestError
+from backend.grammar_check import check_grammar
 from backend.images.loading import ImageLoader
 from backend.images.pool import ImagePool
 from backend.images.preprocess import ImagePatches
@@ -128,14 +129,14 @@ class DiffusionGemmaModel:
         if self._closing:
             raise RequestError("UNAVAILABLE", "server: it is shutting down; send the request again later")
         parsed = parse_request(request, self._template, self._settings.default_max_tokens)
-        is_long = isinstance(parsed.prompt, str) and len(parsed.prompt) > _SHORT_TEXT
-        answer = Answer(sender, parsed, self._service.tokenizer, is_made_ready=bool(parsed.images) or is_long)
+        takes_long = (isinstance(parsed.prompt, str) and len(parsed.prompt) > _SHORT_TEXT) or parsed.sampling.structured_outputs
+        answer = Answer(sender, parsed, self._service.tokenizer, is_made_ready=bool(parsed.images or takes_long))
         self._service.announce(answer, arrived_at_s)
         self._events.put((answer, _ACCEPTED))
         try:
             if parsed.images:
                 self._images.submit(answer, parsed.images, partial(self._make_ready, answer))
-            elif is_long:
+            elif takes_long:
                 self._texts.submit(self._make_ready, answer, ())
             else:
                 self._submit(answer, parsed.prompt)
@@ -145,12 +146,13 @@ class DiffusionGemmaModel:
             self._events.put((answer, _logged_internal_error()))
 
     def _make_ready(self, answer: Answer, loaded: tuple[ImagePatches, ...] | RequestError) -> None:
-        """On another thread than Triton's, because the tokens of megabytes of text take seconds."""
+        """On another thread than Triton's, because the tokens of megabytes of text take seconds, and so may a grammar."""
         event: _Ready | RequestError | None = None
         try:
             if isinstance(loaded, RequestError):
                 event = loaded
             elif not answer.finished:
+                check_grammar(answer.request.sampling.structured_outputs)
                 event = _Ready(self._service.tokens(answer.request.prompt), loaded)
         except RequestError as error:
             event = error
