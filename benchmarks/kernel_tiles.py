@@ -29,7 +29,8 @@ def plain_tiles(num_rows: int) -> Iterator[Tile]:
 def arranged_tiles(num_rows: int, fp8_rows: bool = False) -> Iterator[Tile]:
     """Of those with arranged weights. fp8_rows: see `plugins.moe.arranged_launch.arranged_tile`."""
     depths = (64, 128) if fp8_rows else (64,)
-    for width, num_warps, stages in ((64, 4, (2, 3, 4, 6)), (128, 4, (2, 3, 4, 6)), (128, 8, (3, 4)), (256, 8, (2, 3))):
+    sizes = ((64, 4, (2, 3, 4, 6)), (128, 4, (2, 3, 4, 6)), (128, 8, (3, 4)), (256, 4, (3, 4)), (256, 8, (2, 3)))
+    for width, num_warps, stages in sizes:
         if width == 256 and fp8_rows:
             continue
         for rows in (32, 64, 128):

@@ -24,11 +24,12 @@ from triton.runtime.errors import OutOfResources
 from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
+from plugins.moe import int4_launch, packed_launch
+from plugins.moe.formats import Format, in_format
+from plugins.moe.int4 import from_int4
 from plugins.moe.launch import Tile as ExpertsTile
 from plugins.moe.launch import combine, experts, route
-from plugins.moe.packed_launch import choose_tile as packed_tile
-from plugins.moe.packed_launch import weighted_rows as packed_weighted_rows
-from plugins.moe.packing import ROW_FACTOR, pack
+from plugins.moe.packing import ROW_FACTOR
 from plugins.triton_launch import HOPPER_CAPABILITY
 from plugins.vocabulary.launch import vocabulary_pass
 
@@ -56,48 +57,51 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @cache
-def expert_weights() -> tuple[torch.Tensor, torch.Tensor]:
-    gate_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16, device="cuda") * HIDDEN**-0.5
-    return gate_up, torch.randn(EXPERTS, HIDDEN, WIDTH, dtype=torch.bfloat16, device="cuda") * WIDTH**-0.5
+def expert_weights(stored: Format | None) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """gate_up_proj and down_proj in a format, and the bfloat16 numbers that they stand for (of packed ones before packing)."""
+    shapes = {2: (EXPERTS, 2 * WIDTH, HIDDEN), 1: (EXPERTS, HIDDEN, WIDTH)}
+    weights, numbers = [], []
+    for halves, shape in shapes.items():
+        own = torch.randn(shape, dtype=torch.bfloat16, device="cuda") * shape[2] ** -0.5
+        formed = torch.cat([in_format(each, stored, halves) for each in own.split(4)]) if stored else own
+        if stored == "int4":
+            own = torch.cat([from_int4(each, *shape[1:], halves) for each in formed.split(4)])
+        weights.append(formed)
+        numbers.append(own)
+    return tuple(weights), tuple(numbers)
 
 
 @cache
-def experts_problem(rows: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def experts_problem(rows: int, stored: Format | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The operator's inputs, and what to expect of the first 64 rows."""
     hidden = torch.randn(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
     index = torch.rand(rows, EXPERTS, device="cuda").topk(TOP_K).indices
-    weights = torch.rand(rows, TOP_K, device="cuda")
-    gate_up, down = expert_weights()
+    top_k_weights = torch.rand(rows, TOP_K, device="cuda")
+    weights, (gate_up, down) = expert_weights(stored)
     expected = torch.zeros(min(rows, 64), HIDDEN, device="cuda")
     for row, chosen in enumerate(index[:64].tolist()):
         for slot, expert in enumerate(chosen):
             gate, up = (gate_up[expert].float() @ hidden[row].float()).chunk(2)
             activated = torch.nn.functional.gelu(gate, approximate="tanh") * up
-            expected[row] += weights[row, slot] * (down[expert].float() @ activated)
-    return (hidden, index, weights, gate_up, down), expected
+            expected[row] += top_k_weights[row, slot] * (down[expert].float() @ activated)
+    return (hidden, index, top_k_weights, *weights), expected
 
 
-@cache
-def packed_weights() -> tuple[torch.Tensor, ...]:
-    gate_up, down = expert_weights()
-    return torch.cat([pack(each, halves=2) for each in gate_up.split(4)]), torch.cat([pack(each) for each in down.split(4)])
-
-
-def experts_case(rows: int, packed: bool, **options: ExpertsTile) -> Case:
-    (hidden, index, weights, *projections), expected = experts_problem(rows)
-    if packed:
-        scaled, projections = hidden * ROW_FACTOR, packed_weights()  # rows are made ready where they are normed
-
-        options = {"tile": packed_tile(rows, TOP_K, EXPERTS), **options}
+def experts_case(rows: int, stored: Format | None, **options: ExpertsTile) -> Case:
+    (hidden, index, weights, *projections), expected = experts_problem(rows, stored)
+    if stored:
+        launches, dtype = {"packed": (packed_launch, ()), "int4": (int4_launch, (torch.bfloat16,))}[stored]
+        scaled = hidden * ROW_FACTOR if stored == "packed" else hidden  # rows are made ready where they are normed
+        options = {"tile": launches.choose_tile(rows, TOP_K, EXPERTS, *dtype), **options}
 
         def run() -> torch.Tensor:
             routing = route(index, weights, EXPERTS, options["tile"])
-            return combine(packed_weighted_rows(scaled, routing, *projections, **options), TOP_K).run()[0]
+            return combine(launches.weighted_rows(scaled, routing, *projections, **options), TOP_K).run()[0]
     else:
         run = partial(experts, hidden, index, weights, *projections, **options)
     weights_bytes = index.unique().numel() * sum(each[0].nbytes for each in projections)
     return Case(
-        name=f"experts, {rows} rows" + ", packed" * packed,
+        name=f"experts, {rows} rows" + (f", {stored}" if stored else ""),
         calls=[run] * 4,
         flops=rows * TOP_K * 6 * WIDTH * HIDDEN,
         bytes=weights_bytes + 2 * 2 * rows * HIDDEN,
@@ -217,8 +221,8 @@ OtherTiles = Callable[[Maker], Iterator[dict[str, object]]]
 def makers() -> Iterator[Maker]:
     """A maker of each case, with the tiles that the product chooses."""
     for rows in (256, 512, 1024, 2048, 4096, 8192, 16384):
-        for packed in (False, True):
-            yield partial(experts_case, rows, packed)
+        for stored in (None, "packed", "int4"):
+            yield partial(experts_case, rows, stored)
     for batch, prefix in ((1, 512), (1, 8192), (1, 65536), (4, 8192), (16, 2048)):
         for hopper in (False, True) if torch.cuda.get_device_capability() == HOPPER_CAPABILITY else (False,):
             yield partial(attention_case, batch, prefix, kv_heads=8, head_dim=256, window=1024, hopper=hopper)
@@ -230,8 +234,8 @@ def makers() -> Iterator[Maker]:
 def other_tiles(maker: Maker) -> Iterator[dict[str, object]]:
     """Options to try instead."""
     if maker.func is experts_case:
-        num_rows, packed = maker.args
-        for tile in arranged_tiles(num_rows) if packed else plain_tiles(num_rows):
+        num_rows, stored = maker.args
+        for tile in arranged_tiles(num_rows) if stored else plain_tiles(num_rows):
             yield {"tile": tile, "down_tile": tile}
     elif maker.func is attention_case:
         for tile in attention_tiles(maker.keywords["head_dim"], maker.keywords["hopper"]):

@@ -1,28 +1,37 @@
-"""The cases of `test_moe_packed_kernels.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1).
+"""The cases of `test_moe_packed_kernels.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1): experts whose
+bfloat16 weights are stored in fewer bits, 12 (packed) or 4.
 
 Memory that a kernel must not read is NaN: every output before its kernel runs (PyTorch's deterministic mode fills new
 tensors with NaN, or the largest integer) and the scales of experts that no row chose.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 from tolerances import assert_close
 from triton_interpreter import (
+    let_assembly_scale_pairs,
     let_casts_round_to_bfloat16,
     let_dot_read_bfloat16,
     let_empty_assembly_pass,
     save_the_interpreters_time,
 )
 
-from plugins.moe import alignment, launch, packed_launch
+from plugins.moe import alignment, int4_launch, launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.arranging import BLOCK
+from plugins.moe.int4 import HALFWORDS, SCALES, from_int4, to_int4
+from plugins.moe.int4_kernel import down_int4_kernel, gate_up_int4_kernel
+from plugins.moe.packed_kernel import down_packed_kernel, gate_up_packed_kernel
 from plugins.moe.packing import ROW_FACTOR, pack, unpack
 from plugins.moe.reference import experts_reference
 
 let_dot_read_bfloat16()
 let_casts_round_to_bfloat16()
 let_empty_assembly_pass()
+let_assembly_scale_pairs()
 save_the_interpreters_time()
 
 pytestmark = [
@@ -36,61 +45,98 @@ BLOCKS = {1: arranged_tile(16, 64, 4, 2), 2: packed_launch.FEW_ROWS, 4: arranged
 SIZES = [(128, 64), (96, 32), (70, 40), (40, 20), (200, 100)]
 
 
-def operands(rows: int, hidden_size: int, width: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The operator's inputs with packed weights, and the numbers that these stand for."""
+class Stored(NamedTuple):
+    """A format: to it and back, its kernels and operator, what the first product's rows are times."""
+
+    to: Callable
+    back: Callable
+    kernels: tuple[object, object]
+    operator: Callable
+    row_factor: float
+
+
+FORMATS = {
+    "packed": Stored(pack, unpack, (gate_up_packed_kernel, down_packed_kernel), packed_launch.experts_packed, ROW_FACTOR),
+    "int4": Stored(to_int4, from_int4, (gate_up_int4_kernel, down_int4_kernel), int4_launch.experts_int4, 1.0),
+}
+
+
+def operands(stored: str, rows: int, hidden_size: int, width: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The operator's inputs with weights in a format, and the numbers that these stand for."""
     hidden, index = torch.randn(rows, hidden_size).bfloat16(), torch.rand(rows, EXPERTS).topk(TOP_K).indices
     gate_up = (torch.randn(EXPERTS, 2 * width, hidden_size) * hidden_size**-0.5).bfloat16()
     down = (torch.randn(EXPERTS, hidden_size, width) * width**-0.5).bfloat16()
-    packed = [pack(gate_up, halves=2), pack(down)]
-    numbers = [unpack(packed[0], 2 * width, hidden_size, halves=2), unpack(packed[1], hidden_size, width)]
+    to, back, *_ = FORMATS[stored]
+    weights = [to(gate_up, halves=2), to(down)]
+    numbers = [back(weights[0], 2 * width, hidden_size, halves=2), back(weights[1], hidden_size, width)]
     for expert in set(range(EXPERTS)) - set(index.unique().tolist()):
-        for each in packed:
-            each[expert, :, -BLOCK:] = torch.tensor(float("nan")).view(torch.int32)
-    return [hidden, index, torch.rand(rows, TOP_K), *packed], numbers
+        for each in weights:
+            scales_of(stored, each[expert]).fill_(float("nan"))
+    return [hidden, index, torch.rand(rows, TOP_K), *weights], numbers
 
 
+def scales_of(stored: str, expert: torch.Tensor) -> torch.Tensor:
+    """A view of the scales in an expert's weight [blocks, items]."""
+    if stored == "packed":
+        return expert.view(torch.float32)[:, -BLOCK:]
+    return expert.view(torch.bfloat16).view(len(expert), -1, HALFWORDS)[..., -SCALES:]
+
+
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("hidden_size", "width"), SIZES)
-def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, blocks):
-    (hidden, index, weights, gate_up, down), (plain_gate_up, plain_down) = operands(17, hidden_size, width)
-    tile = BLOCKS[blocks]
+def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, blocks, stored):
+    (hidden, index, weights, gate_up, down), (plain_gate_up, plain_down) = operands(stored, 17, hidden_size, width)
+    tile, factor, (first, second) = BLOCKS[blocks], FORMATS[stored].row_factor, FORMATS[stored].kernels
     routing = alignment.align(index, EXPERTS, tile.rows).run()
-    (activated,) = packed_launch.gate_up(hidden * ROW_FACTOR, gate_up, *routing, TOP_K, tile).run()
-    (weighted,) = packed_launch.down(activated, down, weights, *routing, hidden_size, tile).run()
+    (activated,) = packed_launch.gate_up(hidden * factor, gate_up, *routing, TOP_K, tile, first).run()
+    (weighted,) = packed_launch.down(activated, down, weights, *routing, hidden_size, tile, second).run()
 
     plain = launch.FEW_ROWS
     routing = alignment.align(index, EXPERTS, plain.rows).run()
     (expected,) = launch.gate_up(hidden, plain_gate_up, *routing, TOP_K, plain).run()
-    assert torch.equal(activated[:, :width], expected * ROW_FACTOR)
+    assert torch.equal(activated[:, :width], expected * factor)
     assert not activated[:, width:].any()
     (expected,) = launch.down(expected, plain_down, weights, *routing, plain).run()
     assert weighted.dtype == torch.bfloat16
     assert torch.equal(weighted, expected)
 
 
+@pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("rows", [1, 63])
-def test_the_kernels_together_are_the_operator(rows):
-    inputs, numbers = operands(rows, 70, 40)
-    actual = packed_launch.experts_packed(*inputs)
+def test_the_kernels_together_are_the_operator(rows, stored):
+    inputs, numbers = operands(stored, rows, 70, 40)
+    actual = FORMATS[stored].operator(*inputs)
     assert_close(actual, experts_reference(*inputs[:3], *numbers), torch.bfloat16)
 
 
-def test_no_rows():
-    (hidden, index, weights, *packed), _ = operands(1, 64, 32)
-    assert packed_launch.experts_packed(hidden[:0], index[:0], weights[:0], *packed).shape == (0, 64)
+def test_float32_rows_meet_the_numbers_of_4_bits():
+    (hidden, *others), numbers = operands("int4", 17, 70, 40)
+    actual = int4_launch.experts_int4(hidden.float(), *others)
+    assert actual.dtype == torch.float32
+    assert_close(actual, experts_reference(hidden.float(), *others[:2], *(each.float() for each in numbers)), torch.float32)
 
 
-def test_what_is_not_packed_for_these_rows_is_refused():
-    (hidden, index, weights, gate_up, down), (plain, _) = operands(3, 64, 32)
+@pytest.mark.parametrize("stored", FORMATS)
+def test_no_rows(stored):
+    (hidden, index, weights, *experts), _ = operands(stored, 1, 64, 32)
+    assert FORMATS[stored].operator(hidden[:0], index[:0], weights[:0], *experts).shape == (0, 64)
+
+
+def test_what_is_not_in_the_format_is_refused():
+    (hidden, index, weights, gate_up, down), (plain, _) = operands("packed", 3, 64, 32)
     with pytest.raises(ValueError, match=r"got rows in torch\.float32, expected torch\.bfloat16"):
         packed_launch.experts_packed(hidden.float(), index, weights, gate_up, down)
-    with pytest.raises(ValueError, match=r"gate_up_proj is \[6, 64, 64\] torch\.bfloat16 .* torch\.int32, contiguous; pack"):
+    with pytest.raises(ValueError, match=r"gate_up_proj is \[6, 64, 64\] torch\.bfloat16 .* torch\.int32, contiguous; bring"):
         packed_launch.experts_packed(hidden, index, weights, plain, down)
     with pytest.raises(ValueError, match=r"down_proj is \[6, 2, 1600\] torch\.int32 .* expected \[6, 1, 1600\]"):
         packed_launch.experts_packed(hidden, index, weights, gate_up, torch.cat([down, down], dim=1))
+    with pytest.raises(ValueError, match=r"gate_up_proj is .* torch\.int32 .* expected \[6, 1, 1152\] torch\.int16"):
+        int4_launch.experts_int4(hidden, index, weights, gate_up, down)
 
 
 def test_the_tile_follows_the_rows_of_an_expert():
-    tiles = (packed_launch.FEW_ROWS, packed_launch.SOME_ROWS, packed_launch.MANY_ROWS)
-    assert tuple(packed_launch.choose_tile(rows, 8, 128) for rows in (511, 512, 2048)) == tiles
-    assert all(packed_launch.choose_down_tile(tile).rows == tile.rows for tile in tiles)
+    for module, dtype in ((packed_launch, ()), (int4_launch, (torch.bfloat16,))):
+        tiles = (module.FEW_ROWS, module.SOME_ROWS, module.MANY_ROWS)
+        assert tuple(module.choose_tile(rows, 8, 128, *dtype) for rows in (511, 512, 2048)) == tiles
+        assert all(module.choose_down_tile(tile).rows == tile.rows for tile in tiles)

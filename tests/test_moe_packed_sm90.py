@@ -1,7 +1,10 @@
-"""The kernels of packed experts compile for Hopper at the real model's shapes, on a machine without a GPU.
+"""The kernels of experts whose bfloat16 weights are stored in fewer bits compile for Hopper at the real model's shapes, on a
+machine without a GPU.
 
 Run with `-s` to see registers, shared memory and instructions of each.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -15,29 +18,45 @@ from hopper import (
     check_weights_stay_in_their_threads,
 )
 
-from plugins.moe import alignment, packed_launch
+from plugins.moe import alignment, int4_launch, packed_launch
 from plugins.moe.arranged_launch import hopper_tile
+from plugins.moe.formats import dtype_in_format, shape_in_format
 from plugins.moe.hopper_down_kernel import hopper_down_packed_kernel
-from plugins.moe.packing import packed_shape
+from plugins.moe.int4_kernel import down_int4_kernel, gate_up_int4_kernel
+from plugins.moe.packed_kernel import down_packed_kernel, gate_up_packed_kernel
 from plugins.triton_launch import Launch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
 
 
-def launches(rows: int) -> dict[str, Launch]:
+FORMATS = {
+    "packed": (packed_launch.choose_tile, packed_launch.choose_down_tile, gate_up_packed_kernel, down_packed_kernel),
+    "int4": (
+        partial(int4_launch.choose_tile, dtype=torch.bfloat16),
+        int4_launch.choose_down_tile,
+        gate_up_int4_kernel,
+        down_int4_kernel,
+    ),
+}
+"""Their tiles, and their kernels."""
+
+
+def launches(rows: int, stored: str = "packed") -> dict[str, Launch]:
     """The products on meta tensors, the outputs of the first the inputs of the second."""
 
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    tile = packed_launch.choose_tile(rows, TOP_K, EXPERTS)
+    def weight(*shape: int, halves: int) -> torch.Tensor:
+        return tensor(*shape_in_format(shape, stored, halves), dtype=getattr(torch, dtype_in_format(stored)))
+
+    choose_tile, choose_down_tile, first, second = FORMATS[stored]
+    tile = choose_tile(rows, TOP_K, EXPERTS)
     routing = alignment.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows).outputs
-    gate_up_proj = tensor(*packed_shape((EXPERTS, 2 * WIDTH, HIDDEN), 2), dtype=torch.int32)
-    down_proj = tensor(*packed_shape((EXPERTS, HIDDEN, WIDTH), 1), dtype=torch.int32)
-    gate_up = packed_launch.gate_up(tensor(rows, HIDDEN), gate_up_proj, *routing, TOP_K, tile)
+    gate_up_proj, down_proj = weight(EXPERTS, 2 * WIDTH, HIDDEN, halves=2), weight(EXPERTS, HIDDEN, WIDTH, halves=1)
+    gate_up = packed_launch.gate_up(tensor(rows, HIDDEN), gate_up_proj, *routing, TOP_K, tile, first)
     top_k_weights = tensor(rows, TOP_K, dtype=torch.float32)
-    down_tile = packed_launch.choose_down_tile(tile)
-    down = packed_launch.down(*gate_up.outputs, down_proj, top_k_weights, *routing, HIDDEN, down_tile)
+    down = packed_launch.down(*gate_up.outputs, down_proj, top_k_weights, *routing, HIDDEN, choose_down_tile(tile), second)
     assert gate_up.outputs[0].shape == (rows * TOP_K, WIDTH)
     assert down.outputs[0].shape == (rows * TOP_K, HIDDEN)
     return {"gate_up": gate_up, "down": down}
@@ -45,9 +64,10 @@ def launches(rows: int) -> dict[str, Launch]:
 
 @pytest.mark.parametrize("name", ["gate_up", "down"])
 @pytest.mark.parametrize("rows", [256, 1024, 16384])
-def test_compiles(rows, name, tmp_path):
-    described = launches(rows)[name]
-    instructions = check_compiles(described, tmp_path, f"{rows} rows")
+@pytest.mark.parametrize("stored", FORMATS)
+def test_compiles(stored, rows, name, tmp_path):
+    described = launches(rows, stored)[name]
+    instructions = check_compiles(described, tmp_path, f"{stored}, {rows} rows")
     assert instructions["cp.async.cg"], "no 16-byte asynchronous copies"
     ptx = described.compile(HOPPER).asm["ptx"]
     assert ptx.count("f32.bf16.bf16") == instructions["wgmma.mma_async"] > 0

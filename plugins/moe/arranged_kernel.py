@@ -1,8 +1,9 @@
 """The grouped products of experts whose weights are arranged (`plugins.moe.arranging`), as the kernels of each format share
 them.
 
-`plugins.moe.kernel` has the shape legend; `plugins.moe.packed_kernel` and `plugins.moe.fp8_kernel` launch them. The weights
-are the first factor, which a program loads into registers as it lies in memory, and unpacks or converts there.
+`plugins.moe.kernel` has the shape legend; `plugins.moe.packed_kernel`, `plugins.moe.int4_kernel` and `plugins.moe.fp8_kernel`
+launch them. The weights are the first factor, which a program loads into registers as it lies in memory, and unpacks or
+converts there (`plugins.moe.numbers_kernel`).
 """
 
 # ruff: noqa: N803 - constants are in capitals
@@ -10,10 +11,8 @@ are the first factor, which a program loads into registers as it lies in memory,
 import triton
 import triton.language as tl
 
-from plugins.moe.packing import SIGNS, WHOLE
+from plugins.moe.numbers_kernel import int4_numbers, items_of, narrow_numbers, packed_numbers, wide_numbers
 from plugins.moe.product_kernel import gelu_tanh
-
-_SIGNS, _WHOLE = tl.constexpr(SIGNS), tl.constexpr(WHOLE)
 
 
 @triton.jit
@@ -183,9 +182,10 @@ def wide_product(
     """[BLOCKS * 64, TILE_ROWS] float32: the weight's rows from block `first_block` on, times the tile's rows.
 
     rows: pointers to the tile's rows [TILE_ROWS, 1], wider than FP8. weights: pointer to the expert's first block; int32 are
-    packed numbers, which come with their scale."""
+    packed numbers, which come with their scale, and int16 numbers of 4 bits with theirs."""
     PACKED: tl.constexpr = weights.dtype.element_ty == tl.int32
-    ITEMS: tl.constexpr = BLOCK * BLOCK * 3 // 8 if PACKED else BLOCK * BLOCK  # of 64 x 64 numbers
+    INT4: tl.constexpr = weights.dtype.element_ty == tl.int16
+    ITEMS: tl.constexpr = items_of(weights.dtype.element_ty, BLOCK)
     blocks = first_block + tl.arange(0, BLOCKS)
     blocks = blocks if NUM_BLOCKS % BLOCKS == 0 else tl.minimum(blocks, NUM_BLOCKS - 1)
     weights_at = weights + blocks[:, None].to(tl.int64) * STRIDE
@@ -199,6 +199,8 @@ def wide_product(
             x = tl.load(rows + at[None, :], mask=taken[:, None] & (at < DEPTH)[None, :], other=0.0)
         if PACKED:
             weight = packed_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
+        elif INT4:
+            weight = int4_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
         else:
             weight = wide_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
         if weight.dtype != x.dtype:
@@ -260,44 +262,3 @@ def narrow_products(
         if BLOCKS == 2:
             second += tl.dot(narrow_numbers(second_at, step * STEP, TILE_DEPTH, BLOCK, STRIDE), x.T)
     return first, second
-
-
-@triton.jit
-def packed_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """at: pointers [BLOCKS, 1] to the words of 64 x 64 packed numbers. Returns [BLOCKS * 64, 64] bfloat16, 2^base times too
-    small."""
-    GROUPS: tl.constexpr = BLOCK * BLOCK // 8
-    at += tl.arange(0, GROUPS)[None, :]
-    first, second, third = tl.load(at), tl.load(at + GROUPS), tl.load(at + 2 * GROUPS)
-    fourth = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078) | ((third >> 12) & 0x00070007) | ((third << 4) & _SIGNS)
-    left = tl.join(first & _WHOLE, second & _WHOLE)
-    pair = tl.join(left, tl.join(third & _WHOLE, fourth))  # [BLOCKS, GROUPS, right, next]
-    even = (pair & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    odd = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    number = tl.reshape(tl.join(even, odd), (BLOCKS, 4, 8, 4, 2, 2, 2, 2, 2))
-    # block, warp, lane_row, lane_column, upper, far, right, next, odd
-    number = tl.permute(number, (0, 1, 4, 2, 5, 7, 6, 3, 8))
-    return tl.reshape(number, (BLOCKS * BLOCK, BLOCK))
-
-
-@triton.jit
-def wide_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """at: pointers [BLOCKS, 1] to 64 x 64 FP8 numbers, for a product of wider ones. Returns [BLOCKS * 64, 64] as they are."""
-    number = tl.load(at + tl.arange(0, BLOCK * BLOCK)[None, :])
-    # block, upper, warp, lane_row, lane_column, far, next, right, odd
-    number = tl.reshape(number, (BLOCKS, 2, 4, 8, 4, 2, 2, 2, 2))
-    number = tl.permute(number, (0, 2, 1, 3, 5, 6, 7, 4, 8))
-    return tl.reshape(number, (BLOCKS * BLOCK, BLOCK))
-
-
-@triton.jit
-def narrow_numbers(at, start, TILE_DEPTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
-    """at: pointer to a block of FP8 numbers, for a product of such; start: how many of them come before. Returns
-    [64, TILE_DEPTH], zeros beyond the block's end."""
-    STEP: tl.constexpr = TILE_DEPTH * BLOCK
-    items = start + tl.arange(0, STEP)
-    number = tl.load(at + items) if STRIDE % STEP == 0 else tl.load(at + items, mask=items < STRIDE, other=0.0)
-    # 64 columns, upper, warp, lane_row, lane_column, far, right, byte
-    number = tl.reshape(number, (TILE_DEPTH // BLOCK, 2, 4, 8, 4, 2, 2, 4))
-    number = tl.permute(number, (2, 1, 3, 0, 5, 6, 4, 7))
-    return tl.reshape(number, (BLOCK, TILE_DEPTH))

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from plugins.moe.arranging import BLOCK
+from plugins.moe.arranging import BLOCK, HALVES
+from plugins.moe.formats import Format, dtype_in_format, shape_in_format
 from plugins.moe.launch import Tile
 from plugins.triton_launch import HOPPER_CAPABILITY, ceil_div
 
@@ -29,6 +30,23 @@ def product_constants(weight: Tensor, depth: int, width: int, tile: Tile, **othe
     sizes = {"NUM_EXPERTS": num_experts, "NUM_BLOCKS": num_blocks, "DEPTH": depth, "WIDTH": width, **others}
     of_tile = {"TILE_ROWS": tile.rows, "TILE_DEPTH": tile.depth, "BLOCKS": tile.width // BLOCK}
     return sizes | of_tile | {"BLOCK": BLOCK, "STRIDE": stride}
+
+
+def check_weights(operator: str, wanted: Format, gate_up_proj: Tensor, down_proj: Tensor, hidden_size: int) -> None:
+    """Of weights of bfloat16 numbers in a format of fewer bits, for rows of `hidden_size` columns.
+
+    Raises:
+        ValueError: they are not in the format, or not contiguous.
+    """
+    dtype, width = getattr(torch, dtype_in_format(wanted)), gate_up_proj.shape[1] * (BLOCK // 2)
+    expected = {"gate_up_proj": (2 * width, hidden_size), "down_proj": (hidden_size, width)}
+    for name, weight in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
+        shape = shape_in_format((gate_up_proj.shape[0], *expected[name]), wanted, HALVES[name])
+        if weight.dtype != dtype or tuple(weight.shape) != shape or not weight.is_contiguous():
+            raise ValueError(
+                f"{operator}: {name} is {list(weight.shape)} {weight.dtype} with strides {tuple(weight.stride())}, "
+                f"expected {list(shape)} {dtype}, contiguous; bring it into the format {wanted} when it is loaded"
+            )
 
 
 def hopper_tile(down_proj: Tensor, tile: Tile) -> Tile:

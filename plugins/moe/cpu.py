@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, pad
 
 from plugins.moe.arranging import BLOCK
+from plugins.moe.int4 import from_int4, is_int4
 from plugins.moe.packing import is_packed, unpack
 
 # A matrix product takes a multiple of so many rows. With few others MKL rounds differently (EPYC: 1 to 3, with two threads 5 to
@@ -16,14 +17,14 @@ ROW_MULTIPLE = 16
 
 def experts_cpu(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """See the package's docstring."""
-    packed, hidden_size = is_packed(gate_up_proj), hidden.shape[1]
+    numbers = unpack if is_packed(gate_up_proj) else from_int4 if is_int4(gate_up_proj) else None
+    width, hidden_size = gate_up_proj.shape[1] * BLOCK // 2, hidden.shape[1]
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
         first, second = gate_up_proj[expert], down_proj[expert]
-        if packed:
-            width = gate_up_proj.shape[1] * BLOCK // 2
-            first = unpack(first[None], 2 * width, hidden_size, halves=2)[0]
-            second = unpack(second[None], hidden_size, width)[0]
+        if numbers:
+            first = numbers(first[None], 2 * width, hidden_size, halves=2)[0].to(rows.dtype)
+            second = numbers(second[None], hidden_size, width)[0].to(rows.dtype)
         return torch.mm(gated(torch.mm(rows, first.t())), second.t())
 
     return by_expert(mlp, hidden, top_k_index, top_k_weights, gate_up_proj.shape[0]).to(hidden.dtype)

@@ -7,12 +7,17 @@ Import this module only where triton is installed; it needs neither a GPU nor a 
 from torch import Tensor
 
 from plugins.library import LIBRARY
-from plugins.moe import fp8_launch, launch, packed_launch
+from plugins.moe import fp8_launch, int4_launch, launch, packed_launch
+from plugins.moe.int4 import is_int4
 from plugins.moe.packing import is_packed
 
 
 def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    run = packed_launch.experts_packed if is_packed(gate_up_proj) else launch.experts
+    run = launch.experts
+    if is_packed(gate_up_proj):
+        run = packed_launch.experts_packed
+    elif is_int4(gate_up_proj):
+        run = int4_launch.experts_int4
     return run(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj)
 
 

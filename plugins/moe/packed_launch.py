@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from plugins.moe import launch, packed_kernel
-from plugins.moe.arranged_launch import arranged_tile, hopper_tile, on_hopper, product_constants, product_grid
-from plugins.moe.arranging import BLOCK, HALVES, num_depths
+from plugins.moe.arranged_launch import arranged_tile, check_weights, hopper_tile, on_hopper, product_constants, product_grid
+from plugins.moe.arranging import BLOCK, num_depths
 from plugins.moe.hopper_down_kernel import AHEAD, MAX_STEPS, hopper_down_packed_kernel
 from plugins.moe.launch import Routing, Tile
-from plugins.moe.packing import PACKED_DTYPE, ROW_FACTOR, is_packed, packed_shape
+from plugins.moe.packing import ROW_FACTOR
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
@@ -48,12 +48,20 @@ def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
     return tile.rows == MANY_ROWS.rows and fits and on_hopper(activated)
 
 
-def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert: Tensor, top_k: int, tile: Tile) -> Launch:
-    """Outputs activated [N * k, F], F filled up to a multiple of 32."""
+def gate_up(
+    hidden: Tensor,
+    gate_up_proj: Tensor,
+    row_order: Tensor,
+    tile_expert: Tensor,
+    top_k: int,
+    tile: Tile,
+    kernel: object = packed_kernel.gate_up_packed_kernel,
+) -> Launch:
+    """Outputs activated [N * k, F], F filled up to a multiple of 32. kernel: or that of another format."""
     num_rows, hidden_size = hidden.shape
     width = gate_up_proj.shape[1] * (BLOCK // 2)
     return Launch(
-        kernel=packed_kernel.gate_up_packed_kernel,
+        kernel=kernel,
         grid=product_grid(gate_up_proj, tile_expert, tile),
         inputs=(hidden, gate_up_proj, row_order, tile_expert),
         scalars=(num_rows * top_k,),
@@ -74,7 +82,8 @@ def down(
     tile: Tile,
     kernel: object = packed_kernel.down_packed_kernel,
 ) -> Launch:
-    """Outputs weighted [N * k, D]. kernel: or `hopper_down_packed_kernel`, with its tile."""
+    """Outputs weighted [N * k, D]. kernel: or `hopper_down_packed_kernel`, with its tile, or
+    that of another format."""
     num_routed, width = activated.shape
     return Launch(
         kernel=kernel,
@@ -126,15 +135,7 @@ def weighted_rows(
     """
     if scaled.dtype != torch.bfloat16:
         raise ValueError(f"experts_packed: got rows in {scaled.dtype}, expected torch.bfloat16, as packed weights are")
-    width = gate_up_proj.shape[1] * (BLOCK // 2)
-    expected = {"gate_up_proj": (2 * width, scaled.shape[1]), "down_proj": (scaled.shape[1], width)}
-    for name, weight in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
-        shape = packed_shape((gate_up_proj.shape[0], *expected[name]), HALVES[name])
-        if not is_packed(weight) or tuple(weight.shape) != shape or not weight.is_contiguous():
-            raise ValueError(
-                f"experts_packed: {name} is {list(weight.shape)} {weight.dtype} with strides {tuple(weight.stride())}, "
-                f"expected {list(shape)} torch.{PACKED_DTYPE}, contiguous; pack it when it is loaded"
-            )
+    check_weights("experts_packed", "packed", gate_up_proj, down_proj, scaled.shape[1])
     row_order, tile_expert, top_k_weights = routing
     (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
     operands = (activated, down_proj, top_k_weights, row_order, tile_expert, scaled.shape[1])

@@ -1,0 +1,79 @@
+"""How the kernels of experts in 4 bits are launched; `experts_int4` is the whole operator.
+
+See the package's docstring for its arguments, `plugins.moe.int4_kernel` for the kernels, `plugins.moe.packed_launch` for the
+launches and `plugins.moe.launch` for the stages that it shares with other weights.
+"""
+
+import torch
+from torch import Tensor
+
+from plugins.moe import int4_kernel, launch, packed_launch
+from plugins.moe.arranged_launch import arranged_tile, check_weights
+from plugins.moe.launch import Routing, Tile
+from plugins.triton_launch import Wrap, unwrapped
+
+FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
+SOME_ROWS = arranged_tile(64, 128, 4, 4)
+MANY_ROWS, MANY_ROWS_DOWN = arranged_tile(128, 128, 8, 4), arranged_tile(128, 128, 4, 4)
+
+_DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, MANY_ROWS: MANY_ROWS_DOWN}
+
+FLOAT32 = arranged_tile(32, 64, 4, 2)
+"""As `plugins.moe.launch.FLOAT32`."""
+
+
+def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype) -> Tile:
+    """The tile for `num_rows` rows, a number that is known."""
+    if dtype == torch.float32:
+        return FLOAT32
+    return launch.by_rows_of_an_expert(num_rows * top_k // num_experts, FEW_ROWS, SOME_ROWS, MANY_ROWS)
+
+
+def choose_down_tile(tile: Tile) -> Tile:
+    """The tile of the second product, next to that of the first; they have the same rows."""
+    return _DOWN_TILES.get(tile, tile)
+
+
+def experts_int4(
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    tile: Tile | None = None,
+    down_tile: Tile | None = None,
+    wrap: Wrap = unwrapped,
+) -> Tensor:
+    """The operator as the package describes it, on the current stream; waits for nothing. Raises as `weighted_rows`."""
+    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
+    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
+    routing = launch.route(top_k_index, top_k_weights, num_experts, tile, wrap)
+    weighted = weighted_rows(hidden.contiguous(), routing, gate_up_proj, down_proj, tile=tile, down_tile=down_tile, wrap=wrap)
+    (output,) = launch.combine(weighted, top_k).run(wrap)
+    return output
+
+
+def weighted_rows(
+    rows: Tensor,
+    routing: Routing,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    tile: Tile,
+    down_tile: Tile | None = None,
+    wrap: Wrap = unwrapped,
+) -> Tensor:
+    """Both products, without the sum over a row's experts: weighted [N * k, D].
+
+    Raises:
+        ValueError: weights that are not in 4 bits or not contiguous.
+    """
+    check_weights("experts_int4", "int4", gate_up_proj, down_proj, rows.shape[1])
+    row_order, tile_expert, top_k_weights = routing
+    to_experts, kernel = (row_order, tile_expert, top_k_weights.shape[1]), int4_kernel.gate_up_int4_kernel
+    (activated,) = packed_launch.gate_up(rows, gate_up_proj, *to_experts, tile, kernel).run(wrap)
+    operands, kernel = (activated, down_proj, top_k_weights, row_order, tile_expert), int4_kernel.down_int4_kernel
+    second = packed_launch.down(*operands, rows.shape[1], down_tile or choose_down_tile(tile), kernel)
+    (weighted,) = second.run(wrap)
+    return weighted

@@ -1,0 +1,115 @@
+"""How the numbers of arranged weights come from memory into the registers of a product's first factor, a function a format.
+
+`plugins.moe.arranging` has the order, `plugins.moe.packing` and `plugins.moe.int4` the two formats that are unpacked.
+"""
+
+# ruff: noqa: N803 - constants are in capitals
+
+import triton
+import triton.language as tl
+
+from plugins.moe.int4 import HALFWORDS, WORDS
+from plugins.moe.packing import SIGNS, WHOLE
+
+_SIGNS, _WHOLE = tl.constexpr(SIGNS), tl.constexpr(WHOLE)
+_WORDS, _HALFWORDS = tl.constexpr(WORDS), tl.constexpr(HALFWORDS)
+
+OFFSET_OF = """
+{
+    .reg .b32 offset, zero;
+    mov.b32 offset, 0xC1C0C1C0;
+    mov.b32 zero, 0x80008000;
+    fma.rn.bf16x2 $0, $1, offset, zero;
+}
+"""
+"""-24 times two bfloat16 numbers."""
+
+SCALED_PAIR = """
+{
+    .reg .b32 mask, base, pair;
+    mov.b32 mask, 0x00780078;
+    mov.b32 base, 0x41804180;
+    lop3.b32 pair, $1, mask, base, 0xEA;
+    fma.rn.bf16x2 $0, pair, $2, $3;
+}
+"""
+"""The numbers at bits 3 to 6 of both halves of a word, as the last bits of bfloat16 numbers from 16 on, times two scales, plus
+two offsets. What instructions of the language become takes half as many again."""
+
+_OFFSET_OF, _SCALED_PAIR = tl.constexpr(OFFSET_OF), tl.constexpr(SCALED_PAIR)
+
+
+@triton.jit
+def items_of(dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements of memory that 64 x 64 numbers take, in a product of numbers wider than FP8."""
+    PACKED: tl.constexpr = BLOCK * BLOCK * 3 // 8
+    return PACKED if dtype == tl.int32 else _HALFWORDS if dtype == tl.int16 else BLOCK * BLOCK
+
+
+@triton.jit
+def packed_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """at: pointers [BLOCKS, 1] to the words of 64 x 64 packed numbers. Returns [BLOCKS * 64, 64] bfloat16, 2^base times too
+    small."""
+    GROUPS: tl.constexpr = BLOCK * BLOCK // 8
+    at += tl.arange(0, GROUPS)[None, :]
+    first, second, third = tl.load(at), tl.load(at + GROUPS), tl.load(at + 2 * GROUPS)
+    fourth = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078) | ((third >> 12) & 0x00070007) | ((third << 4) & _SIGNS)
+    left = tl.join(first & _WHOLE, second & _WHOLE)
+    pair = tl.join(left, tl.join(third & _WHOLE, fourth))  # [BLOCKS, GROUPS, right, next]
+    even = (pair & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    odd = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    number = tl.reshape(tl.join(even, odd), (BLOCKS, 4, 8, 4, 2, 2, 2, 2, 2))
+    # block, warp, lane_row, lane_column, upper, far, right, next, odd
+    number = tl.permute(number, (0, 1, 4, 2, 5, 7, 6, 3, 8))
+    return tl.reshape(number, (BLOCKS * BLOCK, BLOCK))
+
+
+@triton.jit
+def int4_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """at: pointers [BLOCKS, 1] to the halfwords of 64 x 64 numbers in 4 bits. Returns [BLOCKS * 64, 64] bfloat16."""
+    at = at.to(tl.pointer_type(tl.int32), bitcast=True)
+    word = tl.load(at + tl.arange(0, _WORDS)[None, :]).to(tl.uint32, bitcast=True)
+    # Two scales a load, those of far 0 and 1, for every lane_column: the bits 1 and 2 of a place here, 2 and 3 of a word's.
+    place = tl.arange(0, _WORDS // 2)[None, :]
+    scales = tl.load(at + (_WORDS + place // 8 * 2 + place % 2)).to(tl.uint32, bitcast=True)
+    scale = tl.join((scales & 0xFFFF) | (scales << 16), (scales >> 16) | (scales & 0xFFFF0000))
+    scale = tl.reshape(scale, (BLOCKS, _WORDS))
+    offset = tl.inline_asm_elementwise(_OFFSET_OF, "=r,r", [scale], dtype=tl.uint32, is_pure=True, pack=1)
+    left = tl.join(_scaled_pair(word, scale, offset), _scaled_pair(word >> 4, scale, offset))
+    third, fourth = _scaled_pair(word >> 8, scale, offset), _scaled_pair((word >> 12) | (word << 20), scale, offset)
+    pair = tl.join(left, tl.join(third, fourth))  # [BLOCKS, WORDS, right, next]
+    even = (pair & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    odd = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    number = tl.reshape(tl.join(even, odd), (BLOCKS, 4, 8, 4, 2, 2, 2, 2, 2))
+    # block, warp, lane_row, lane_column, upper, far, right, next, odd
+    number = tl.permute(number, (0, 1, 4, 2, 5, 7, 6, 3, 8))
+    return tl.reshape(number, (BLOCKS * BLOCK, BLOCK))
+
+
+@triton.jit
+def _scaled_pair(word, scale, offset):
+    operands = [word, scale, offset]
+    return tl.inline_asm_elementwise(_SCALED_PAIR, "=r,r,r,r", operands, dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def wide_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """at: pointers [BLOCKS, 1] to 64 x 64 FP8 numbers, for a product of wider ones. Returns [BLOCKS * 64, 64] as they are."""
+    number = tl.load(at + tl.arange(0, BLOCK * BLOCK)[None, :])
+    # block, upper, warp, lane_row, lane_column, far, next, right, odd
+    number = tl.reshape(number, (BLOCKS, 2, 4, 8, 4, 2, 2, 2, 2))
+    number = tl.permute(number, (0, 2, 1, 3, 5, 6, 7, 4, 8))
+    return tl.reshape(number, (BLOCKS * BLOCK, BLOCK))
+
+
+@triton.jit
+def narrow_numbers(at, start, TILE_DEPTH: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """at: pointer to a block of FP8 numbers, for a product of such; start: how many of them come before. Returns
+    [64, TILE_DEPTH], zeros beyond the block's end."""
+    STEP: tl.constexpr = TILE_DEPTH * BLOCK
+    items = start + tl.arange(0, STEP)
+    number = tl.load(at + items) if STRIDE % STEP == 0 else tl.load(at + items, mask=items < STRIDE, other=0.0)
+    # 64 columns, upper, warp, lane_row, lane_column, far, right, byte
+    number = tl.reshape(number, (TILE_DEPTH // BLOCK, 2, 4, 8, 4, 2, 2, 4))
+    number = tl.permute(number, (2, 1, 3, 0, 5, 6, 4, 7))
+    return tl.reshape(number, (BLOCK, TILE_DEPTH))
