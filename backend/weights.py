@@ -15,7 +15,7 @@ from backend.weight_lanes import CudaCopies, HostLane, StagedLane
 from backend.weight_loading import Transform, Wanted, load
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import Manifest, Weight
-from plugins.moe.formats import in_format
+from plugins.moe.formats import OF_BFLOAT16, in_format
 
 
 def bind_weights(
@@ -72,7 +72,7 @@ def transform_of(weight: Weight) -> Transform | None:
     if weight.transform == "cast":
         return lambda stored, dtype: stored.to(dtype)
     wanted, halves = weight.arrangement.format, weight.arrangement.halves
-    return lambda stored, dtype: in_format(stored.bfloat16() if wanted == "packed" else stored, wanted, halves)
+    return lambda stored, dtype: in_format(stored.bfloat16() if wanted in OF_BFLOAT16 else stored, wanted, halves)
 
 
 def _lanes(device: torch.device):

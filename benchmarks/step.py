@@ -25,6 +25,7 @@ from backend.generation_defaults import GenerationDefaults
 from backend.sampling_config import SamplingConfig
 from backend.scheduler import Scheduler
 from contract.manifest import BuildConfig
+from plugins.moe.formats import OF_BFLOAT16
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 DEFAULTS = GenerationDefaults.from_json({"eos_token_id": []})
@@ -272,7 +273,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also the phase profile")
     parser.add_argument("--transformers", action="store_true", help="also the phase transformers")
     parser.add_argument("--fp8-experts", choices=("full", "float8"), help="FP8 expert weights; the activations that they meet")
-    parser.add_argument("--expert-weights", choices=("plain", "packed"), help="of bfloat16 experts; packed, as a build chooses")
+    parser.add_argument(
+        "--expert-weights", choices=("plain", "packed", "int4"), help="of bfloat16 experts; packed, as a build chooses"
+    )
     parser.add_argument(
         "--max-encode-tokens", type=command_line.count, default=8192, help="fewer are compiled in less time; %(default)s"
     )
@@ -288,8 +291,8 @@ def main() -> None:
     wanted = {*options.phases.split(","), *(name for name in ("profile", "transformers") if getattr(options, name))}
     if unknown := wanted - set(PHASES):
         parser.error(f"--phases: got {', '.join(sorted(unknown))}, expected some of {', '.join(PHASES)}")
-    if options.fp8_experts and options.expert_weights == "packed":
-        parser.error("--expert-weights: got packed, expected plain with --fp8-experts: bfloat16 numbers are packed")
+    if options.fp8_experts and options.expert_weights in OF_BFLOAT16:
+        parser.error(f"--expert-weights: got {options.expert_weights}, expected plain with --fp8-experts")
     if options.expert_weights != "plain" and "transformers" in wanted:
         parser.error("phase transformers: it takes the experts as they are, expected --expert-weights plain")
 

@@ -46,6 +46,7 @@ class WeightsOption(str, Enum):
     auto = "auto"
     plain = "plain"
     packed = "packed"
+    int4 = "int4"
 
 
 class ActivationsOption(str, Enum):
@@ -79,7 +80,8 @@ def build(
     expert_weights: Annotated[
         WeightsOption,
         typer.Option(
-            help="packed: the experts' bfloat16 weights in 12 bits each, exact but near 0; auto says why it chose what."
+            help="How the experts' bfloat16 weights are bound. packed: in 12 bits each, exact but near 0; int4: rounded to 4 "
+            "bits, a scale for 32; auto is plain or packed, and says why."
         ),
     ] = WeightsOption.auto,
     max_head_rows: Annotated[int, typer.Option(min=1, help="Rows one head pass may take.")] = _DEFAULTS["max_head_rows"],
@@ -156,7 +158,7 @@ def manifest(
         "max_sequences"
     ],
     expert_weights: Annotated[
-        WeightsOption, typer.Option(help="packed: the experts' bfloat16 weights in 12 bits each; auto is plain.")
+        WeightsOption, typer.Option(help="packed: the experts' bfloat16 weights in 12 bits each; int4: in 4.5; auto is plain.")
     ] = WeightsOption.auto,
 ) -> None:
     """Write the manifest of ENGINE and no programs: what `python -m backend plan` needs, in seconds."""

@@ -44,7 +44,7 @@ def build_engine(
     target: Literal["auto", "tensorrt", "inductor"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    expert_weights: Literal["auto", "plain", "packed"] = "auto",
+    expert_weights: Literal["auto", "plain", "packed", "int4"] = "auto",
     keep_onnx: bool = False,
     timing_cache: Path | None = None,
     force: bool = False,
@@ -56,8 +56,8 @@ def build_engine(
 
     An engine that was built from another checkpoint is replaced only with `force`; if `engine` is a link, what it points to
     is. `dtype` "auto" is the checkpoint's; `device` "auto" is the GPU where there is one; `expert_weights` "auto" are packed
-    where a GPU's kernels take packed ones. `keep_onnx` also writes each program as `<program>.onnx`, for other tools; those
-    of an earlier build stay as long as the programs do, but for damaged ones.
+    where a GPU's kernels take packed ones, and never in 4 bits. `keep_onnx` also writes each program as `<program>.onnx`, for
+    other tools; those of an earlier build stay as long as the programs do, but for damaged ones.
     `timing_cache` is TensorRT's, a file; None is one beside the engine. `choices` are fields of `BuildConfig`. `report` is
     called with one line a stage; a stage that takes long may show its progress on `console`.
 
@@ -185,7 +185,7 @@ def write_manifest(
     checkpoint: Path,
     engine: Path,
     *,
-    expert_weights: Literal["auto", "plain", "packed"] = "auto",
+    expert_weights: Literal["auto", "plain", "packed", "int4"] = "auto",
     report: Report = lambda line: None,
     **choices: Any,
 ) -> Manifest:

@@ -161,12 +161,13 @@ def binding_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a binding is the experts' projection of a layer: what is in FP8 where a checkpoint has it, and may be packed."""
+    """Whether a binding is the experts' projection of a layer: what is in FP8 where a checkpoint has it, and may be stored in
+    fewer bits."""
     return name.endswith((_GATE_UP, _DOWN))
 
 
 def weight_dtype(name: str, config: ModelConfig, dtype: str) -> str:
-    """The dtype of a weight that is not packed; `dtype` is the engine's, in which all but FP8 experts are."""
+    """The dtype of a weight that is not stored in fewer bits; `dtype` is the engine's, in which all but FP8 experts are."""
     if config.experts_dtype and is_of_experts(name):
         return config.experts_dtype
     return "float32" if name.endswith((f"{_GATE_UP}_scale", f"{_DOWN}_scale")) else dtype
@@ -195,8 +196,8 @@ def bound_weights(shapes: Shapes, config: ModelConfig, build: BuildConfig) -> di
 
 def experts_format(config: ModelConfig, build: BuildConfig) -> Format | None:
     """The format of the experts' weights; None: as the checkpoint has them, which is how a CPU takes those in FP8."""
-    if build.expert_weights == "packed":
-        return "packed"
+    if build.expert_weights != "plain":
+        return build.expert_weights
     if config.experts_dtype and build.device == "cuda":
         return "narrow" if build.expert_activations == "float8" else "wide"
     return None

@@ -92,7 +92,7 @@ class Arrangement(Record):
     halves: 1, its rows follow each other; 2, the rows of its two halves do, in turns.
     """
 
-    format: Literal["packed", "wide", "narrow"]
+    format: Literal["packed", "int4", "wide", "narrow"]
     halves: Literal[1, 2]
 
 
@@ -118,7 +118,7 @@ Device = Literal["cpu", "cuda"]
 
 
 ExpertActivations = Literal["full", "float8"]
-ExpertWeights = Literal["plain", "packed"]
+ExpertWeights = Literal["plain", "packed", "int4"]
 
 
 class Gpu(Record):
@@ -137,7 +137,8 @@ class BuildConfig(Record):
     device: where the programs run. page_size: tokens a KV page. max_encode_tokens: tokens one encode pass may take (the chunk
     of a long prompt). max_sequences: sequences one denoising step may take. max_head_rows: rows one head pass may take.
     expert_activations: what experts with FP8 weights multiply them by: rows in full precision, or rounded to FP8 too.
-    expert_weights: bfloat16 weights of experts as they are, or packed into 12 bits each (`plugins.moe.packing`).
+    expert_weights: bfloat16 weights of experts as they are, packed into 12 bits each (`plugins.moe.packing`), or rounded to 4
+        bits (`plugins.moe.int4`).
     """
 
     target: Target

@@ -6,7 +6,7 @@ import torch
 
 from plugins.moe.formats import Format, in_format
 
-FORMATS = (None, "packed", "wide", "narrow")
+FORMATS = (None, "packed", "int4", "wide", "narrow")
 """None: as a checkpoint has them, in bfloat16."""
 
 

@@ -18,6 +18,7 @@ from contract.stored_file import StoredFile
 from plugins import attention_op, moe_op, vocabulary_op
 from plugins.attention.reference import paged_attention_reference
 from plugins.cpu import load_operators
+from plugins.moe.int4 import from_int4, to_int4
 from plugins.moe.reference import experts_reference
 from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
@@ -86,6 +87,22 @@ def test_experts_equal_reference(rows, sizes, routing):
     assert_close(actual, experts_reference(*inputs), torch.float32)
     for some in (slice(0, 1), slice(rows // 2, rows // 2 + 3)):  # bit for bit, whoever shares an expert with a row
         assert torch.equal(moe_op.experts_cpu(*(each[some] for each in inputs[:3]), gate_up, down), actual[some])
+
+
+@pytest.mark.parametrize("sizes", [(128, 64), (96, 32), (70, 40), (21, 7)], ids=str)
+def test_experts_in_4_bits_are_the_numbers_that_they_stand_for(sizes):
+    """To the bit; an expert's rows in two units, weights of experts without rows not numbers."""
+    hidden_size, width = sizes
+    index = torch.stack([torch.randperm(8)[:2] for _ in range(300)])
+    gate_up, down = torch.randn(9, 2 * width, hidden_size).bfloat16(), torch.randn(9, hidden_size, width).bfloat16()
+    weights = [to_int4(gate_up, halves=2), to_int4(down)]
+    numbers = [from_int4(weights[0], 2 * width, hidden_size, halves=2), from_int4(weights[1], hidden_size, width)]
+    for each in weights:
+        each[8].view(torch.bfloat16).fill_(float("nan"))
+    inputs = (torch.randn(300, hidden_size), index, torch.rand(index.shape))
+    expected = moe_op.experts_cpu(*inputs, *(each.float() for each in numbers))
+    assert torch.equal(moe_op.experts_cpu(*inputs, *weights), expected)
+    assert_close(moe_op.experts(*inputs, *weights), expected, torch.float32)
 
 
 @pytest.mark.parametrize("vocab_size", [2, 63, 257, 4096])

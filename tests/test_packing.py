@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.moe.arranging import BLOCK, arrange, arranged_shape, from_blocks, in_blocks
-from plugins.moe.formats import dtype_in_format, in_format, shape_in_format
+from plugins.moe.formats import OF_BFLOAT16, dtype_in_format, in_format, shape_in_format
 from plugins.moe.packing import GROUPS, PLANES, ROW_FACTOR, is_packed, pack, packed_shape, unpack
 
 SHAPES = [((2, 128, 192), 1), ((3, 64, 96), 2), ((2, 96, 32), 1), ((1, 1408, 704), 2), ((2, 30, 70), 2), ((1, 1, 1), 1)]
@@ -123,10 +123,10 @@ def test_fp8_numbers_are_in_the_order_of_the_registers(narrow):
     assert torch.equal(arranged.view(torch.uint8).flatten(), numbers[expected])
 
 
-@pytest.mark.parametrize("wanted", ["packed", "wide", "narrow"])
+@pytest.mark.parametrize("wanted", ["packed", "int4", "wide", "narrow"])
 @pytest.mark.parametrize(("shape", "halves"), SHAPES)
 def test_shapes_and_dtypes_are_known_before(wanted, shape, halves):
-    weight = normal(*shape) if wanted == "packed" else normal(*shape).to(torch.float8_e4m3fn)
+    weight = normal(*shape) if wanted in OF_BFLOAT16 else normal(*shape).to(torch.float8_e4m3fn)
     formed = in_format(weight, wanted, halves)
     assert tuple(formed.shape) == shape_in_format(shape, wanted, halves)
     assert formed.dtype == getattr(torch, dtype_in_format(wanted))
@@ -137,7 +137,7 @@ def test_shapes_and_dtypes_are_known_before(wanted, shape, halves):
 def test_a_weight_is_the_same_whether_it_is_arranged_at_once_or_expert_by_expert():
     """As it is read."""
     weight = normal(4, 66, 70)
-    for wanted, own in (("packed", weight), ("wide", weight.to(torch.float8_e4m3fn))):
+    for wanted, own in (("packed", weight), ("int4", weight), ("wide", weight.to(torch.float8_e4m3fn))):
         parts = [in_format(expert, wanted, 2) for expert in own.split(1)]
         whole = in_format(own, wanted, 2)
         assert torch.equal(torch.cat([each.view(torch.uint8) for each in parts]), whole.view(torch.uint8))

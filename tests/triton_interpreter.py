@@ -121,27 +121,31 @@ def let_assembly_scale_pairs() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from plugins.moe.numbers_kernel import OFFSET_OF, SCALED_PAIR
+    from plugins.moe.numbers_kernel import OFFSET_OF, SCALED_PAIR, SPREAD
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
         return values.bfloat16().view(torch.int32)
 
-    def offset_of(scale: torch.Tensor) -> torch.Tensor:
-        return rounded(-24 * numbers(scale))
+    def spread(word: torch.Tensor) -> list[torch.Tensor]:
+        halves = word.view(torch.int16).view(*word.shape, 2)
+        return [half.unsqueeze(-1).expand_as(halves).contiguous().view(torch.int32)[..., 0] for half in halves.unbind(-1)]
 
-    def scaled_pair(word: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        return rounded(numbers(word & 0x00780078 | 0x41804180) * numbers(scale) + numbers(offset))
+    def offset_of(scale: torch.Tensor) -> list[torch.Tensor]:
+        return [rounded(-24 * numbers(scale))]
+
+    def scaled_pair(word: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> list[torch.Tensor]:
+        return [rounded(numbers(word & 0x00780078 | 0x41804180) * numbers(scale) + numbers(offset))]
 
     def numbers(word: torch.Tensor) -> torch.Tensor:
         return word.view(torch.bfloat16).double()
 
-    plain, known = InterpreterBuilder.create_inline_asm, {OFFSET_OF: offset_of, SCALED_PAIR: scaled_pair}
+    plain, known = InterpreterBuilder.create_inline_asm, {SPREAD: spread, OFFSET_OF: offset_of, SCALED_PAIR: scaled_pair}
 
     def create_inline_asm(self, assembly, constraints, values, *others):
         if assembly not in known:
             return plain(self, assembly, constraints, values, *others)
         words = [torch.from_numpy(np.ascontiguousarray(each.data).view(np.int32)) for each in values]
-        result = known[assembly](*words).numpy().view(np.uint32)
-        return SimpleNamespace(get_result=lambda _: TensorHandle(result, tl.uint32))
+        results = [each.numpy().view(np.uint32) for each in known[assembly](*words)]
+        return SimpleNamespace(get_result=lambda place: TensorHandle(results[place], tl.uint32))
 
     InterpreterBuilder.create_inline_asm = create_inline_asm

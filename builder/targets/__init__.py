@@ -61,7 +61,7 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> tuple[Device, str]:
 
 
 def choose_expert_weights(
-    wanted: Literal["auto", "plain", "packed"],
+    wanted: Literal["auto", "plain", "packed", "int4"],
     model: ModelConfig,
     *,
     target: Target,
@@ -72,17 +72,17 @@ def choose_expert_weights(
     """How the experts' weights are bound and the reason, to be shown to the user.
 
     Raises:
-        BuildError: packed ones were asked for and cannot be.
+        BuildError: a format was asked for in which they cannot be.
     """
     cannot = ""
     if model.experts_dtype:
-        cannot = f"the checkpoint's are {model.experts_dtype}, and bfloat16 numbers are packed"
-    elif dtype != "bfloat16":
-        cannot = f"the engine's dtype is {dtype}, and bfloat16 numbers are packed"
+        cannot = f"the checkpoint's are {model.experts_dtype}, and bfloat16 numbers are stored in fewer bits"
     elif target == "tensorrt" or keep_onnx:
-        cannot = "the kernels that take packed ones are no TensorRT plugins"
-    if wanted == "packed" and cannot:
-        raise BuildError(f"expert_weights: got 'packed', expected 'plain': {cannot}")
+        cannot = "the kernels that take others are no TensorRT plugins"
+    elif dtype != "bfloat16" and wanted != "int4":
+        cannot = f"the engine's dtype is {dtype}, and bfloat16 numbers are packed"
+    if wanted in ("packed", "int4") and cannot:
+        raise BuildError(f"expert_weights: got {wanted!r}, expected 'plain': {cannot}")
     if wanted != "auto":
         return wanted, "asked for"
     if cannot or device == "cpu":

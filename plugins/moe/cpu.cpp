@@ -1,4 +1,5 @@
-// `diffusiongemma::experts_cpu`: the experts operator for float32 tensors on the CPU. See the package's docstring for arguments.
+// `diffusiongemma::experts_cpu`: the experts operator for float32 tensors on the CPU, with weights in float32 or in 4 bits
+// (`plugins/moe/int4.py`). See the package's docstring for arguments.
 //
 // 1. Sort the N * k routed rows by expert.
 // 2. Units of work, one expert and some of its rows each: gate and up products, activation, down product.
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "plugins/cpu/vector.h"
+#include "plugins/moe/int4.h"
 
 namespace diffusiongemma {
 namespace {
@@ -31,13 +33,45 @@ struct Sizes {
   int64_t hidden, width;
 };
 
+// An expert's weights in float32: a row of the gate's, of up's and of the second product's weight.
+class PlainExpert {
+ public:
+  PlainExpert(const Sizes& sizes, const float* gate_up, const float* down, int64_t expert)
+      : sizes_(sizes),
+        gate_up_(gate_up + expert * 2 * sizes.width * sizes.hidden),
+        down_(down + expert * sizes.hidden * sizes.width) {}
+
+  const float* gate(int64_t row) { return gate_up_ + row * sizes_.hidden; }
+  const float* up(int64_t row) { return gate_up_ + (sizes_.width + row) * sizes_.hidden; }
+  const float* down(int64_t row) { return down_ + row * sizes_.width; }
+
+ private:
+  const Sizes& sizes_;
+  const float *gate_up_, *down_;
+};
+
+// The same of weights in 4 bits, a block of which is unpacked when one of its rows is asked for and another's was before.
+class Int4Expert {
+ public:
+  Int4Expert(const Sizes& sizes, const int16_t* gate_up, const int16_t* down, int64_t expert)
+      : gate_up_(expert * int4::num_blocks(2 * sizes.width), sizes.hidden, gate_up),
+        down_(expert * int4::num_blocks(sizes.hidden), sizes.width, down) {}
+
+  const float* gate(int64_t row) { return gate_up_.row(row / 8 * 16 + row % 8); }  // the halves in turns of 8 rows
+  const float* up(int64_t row) { return gate_up_.row(row / 8 * 16 + row % 8 + 8); }
+  const float* down(int64_t row) { return down_.row(row); }
+
+ private:
+  int4::Rows gate_up_, down_;
+};
+
 struct Unit {
   int64_t expert, begin, end;  // of the sorted routed rows
 };
 
 // Products of up to UNIT_ROWS rows with one expert's weights; `to` are where the results go.
-void run_unit(
-    const Sizes& sizes, int64_t num_rows, const float* const* rows, const float* gate_up, const float* down, float* const* to) {
+template <class Expert>
+void run_unit(const Sizes& sizes, int64_t num_rows, const float* const* rows, Expert weights, float* const* to) {
   const auto [hidden, width] = sizes;
   const auto activated = std::make_unique_for_overwrite<float[]>(num_rows * width);
   const float* gate[TILE_COLUMNS];
@@ -46,8 +80,8 @@ void run_unit(
   for (int64_t column = 0; column < width; column += TILE_COLUMNS) {
     for (int64_t c = 0; c < TILE_COLUMNS; ++c) {
       const int64_t valid = std::min(column + c, width - 1);
-      gate[c] = gate_up + valid * hidden;
-      up[c] = gate_up + (width + valid) * hidden;
+      gate[c] = weights.gate(valid);
+      up[c] = weights.up(valid);
     }
     for (int64_t row = 0; row < num_rows; row += TILE_ROWS) {
       const int64_t count = std::min<int64_t>(TILE_ROWS, num_rows - row);
@@ -60,7 +94,7 @@ void run_unit(
   for (int64_t row = 0; row < num_rows; ++row) activated_rows[row] = activated.get() + row * width;
   const float* columns[TILE_COLUMNS];
   for (int64_t column = 0; column < hidden; column += TILE_COLUMNS) {
-    for (int64_t c = 0; c < TILE_COLUMNS; ++c) columns[c] = down + std::min(column + c, hidden - 1) * width;
+    for (int64_t c = 0; c < TILE_COLUMNS; ++c) columns[c] = weights.down(std::min(column + c, hidden - 1));
     for (int64_t row = 0; row < num_rows; row += TILE_ROWS) {
       const int64_t count = std::min<int64_t>(TILE_ROWS, num_rows - row);
       for (int64_t r = 0; r < count; ++r) into[r] = to[row + r] + column;
@@ -69,18 +103,19 @@ void run_unit(
   }
 }
 
-Tensor experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj) {
+template <class Expert, class Number>
+Tensor experts_of(
+    const Sizes& sizes, Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj) {
   hidden = torch::stable::contiguous(hidden);
   top_k_index = torch::stable::contiguous(top_k_index);
   top_k_weights = torch::stable::contiguous(top_k_weights);
   const int64_t num_rows = hidden.size(0), top_k = top_k_index.size(1), num_routed = num_rows * top_k;
   const int64_t num_experts = gate_up_proj.size(0);
-  const Sizes sizes{hidden.size(1), down_proj.size(2)};
   const float* rows = hidden.const_data_ptr<float>();
   const int64_t* index = top_k_index.const_data_ptr<int64_t>();
   const float* weights = top_k_weights.const_data_ptr<float>();
-  const float* gate_up = gate_up_proj.const_data_ptr<float>();
-  const float* down = down_proj.const_data_ptr<float>();
+  const Number* gate_up = gate_up_proj.const_data_ptr<Number>();
+  const Number* down = down_proj.const_data_ptr<Number>();
 
   // 1.
   std::vector<int64_t> starts(num_experts + 1, 0), order(num_routed);
@@ -108,9 +143,7 @@ Tensor experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor g
       from[at - begin] = rows + order[at] / top_k * sizes.hidden;
       to[at - begin] = routed + order[at] * sizes.hidden;
     }
-    run_unit(
-        sizes, end - begin, from, gate_up + expert * 2 * sizes.width * sizes.hidden,
-        down + expert * sizes.hidden * sizes.width, to);
+    run_unit(sizes, end - begin, from, Expert(sizes, gate_up, down, expert), to);
   }
 
   // 3.
@@ -127,6 +160,15 @@ Tensor experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor g
     }
   }
   return output;
+}
+
+Tensor experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj) {
+  if (gate_up_proj.scalar_type() == torch::headeronly::ScalarType::Short) {
+    const Sizes sizes{hidden.size(1), gate_up_proj.size(1) * (int4::BLOCK / 2)};
+    return experts_of<Int4Expert, int16_t>(sizes, hidden, top_k_index, top_k_weights, gate_up_proj, down_proj);
+  }
+  const Sizes sizes{hidden.size(1), down_proj.size(2)};
+  return experts_of<PlainExpert, float>(sizes, hidden, top_k_index, top_k_weights, gate_up_proj, down_proj);
 }
 
 }  // namespace

@@ -19,6 +19,8 @@ them, 8 larger than they are, at bits 3 to 6 and 19 to 22. There they are part o
 multiplication, with an addition of -24 scales, makes number * scale.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -56,32 +58,32 @@ def to_int4(weight: Tensor, halves: int = 1) -> Tensor:
     split = (numbers + -_LEAST).view(*outer, 4, 2, 8, columns // BLOCK, 2, 2, 2, 4, 2)
     #                             -9 warp, upper, lane_row, depth block, far, next, right, lane_column, odd
     split = split.permute(*range(len(outer)), *(split.ndim + axis for axis in (-6, -9, -7, -2, -8, -5, -4, -3, -1)))
-    at = torch.tensor([[[3 + 4 * (2 * next_ + right) + 16 * odd for odd in (0, 1)] for right in (0, 1)] for next_ in (0, 1)])
-    words = (split.long() << at.to(split.device)).sum((-3, -2, -1)).flatten(-5)
-    words = (words & _WORD) | words >> 32  # one number goes round
-    words = torch.where(words > _WORD >> 1, words - (_WORD + 1), words).int()
+    split = split.contiguous()
+    words = torch.zeros(split.shape[:-3], dtype=torch.int32, device=split.device)
+    for next_, right, odd in itertools.product(range(2), repeat=3):
+        number, at = split[..., next_, right, odd].int(), 3 + 4 * (2 * next_ + right) + 16 * odd
+        words |= number << at if at < 31 else number >> 1 | number << 31  # one goes round
     scales = scale.view(*outer, 4, 2, 8, columns // BLOCK, 2)
     scales = scales.permute(*range(len(outer)), *(scales.ndim + axis for axis in (-2, -5, -3, -4, -1)))
-    return torch.cat([words.view(torch.int16), scales.flatten(-4).view(torch.int16)], dim=-1).flatten(-2)
+    return torch.cat([words.flatten(-5).view(torch.int16), scales.flatten(-4).view(torch.int16)], dim=-1).flatten(-2)
 
 
 def rounded_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Of bfloat16 numbers [..., group], the whole numbers, int8, and the groups' scales [...] bfloat16."""
     exact = groups.float()
     largest = exact.gather(-1, exact.abs().argmax(-1, keepdim=True))
-    least = numbers = scale = None
+    least = scale = None
     for becomes in _LARGEST_BECOMES:
-        tried = _in_5_bits(largest / becomes)
-        inverse = torch.where(tried == 0, 0.0, 1 / tried.float())
-        rounded = (exact * inverse).round_().clamp_(_LEAST, _MOST)
-        error = (rounded * tried - exact).square_().sum(-1, keepdim=True)
-        if least is None:
-            least, numbers, scale = error, rounded.to(torch.int8), tried
-            continue
-        better = error < least
-        least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
-        numbers = torch.where(better, rounded.to(torch.int8), numbers)
-    return numbers, scale.squeeze(-1)
+        tried = _in_5_bits(largest / becomes).float()
+        error = _rounded(exact, tried).mul_(tried).sub_(exact).square_().sum(-1, keepdim=True)
+        scale = tried if scale is None else tried.where(error < least, scale)
+        least = error if least is None else error.minimum(least)
+    return _rounded(exact, scale).to(torch.int8), scale.bfloat16().squeeze(-1)
+
+
+def _rounded(exact: Tensor, scale: Tensor) -> Tensor:
+    """Whole numbers in float32, as groups with their scales have them; 0 where the scale is 0."""
+    return (exact / scale.where(scale != 0, torch.inf)).round_().clamp_(_LEAST, _MOST)
 
 
 def _in_5_bits(values: Tensor) -> Tensor:

@@ -14,6 +14,14 @@ from plugins.moe.packing import SIGNS, WHOLE
 _SIGNS, _WHOLE = tl.constexpr(SIGNS), tl.constexpr(WHOLE)
 _WORDS, _HALFWORDS = tl.constexpr(WORDS), tl.constexpr(HALFWORDS)
 
+SPREAD = """
+{
+    prmt.b32 $0, $2, $2, 0x1010;
+    prmt.b32 $1, $2, $2, 0x3232;
+}
+"""
+"""The lower and the upper half of a word, each twice."""
+
 OFFSET_OF = """
 {
     .reg .b32 offset, zero;
@@ -36,7 +44,7 @@ SCALED_PAIR = """
 """The numbers at bits 3 to 6 of both halves of a word, as the last bits of bfloat16 numbers from 16 on, times two scales, plus
 two offsets. What instructions of the language become takes half as many again."""
 
-_OFFSET_OF, _SCALED_PAIR = tl.constexpr(OFFSET_OF), tl.constexpr(SCALED_PAIR)
+_SPREAD, _OFFSET_OF, _SCALED_PAIR = tl.constexpr(SPREAD), tl.constexpr(OFFSET_OF), tl.constexpr(SCALED_PAIR)
 
 
 @triton.jit
@@ -71,9 +79,9 @@ def int4_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     word = tl.load(at + tl.arange(0, _WORDS)[None, :]).to(tl.uint32, bitcast=True)
     # Two scales a load, those of far 0 and 1, for every lane_column: the bits 1 and 2 of a place here, 2 and 3 of a word's.
     place = tl.arange(0, _WORDS // 2)[None, :]
-    scales = tl.load(at + (_WORDS + place // 8 * 2 + place % 2)).to(tl.uint32, bitcast=True)
-    scale = tl.join((scales & 0xFFFF) | (scales << 16), (scales >> 16) | (scales & 0xFFFF0000))
-    scale = tl.reshape(scale, (BLOCKS, _WORDS))
+    scales = tl.load(at + (_WORDS + place // 8 * 2 + place % 2))
+    near, far = tl.inline_asm_elementwise(_SPREAD, "=r,=r,r", [scales], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)
+    scale = tl.reshape(tl.join(near, far), (BLOCKS, _WORDS))
     offset = tl.inline_asm_elementwise(_OFFSET_OF, "=r,r", [scale], dtype=tl.uint32, is_pure=True, pack=1)
     left = tl.join(_scaled_pair(word, scale, offset), _scaled_pair(word >> 4, scale, offset))
     third, fourth = _scaled_pair(word >> 8, scale, offset), _scaled_pair((word >> 12) | (word << 20), scale, offset)

@@ -1,5 +1,5 @@
-"""Engines whose experts' weights are packed: when they are, how they are loaded, and that generations are those of the numbers
-that the packed weights stand for."""
+"""Engines whose experts' bfloat16 weights are stored in fewer bits, 12 (packed) or 4: when they are, how they are loaded, and
+that generations are those of the numbers that the weights stand for."""
 
 import itertools
 import shutil
@@ -29,26 +29,24 @@ from builder.weights import all_weights, bound_weights, experts_format, is_of_ex
 from contract.manifest import Arrangement, BuildConfig, Manifest
 from contract.model_config import ModelConfig
 from plugins.moe.arranging import HALVES
-from plugins.moe.packing import pack, packed_shape, unpack
+from plugins.moe.formats import in_format
+from plugins.moe.int4 import from_int4, int4_shape
+from plugins.moe.packing import packed_shape, unpack
 
 SHAPE_26B = TINY.parent / "diffusiongemma-26B-A4B"
 GATE_UP, DOWN = "model.decoder.layers.0.experts.gate_up_proj", "model.decoder.layers.0.experts.down_proj"
 NUM_QUESTIONS = 20
 
 
-@pytest.fixture(scope="module")
-def rounded(tmp_path_factory):
-    """The tiny checkpoint, with the numbers that its packed experts stand for."""
-    return with_rounded_experts(TINY, tmp_path_factory.mktemp("rounded") / "tiny")
-
-
-def with_rounded_experts(checkpoint, directory):
+def with_rounded_experts(checkpoint, directory, stored: str):
+    """The checkpoint with the numbers that its experts stand for once they are stored so."""
     shutil.copytree(checkpoint, directory)
-    tensors = load_file(directory / "model.safetensors")
+    tensors, numbers = load_file(directory / "model.safetensors"), {"packed": unpack, "int4": from_int4}[stored]
     for name, tensor in tensors.items():
         if is_of_experts(name):
             halves = HALVES[name.rpartition(".")[2]]
-            tensors[name] = unpack(pack(tensor.bfloat16(), halves), *tensor.shape[1:], halves).to(tensor.dtype)
+            formed = in_format(tensor.bfloat16(), stored, halves)
+            tensors[name] = numbers(formed, *tensor.shape[1:], halves).to(tensor.dtype)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 
@@ -75,6 +73,16 @@ def test_they_are_packed_where_kernels_take_them():
             chosen(each, "packed", **choices)
 
 
+def test_they_have_4_bits_where_that_is_asked_for():
+    model = read_model_config(TINY)
+    for choices in ({}, {"dtype": "float32"}, {"device": "cpu"}, {"device": "cpu", "dtype": "float32"}):
+        assert chosen(model, "int4", **choices) == "int4"
+    in_fp8 = model.model_copy(update={"experts_dtype": "float8_e4m3fn"})
+    for each, choices in [(model, {"target": "tensorrt"}), (model, {"keep_onnx": True}), (in_fp8, {})]:
+        with pytest.raises(BuildError, match="expert_weights: got 'int4', expected 'plain': "):
+            chosen(each, "int4", **choices)
+
+
 def test_the_format_follows_device_and_rows():
     model = read_model_config(TINY)
     in_fp8 = model.model_copy(update={"experts_dtype": "float8_e4m3fn"})
@@ -84,17 +92,19 @@ def test_the_format_follows_device_and_rows():
 
     assert wanted(model) is wanted(model, device="cuda") is wanted(in_fp8) is None
     assert wanted(model, expert_weights="packed") == "packed"
+    assert wanted(model, expert_weights="int4") == "int4"
     assert wanted(in_fp8, device="cuda") == "wide"
     assert wanted(in_fp8, device="cuda", expert_activations="float8") == "narrow"
 
 
-def test_what_programs_are_called_with():
+@pytest.mark.parametrize(("stored", "shape_of", "dtype"), [("packed", packed_shape, "int32"), ("int4", int4_shape, "int16")])
+def test_what_programs_are_called_with(stored, shape_of, dtype):
     model = read_model_config(SHAPE_26B)
-    build = BuildConfig(target="inductor", dtype="bfloat16", expert_weights="packed")
+    build = BuildConfig(target="inductor", dtype="bfloat16", expert_weights=stored)
     bound = bound_weights(all_weights(model), model, build)
-    assert bound[GATE_UP].shape == packed_shape((128, 1408, 2816), 2)
-    assert bound[DOWN].shape == packed_shape((128, 2816, 704), 1)
-    assert bound[GATE_UP].dtype == bound[DOWN].dtype == "int32"
+    assert bound[GATE_UP].shape == shape_of((128, 1408, 2816), 2)
+    assert bound[DOWN].shape == shape_of((128, 2816, 704), 1)
+    assert bound[GATE_UP].dtype == bound[DOWN].dtype == dtype
     assert (bound[GATE_UP].arrangement.halves, bound[DOWN].arrangement.halves) == (2, 1)
     assert {each.dtype for name, each in bound.items() if ".experts." not in name} == {"bfloat16"}
 
@@ -120,7 +130,7 @@ def test_the_command_line_refuses_in_one_line(tmp_path):
     assert line.startswith("error: expert_weights: got 'packed', expected 'plain': the engine's dtype is float32")
 
 
-def test_fp8_checkpoints_are_not_packed(tmp_path):
+def test_fp8_checkpoints_are_neither(tmp_path):
     quantized = tmp_path / "fp8"
     quantize_checkpoint(random_checkpoint(tmp_path / "original"), quantized)
     with pytest.raises(BuildError, match=r"got 'packed', expected 'plain': the checkpoint's are float8_e4m3fn"):
@@ -131,19 +141,24 @@ def test_fp8_checkpoints_are_not_packed(tmp_path):
 
 
 def test_memory_of_the_real_model(tmp_path):
-    """11.35 GB less: on a card of 80 GB 83 sequences of 8,192 tokens find room where 58 did."""
-    plain, packed = (
-        write_manifest(SHAPE_26B, tmp_path / choice, expert_weights=choice, max_sequences=128) for choice in ("plain", "packed")
+    """Packed 11.35 GB less: on a card of 80 GB 83 sequences of 8,192 tokens find room where 58 did. In 4 bits 32.8 GB less: 130
+    there, and 6 on a card of 24 GB."""
+    plain, packed, int4 = (
+        write_manifest(SHAPE_26B, tmp_path / choice, expert_weights=choice, max_sequences=256)
+        for choice in ("plain", "packed", "int4")
     )
 
-    def most(manifest: Manifest) -> int:
-        return capacities(manifest, parse_bytes("80GB"), device_type="cuda", lengths=[8192])[0].num_sequences
+    def most(manifest: Manifest, memory: str = "80GB") -> int:
+        return capacities(manifest, parse_bytes(memory), device_type="cuda", lengths=[8192])[0].num_sequences
 
     limits = EngineLimits(max_sequences=1, max_cached_tokens=1)
     saved = plan_memory(plain, limits).weights_bytes - plan_memory(packed, limits).weights_bytes
     # 12 bits for 16, and a scale of 32 bits for each row of experts.
     assert saved == 30 * 128 * (3 * 2816 * 704 // 2 - 4 * (2 * 704 + 2816))
-    assert (most(plain), most(packed)) == (58, 83)
+    assert (most(plain), most(packed), most(int4)) == (58, 83, 130)
+    saved = plan_memory(plain, limits).weights_bytes - plan_memory(int4, limits).weights_bytes
+    assert saved == 30 * 128 * 3 * 2816 * 704 * 23 // 16  # 4.5 bits for 16
+    assert most(int4, "24GB") == 6
     result = CliRunner().invoke(app, ["manifest", str(SHAPE_26B), str(tmp_path / "m"), "--expert-weights", "packed"])
     assert result.exit_code == 0
 
@@ -151,44 +166,48 @@ def test_memory_of_the_real_model(tmp_path):
 # -- What is generated
 
 
+@pytest.mark.parametrize(("stored", "dtype"), [("packed", "bfloat16"), ("int4", "bfloat16"), ("int4", "float32")])
 @pytest.mark.parametrize("length", [3, 2 * WINDOW + 1])
-def test_random_checkpoints_generate_what_their_rounded_numbers_do(length, tmp_path):
+def test_random_checkpoints_generate_what_their_rounded_numbers_do(length, stored, dtype, tmp_path):
     original = random_checkpoint(tmp_path / "original", seed=7)
-    rounded = with_rounded_experts(original, tmp_path / "rounded")
+    rounded = with_rounded_experts(original, tmp_path / "rounded", stored)
     results = [
-        llm_of(checkpoint, weights).generate([prompt_of(length)], SamplingConfig(seed=length, **RANDOM))[0]
-        for checkpoint, weights in ((original, "packed"), (rounded, "plain"))
+        llm_of(checkpoint, weights, dtype).generate([prompt_of(length)], SamplingConfig(seed=length, **RANDOM))[0]
+        for checkpoint, weights in ((original, stored), (rounded, "plain"))
     ]
     assert results[0].token_ids == results[1].token_ids
     assert results[0].num_steps == results[1].num_steps
 
 
-def test_packed_weights_are_loaded_as_they_were_packed():
-    session = network_session(TINY, dtype="bfloat16", expert_weights="packed")
-    stored = load_file(TINY / "model.safetensors")
+@pytest.mark.parametrize("stored", ["packed", "int4"])
+def test_weights_are_loaded_as_they_are_formed(stored):
+    session = network_session(TINY, dtype="bfloat16", expert_weights=stored)
+    tensors = load_file(TINY / "model.safetensors")
     bound = dict(zip(session.manifest.programs["denoise"].weights, session._weights["denoise"], strict=True))
-    assert torch.equal(bound[GATE_UP], pack(stored[GATE_UP].bfloat16(), halves=2))
-    assert torch.equal(bound[DOWN], pack(stored[DOWN].bfloat16()))
+    assert torch.equal(bound[GATE_UP], in_format(tensors[GATE_UP].bfloat16(), stored, 2))
+    assert torch.equal(bound[DOWN], in_format(tensors[DOWN].bfloat16(), stored, 1))
 
 
-def test_answers_are_those_of_the_numbers_and_as_right_as_before(rounded, render):
+@pytest.mark.parametrize("stored", ["packed", "int4"])
+def test_answers_are_those_of_the_numbers_and_as_right_as_before(stored, tmp_path, render):
+    rounded = with_rounded_experts(TINY, tmp_path / "tiny", stored)
     asked = list(itertools.islice(questions(2027, held_out=True), NUM_QUESTIONS))
     prompts = [render(question) for question in asked]
     sampling = [SamplingConfig(max_tokens=160, skip_special_tokens=False, seed=seed) for seed in range(NUM_QUESTIONS)]
-    packed, plain, before = (
+    own, plain, before = (
         llm_of(checkpoint, weights, max_sequences=NUM_QUESTIONS).generate(prompts, sampling)
-        for checkpoint, weights in ((TINY, "packed"), (rounded, "plain"), (TINY, "plain"))
+        for checkpoint, weights in ((TINY, stored), (rounded, "plain"), (TINY, "plain"))
     )
-    assert [result.token_ids for result in packed] == [result.token_ids for result in plain]
+    assert [result.token_ids for result in own] == [result.token_ids for result in plain]
     right = [
         sum(result.text == question.answer for result, question in zip(results, asked, strict=True))
-        for results in (packed, before)
+        for results in (own, before)
     ]
     assert right[0] >= right[1] >= NUM_QUESTIONS - 1
 
 
-def llm_of(checkpoint, expert_weights: str, **limits) -> LLM:
-    session = network_session(checkpoint, dtype="bfloat16", expert_weights=expert_weights)
+def llm_of(checkpoint, expert_weights: str, dtype: str = "bfloat16", **limits) -> LLM:
+    session = network_session(checkpoint, dtype=dtype, expert_weights=expert_weights)
     defaults = GenerationDefaults.from_json(checkpoint / "generation_config.json")
     return LLM.from_engine(
         Engine(session, Tokenizer.from_file(str(checkpoint / "tokenizer.json")), defaults, EngineLimits(**limits))
