@@ -58,10 +58,10 @@ def to_int4(weight: Tensor, halves: int = 1) -> Tensor:
     split = (numbers + -_LEAST).view(*outer, 4, 2, 8, columns // BLOCK, 2, 2, 2, 4, 2)
     #                             -9 warp, upper, lane_row, depth block, far, next, right, lane_column, odd
     split = split.permute(*range(len(outer)), *(split.ndim + axis for axis in (-6, -9, -7, -2, -8, -5, -4, -3, -1)))
-    split = split.reshape(*outer, columns // BLOCK, WORDS, 2, 2, 2)
-    words = torch.zeros(split.shape[:-3], dtype=torch.int32, device=split.device)
-    for next_, right, odd in itertools.product(range(2), repeat=3):
-        number, at = split[..., next_, right, odd].int(), 3 + 4 * (2 * next_ + right) + 16 * odd
+    split = split.reshape(*outer, columns // BLOCK, WORDS, 8)
+    words = torch.zeros(split.shape[:-1], dtype=torch.int32, device=split.device)
+    for (next_, right, odd), number in zip(itertools.product(range(2), repeat=3), split.unbind(-1), strict=True):
+        number, at = number.int(), 3 + 4 * (2 * next_ + right) + 16 * odd
         words |= number << at if at < 31 else number >> 1 | number << 31  # one goes round
     scales = scale.view(*outer, 4, 2, 8, columns // BLOCK, 2)
     scales = scales.permute(*range(len(outer)), *(scales.ndim + axis for axis in (-2, -5, -3, -4, -1)))
