@@ -306,6 +306,8 @@ def main() -> None:
             traceback.print_exc()
             failed.append(phase)
         bench.results["failed"] = failed
+        if phase in failed and phase in ("weights", "compile"):  # the others would only try again
+            break
         if options.output:
             options.output.write_text(json.dumps(bench.results, indent=1))
     print(f"[{time.perf_counter() - began:6.1f} s] done", flush=True)

@@ -20,6 +20,7 @@ from plugins.feed_forward.reference import feed_forward_reference  # noqa: E402
 from plugins.moe.alignment import MANY_ROUTED  # noqa: E402
 from plugins.moe.formats import Format  # noqa: E402
 from plugins.moe.fp8 import to_fp8  # noqa: E402
+from plugins.moe.int4 import from_int4, to_int4  # noqa: E402
 
 TOP_K, EPS = 8, 1e-6
 
@@ -52,6 +53,11 @@ def operands(rows: int, columns: int = 64, width: int = 32, num_experts: int = 1
     if fp8:
         experts = [part for weights in experts for part in to_fp8(weights)]
     return tensor(rows, columns), tensor(rows, columns), norms, tensor(1), dense, router, experts
+
+
+def representable(experts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The numbers that experts in 4 bits stand for."""
+    return [from_int4(to_int4(each, halves), *each.shape[1:], halves) for each, halves in zip(experts, (2, 1), strict=True)]
 
 
 def exported(device: str, least_rows: int = 2, wanted: Format | None = None) -> torch.export.ExportedProgram:
@@ -133,6 +139,8 @@ def test_a_gpu_gives_what_the_definition_gives(rows, wanted):
     torch.manual_seed(0)
     fp8_rows = wanted == "narrow"
     given = operands(rows, 256, 64, 128, fp8=is_fp8(wanted))
+    if wanted == "int4":
+        given = (*given[:-1], representable(given[-1]))
     wide = [[each.float() for each in part] if isinstance(part, list) else part.float() for part in given[:-1]]
     experts = given[-1] if is_fp8(wanted) else [each.float() for each in given[-1]]
     exact = feed_forward_reference(*wide, experts, TOP_K, EPS, False)

@@ -14,33 +14,17 @@ from plugins.moe.packing import SIGNS, WHOLE
 _SIGNS, _WHOLE = tl.constexpr(SIGNS), tl.constexpr(WHOLE)
 _WORDS, _HALFWORDS = tl.constexpr(WORDS), tl.constexpr(HALFWORDS)
 
-SPREAD = """
-{
-    prmt.b32 $0, $2, $2, 0x1010;
-    prmt.b32 $1, $2, $2, 0x3232;
-}
-"""
+# In one line each: PyTorch's compiler copies a kernel's constants into a string of its own, where line breaks would end them.
+SPREAD = "prmt.b32 $0, $2, $2, 0x1010; prmt.b32 $1, $2, $2, 0x3232;"
 """The lower and the upper half of a word, each twice."""
 
-OFFSET_OF = """
-{
-    .reg .b32 offset, zero;
-    mov.b32 offset, 0xC1C0C1C0;
-    mov.b32 zero, 0x80008000;
-    fma.rn.bf16x2 $0, $1, offset, zero;
-}
-"""
+OFFSET_OF = "{ .reg .b32 a, z; mov.b32 a, 0xC1C0C1C0; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, a, z; }"
 """-24 times two bfloat16 numbers."""
 
-SCALED_PAIR = """
-{
-    .reg .b32 mask, base, pair;
-    mov.b32 mask, 0x00780078;
-    mov.b32 base, 0x41804180;
-    lop3.b32 pair, $1, mask, base, 0xEA;
-    fma.rn.bf16x2 $0, pair, $2, $3;
-}
-"""
+SCALED_PAIR = (
+    "{ .reg .b32 m, b, p; mov.b32 m, 0x00780078; mov.b32 b, 0x41804180; "
+    "lop3.b32 p, $1, m, b, 0xEA; fma.rn.bf16x2 $0, p, $2, $3; }"
+)
 """The numbers at bits 3 to 6 of both halves of a word, as the last bits of bfloat16 numbers from 16 on, times two scales, plus
 two offsets. What instructions of the language become takes half as many again."""
 
