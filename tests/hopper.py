@@ -10,10 +10,9 @@ triton = pytest.importorskip("triton", reason="the kernels are written in Triton
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from plugins.triton_launch import Launch  # noqa: E402
+from plugins.triton_launch import HOPPER_SHARED_BYTES, Launch  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
-MAX_SHARED_BYTES = 227 * 1024  # of one thread block, CUDA C++ programming guide, compute capability 9.0
 MAX_REGISTERS = 255  # of one thread, by the same guide
 PTX_TYPES = {"u64": "pointer", "u32": "i32"}
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.cg", "ld.global.v4")
@@ -41,7 +40,7 @@ def check_compiles(launch: Launch, directory: Path, title: str, groups: int = 1,
 
     assert used["LOCAL"] == 0 and used["STACK"] <= spilled, "registers spilled"
     assert used["REG"] <= MAX_REGISTERS
-    assert metadata.shared <= MAX_SHARED_BYTES
+    assert metadata.shared <= HOPPER_SHARED_BYTES
     assert metadata.num_warps == groups * launch.num_warps
     assert metadata.num_ctas == 1
     # The two arguments that Triton appends, scratch for the kernel and for its profiler, must be of no use.

@@ -80,8 +80,8 @@ def test_every_command_ends_with_its_report(run, name):
 REFUSALS = {
     "memory --counts 0": "argument --counts: got 0, expected 1 or more",
     "server --engine {tiny}": "argument --engine: got {tiny}, expected a directory with a manifest.json",
-    "fp8_quality --checkpoint /nowhere": "argument --checkpoint: got /nowhere, expected a directory that is there",
-    "fp8_quality --checkpoint {empty}": "argument --checkpoint: got {empty}, expected a directory with a config.json",
+    "expert_quality --checkpoint /nowhere": "argument --checkpoint: got /nowhere, expected a directory that is there",
+    "expert_quality --checkpoint {empty}": "argument --checkpoint: got {empty}, expected a directory with a config.json",
     "weight_loading --directory /nowhere": "argument --directory: got /nowhere, expected a directory that is there",
     "weight_loading --device cuda": "PyTorch finds no CUDA device here, expected one; run this on a machine with a GPU",
     "step": "PyTorch finds no CUDA device here, expected one; run this on a machine with a GPU",

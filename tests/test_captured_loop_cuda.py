@@ -24,12 +24,13 @@ SAMPLING = {"max_tokens": 96}
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """dtype → the tiny checkpoint's engine, built for the GPU that is here when it is first asked for."""
+    """dtype, and how the experts' weights are stored → the tiny checkpoint's engine, built for the GPU that is here when it is
+    first asked for."""
 
     @cache
-    def built(dtype: str) -> Path:
-        directory = tmp_path_factory.mktemp("engines") / dtype
-        build_engine(TINY, directory, target="inductor", dtype=dtype, device="cuda", report=print)
+    def built(dtype: str, expert_weights: str = "auto") -> Path:
+        directory, stored = tmp_path_factory.mktemp("engines") / dtype, {"expert_weights": expert_weights}
+        build_engine(TINY, directory, target="inductor", dtype=dtype, device="cuda", report=print, **stored)
         return directory
 
     return built
@@ -85,24 +86,27 @@ def test_float32_image_features_are_those_of_the_network_on_the_cpu(engine):
         assert_close(session.vision(image).cpu(), network.vision(image), torch.float32)
 
 
-def test_bfloat16_answers_are_right(engine, render, held_out):
+@pytest.mark.parametrize("expert_weights", ["packed", "int4"])
+def test_bfloat16_answers_are_right(engine, render, held_out, expert_weights):
     prompts = [render(question) for question in held_out]
-    results = LLM(engine("bfloat16")).generate(prompts, SamplingConfig(seed=1, skip_special_tokens=False, **SAMPLING))
+    results = LLM(engine("bfloat16", expert_weights)).generate(
+        prompts, SamplingConfig(seed=1, skip_special_tokens=False, **SAMPLING)
+    )
     wrong = [
         (question.messages[-1]["content"], question.answer, result.text)
         for question, result in zip(held_out, results, strict=True)
         if result.text != question.answer
     ]
-    print(f"{len(held_out) - len(wrong)} of {len(held_out)} held-out questions answered exactly in bfloat16")
+    print(f"{len(held_out) - len(wrong)} of {len(held_out)} held-out questions answered exactly, {expert_weights} experts")
     assert len(wrong) <= len(held_out) // 20, wrong
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, dtype):
+@pytest.mark.parametrize("stored", [("float32",), ("bfloat16", "packed"), ("bfloat16", "int4")], ids=" ".join)
+def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, stored):
     """Three rows in a bucket of four, then one alone; every state tensor after each step."""
     from backend.captured_loop import CapturedLoop
 
-    session = Session.load(engine(dtype))
+    session = Session.load(engine(*stored))
     model = session.manifest.model
     defaults = GenerationDefaults.from_json(TINY / "generation_config.json")
     states = []

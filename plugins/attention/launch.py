@@ -4,7 +4,7 @@
 tensors (to describe and compile), and on CPU tensors in Triton's interpreter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plugins.attention.kernel import paged_attention_kernel
 from plugins.attention.split_kernel import combine_kernel, paged_attention_split_kernel
-from plugins.triton_launch import Launch, Wrap, least, unwrapped
+from plugins.triton_launch import HOPPER_SHARED_BYTES, Launch, Wrap, least, shared_bytes, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ warps, and the two halves of the warps would compute the same scores. So a progr
 computed twice as well, but keys and values are read for twice as many rows. NVIDIA H200, Triton 3.6, prefix 8192, 256-token
 canvases of 4 / 1 sequences: 1173 / 585 µs (1 in 2 splits: 309, in 3: 411, in 4: 319); 128 x 16, 3 stages: 1398 / 698 µs (371);
 64 x 32 x 256, 4 warps, 3 stages: 1643 / 415 µs (422); 64 x 16 x 512, 3 stages: 2097 / 1049 µs (543)."""
+
+SMALL = Tile(rows=64, keys=16, columns=256, num_warps=4, num_stages=2)
+"""For GPUs of less shared memory: it takes 92,224 bytes with head_dim 512, 67,712 in three stages with 256. Not measured."""
 
 FLOAT32_ROWS = 16
 """For comparisons in float32, which has no tensor cores of full precision. Not meant to be quick."""
@@ -91,14 +94,14 @@ def contiguous(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def attention_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, tile: Tile | None = None) -> Launch:
     """inputs: the operator's seven tensors, contiguous. Outputs [T, H, D]."""
     query = inputs[0]
-    tile = tile or choose_tile(query.shape[2], query.dtype)
+    tile = tile or choose_tile(query.shape[2], query.dtype, shared_bytes(query))
     return tiled_launch(paged_attention_kernel, inputs, causal, window, tile, (torch.empty_like(query),))
 
 
 def split_launch(inputs: tuple[Tensor, ...], causal: bool, window: int, num_splits: int, tile: Tile | None = None) -> Launch:
     """Outputs partial [splits, T, H, D] and log_weights [splits, T, H], float32, for `combine_launch`."""
     query = inputs[0]
-    tile = tile or choose_tile(query.shape[2], query.dtype)
+    tile = tile or choose_tile(query.shape[2], query.dtype, shared_bytes(query))
     partial = query.new_empty(num_splits, *query.shape, dtype=torch.float32)
     outputs = (partial, query.new_empty(partial.shape[:-1], dtype=torch.float32))
     return tiled_launch(paged_attention_split_kernel, inputs, causal, window, tile, outputs, num_splits)
@@ -129,7 +132,7 @@ def choose_num_splits(inputs: tuple[Tensor, ...], window: int, num_multiprocesso
     1 where the fewest tokens that there can be fill the device.
     """
     query, new_kv, kv_pages, page_table, *_ = inputs
-    tile = choose_tile(query.shape[2], query.dtype)
+    tile = choose_tile(query.shape[2], query.dtype, shared_bytes(query))
     tokens = tile.rows // (query.shape[1] // new_kv.shape[2])
 
     def room(num_tokens: int) -> int:
@@ -144,14 +147,16 @@ def choose_num_splits(inputs: tuple[Tensor, ...], window: int, num_multiprocesso
     return torch.sym_max(1, torch.sym_min(room(query.shape[0]), useful))
 
 
-def choose_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of a layer's kernel."""
+def choose_tile(head_dim: int, dtype: torch.dtype, shared: int = HOPPER_SHARED_BYTES) -> Tile:
+    """The tile of a layer's kernel. shared: bytes of shared memory that one program may have."""
     if head_dim < 16 or head_dim & (head_dim - 1):
         raise ValueError(f"attention kernel: got head_dim {head_dim}, expected a power of two of at least 16")
     if dtype == torch.float32:
         return Tile(rows=FLOAT32_ROWS, keys=16, columns=min(head_dim, 256), num_warps=8, num_stages=1)
     if dtype != torch.bfloat16:
         raise ValueError(f"attention kernel: got {dtype}, expected torch.bfloat16 or torch.float32")
+    if shared < HOPPER_SHARED_BYTES:
+        return replace(SMALL, columns=min(head_dim, 256), num_stages=3 if head_dim <= 256 else 2)
     if head_dim > 256:
         return WIDE
     return Tile(rows=NARROW_ROWS, keys=NARROW_KEYS, columns=head_dim, num_warps=NARROW_WARPS, num_stages=NARROW_STAGES)

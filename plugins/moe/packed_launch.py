@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from plugins.moe import launch, packed_kernel
-from plugins.moe.arranged_launch import arranged_tile, check_weights, hopper_tile, on_hopper, product_constants, product_grid
+from plugins.moe.arranged_launch import (
+    arranged_tile,
+    check_weights,
+    hopper_tile,
+    on_hopper,
+    product_constants,
+    product_grid,
+    stages_on_device,
+)
 from plugins.moe.arranging import BLOCK, num_depths
 from plugins.moe.hopper_down_kernel import AHEAD, MAX_STEPS, hopper_down_packed_kernel
 from plugins.moe.launch import Routing, Tile
@@ -68,7 +76,7 @@ def gate_up(
         outputs=(hidden.new_empty(num_rows * top_k, width),),
         constants=product_constants(gate_up_proj, hidden_size, width, tile, TOP_K=top_k),
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages_on_device(tile, gate_up_proj),
     )
 
 
@@ -93,7 +101,7 @@ def down(
         outputs=(activated.new_empty(num_routed, hidden_size),),
         constants=product_constants(down_proj, width, hidden_size, tile),
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages_on_device(tile, down_proj),
     )
 
 

@@ -1,4 +1,4 @@
-"""What FP8 experts do to the tiny checkpoint's answers: exact-answer rate and denoising steps a canvas, against bfloat16.
+"""What experts in FP8 and in 4 bits do to the tiny checkpoint's answers: exact-answer rate and denoising steps a canvas.
 
 Held-out questions through the network's own modules on the CPU, in bfloat16; every system gets the same prompts and seeds. The
 last line is JSON.
@@ -90,12 +90,13 @@ def main() -> None:
             ("bfloat16", options.checkpoint, {}),
             ("FP8, full rows", quantized, {}),
             ("FP8, FP8 rows", quantized, {"expert_activations": "float8"}),
+            ("4 bits", options.checkpoint, {"expert_weights": "int4"}),
         ):
             record = records[name] = answer(offline(checkpoint, **choices), asked, prompts)
             table.add_row(name, f"{record['right']} of {record['of']}", str(record["steps_a_canvas"]), str(record["canvases"]))
     console.print(table)
     weights = {layer: {name: round(error, 5) for name, error in each.items()} for layer, each in errors.items()}
-    print(json.dumps({"benchmark": "fp8_quality", "weight_error": weights, "results": records}))
+    print(json.dumps({"benchmark": "expert_quality", "weight_error": weights, "results": records}))
 
 
 if __name__ == "__main__":
