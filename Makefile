@@ -9,6 +9,7 @@ ENGINE     ?= engines/diffusiongemma
 TARGET     ?= auto
 DTYPE      ?= auto
 DEVICE     ?= auto
+EXPERT_WEIGHTS ?= auto
 BENCH      ?=
 
 BIN       := $(VENV)/bin
@@ -18,7 +19,7 @@ $(foreach each,VENV PYTHON,$(if $(filter-out 1,$(words $($(each)))),$(error \
 	$(each): got "$($(each))", expected one path without spaces, which make takes for several; choose another)))
 
 # What the command line or the environment says of ENGINE. Whether an engine that is there is such a one, the builder knows.
-ASKED := $(strip $(foreach each,CHECKPOINT TARGET DTYPE DEVICE,$(filter-out file,$(origin $(each)))))
+ASKED := $(strip $(foreach each,CHECKPOINT TARGET DTYPE DEVICE EXPERT_WEIGHTS,$(filter-out file,$(origin $(each)))))
 
 # pip would look at this only after it has downloaded PyTorch.
 REQUIRED := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
@@ -40,7 +41,7 @@ endif
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 	@echo
-	@echo "Variables: CHECKPOINT=$(CHECKPOINT) ENGINE=$(ENGINE) TARGET=$(TARGET) DTYPE=$(DTYPE) DEVICE=$(DEVICE) PYTHON=$(PYTHON)"
+	@echo "Variables: CHECKPOINT=$(CHECKPOINT) ENGINE=$(ENGINE) TARGET=$(TARGET) DTYPE=$(DTYPE) DEVICE=$(DEVICE) EXPERT_WEIGHTS=$(EXPERT_WEIGHTS) PYTHON=$(PYTHON)"
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
@@ -51,8 +52,9 @@ $(INSTALLED): pyproject.toml
 
 install: $(INSTALLED) ## Create the virtual environment with everything in it
 
-engine: $(INSTALLED) ## Build ENGINE from CHECKPOINT (TARGET=auto|tensorrt|inductor, DTYPE=auto|float32|bfloat16, DEVICE=auto|cpu|cuda)
-	$(BIN)/python -m builder build "$(CHECKPOINT)" "$(ENGINE)" --target $(TARGET) --dtype $(DTYPE) --device $(DEVICE)
+engine: $(INSTALLED) ## Build ENGINE from CHECKPOINT (TARGET=auto|tensorrt|inductor, DTYPE=auto|float32|bfloat16, DEVICE=auto|cpu|cuda, EXPERT_WEIGHTS=auto|plain|packed|int4)
+	$(BIN)/python -m builder build "$(CHECKPOINT)" "$(ENGINE)" --target $(TARGET) --dtype $(DTYPE) --device $(DEVICE) \
+		--expert-weights $(EXPERT_WEIGHTS)
 
 # A manifest can be there without programs: `python -m builder manifest` writes such.
 built: $(INSTALLED)

@@ -68,8 +68,8 @@ def build_engine(
     # 1.
     chosen_device, device_reason = choose_device(device)
     model = read_model_config(checkpoint)
-    only_inductor = _only_inductor(model, target, keep_onnx)
-    chosen, reason = choose_target("inductor" if only_inductor else target, chosen_device)
+    only_inductor = _only_inductor(model, expert_weights, target, keep_onnx)
+    chosen, reason = choose_target("inductor" if only_inductor and target == "auto" else target, chosen_device)
     in_dtype = model.dtype if dtype == "auto" else dtype
     chosen_weights, weights_reason = choose_expert_weights(
         expert_weights, model, target=chosen, dtype=in_dtype, device=chosen_device, keep_onnx=keep_onnx
@@ -84,7 +84,7 @@ def build_engine(
             "write a checkpoint that has with: python -m builder quantize CHECKPOINT OUTPUT"
         )
     if only_inductor and target == "auto":
-        reason = "the experts' weights are FP8"
+        reason = only_inductor
     report(f"target {chosen} ({reason}), device {chosen_device} ({device_reason})")
     report(f"dtype {build.dtype} ({'the checkpoint’s' if dtype == 'auto' else 'asked for'})")
     if model.experts_dtype:
@@ -167,18 +167,18 @@ def _check_encodes_a_canvas(build: BuildConfig, model: ModelConfig) -> None:
         )
 
 
-def _only_inductor(model: ModelConfig, target: str, keep_onnx: bool) -> bool:
-    """Whether the checkpoint leaves no choice of target.
+def _only_inductor(model: ModelConfig, expert_weights: str, target: str, keep_onnx: bool) -> str:
+    """Why the experts leave no choice of target; nothing, if they do.
 
     Raises:
-        BuildError: another was asked for.
+        BuildError: the checkpoint's experts leave none, and another was asked for.
     """
     if model.experts_dtype is None:
-        return False
+        return f"the experts' weights are {expert_weights}" if expert_weights in ("packed", "int4") else ""
     if target == "tensorrt" or keep_onnx:
         asked = "target 'tensorrt'" if target == "tensorrt" else "--keep-onnx"
         raise BuildError(f"{asked}: the experts' weights are FP8, which only the inductor target takes; use --target inductor")
-    return True
+    return "the experts' weights are FP8"
 
 
 def write_manifest(

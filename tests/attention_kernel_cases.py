@@ -9,7 +9,7 @@ from test_plugins import attention_inputs
 from tolerances import assert_close
 from triton_interpreter import let_dot_read_bfloat16, save_the_interpreters_time
 
-from plugins.attention.launch import attention
+from plugins.attention.launch import attention, choose_tile
 from plugins.attention.reference import paged_attention_reference
 
 let_dot_read_bfloat16()
@@ -41,6 +41,16 @@ def check(inputs, causal, window, dtype, **options):
 )
 def test_prefixes_and_lengths(case, causal, dtype):
     check(attention_inputs(**case, **SMALL, dtype=dtype), causal, case["window"], dtype)
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(64, 40), (512, 0)])
+def test_tiles_of_gpus_with_less_shared_memory(head_dim, window):
+    sizes = SMALL | {"head_dim": head_dim, "page_size": 32}
+    tile = choose_tile(head_dim, torch.bfloat16, 99 * 1024)
+    assert tile != choose_tile(head_dim, torch.bfloat16)
+    for causal in (True, False):
+        inputs = attention_inputs(prefixes=[70, 3], counts=[41, 2], window=window, **sizes, dtype=torch.bfloat16)
+        check(inputs, causal, window, torch.bfloat16, tile=tile, num_splits=1 + causal)
 
 
 @pytest.mark.parametrize(("window", "causal"), [(64, True), (0, False)])

@@ -69,7 +69,9 @@ def built(make) -> Path:
 def test_what_is_not_there_is_built(target, make):
     assert make(target, "CHECKPOINT=my checkpoint").returncode == 0
     build, run = make.asked()
-    assert build == f"-m|builder|build|my checkpoint|{make.engine}|--target|auto|--dtype|auto|--device|auto|"
+    assert (
+        build == f"-m|builder|build|my checkpoint|{make.engine}|--target|auto|--dtype|auto|--device|auto|--expert-weights|auto|"
+    )
     assert f"|{make.engine}|" in run and ("--checkpoint|" not in run or "|my checkpoint|" in run)
 
 
@@ -81,7 +83,9 @@ def test_what_is_there_is_taken_as_it_is(target, make, built):
 
 
 @pytest.mark.parametrize("by", ["command line", "environment"])
-@pytest.mark.parametrize("variable", ["CHECKPOINT=mine", "TARGET=inductor", "DTYPE=float32", "DEVICE=cpu"])
+@pytest.mark.parametrize(
+    "variable", ["CHECKPOINT=mine", "TARGET=inductor", "DTYPE=float32", "DEVICE=cpu", "EXPERT_WEIGHTS=int4"]
+)
 def test_the_builder_is_asked_whether_what_is_there_is_what_was_asked_for(variable, by, make, built):
     name, value = variable.split("=")
     done = make("serve", variable) if by == "command line" else make("serve", **{name: value})

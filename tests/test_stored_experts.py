@@ -109,6 +109,22 @@ def test_what_programs_are_called_with(stored, shape_of, dtype):
     assert {each.dtype for name, each in bound.items() if ".experts." not in name} == {"bfloat16"}
 
 
+def test_they_leave_no_other_target(monkeypatch, tmp_path):
+    """Where TensorRT would be chosen."""
+    asked = []
+    monkeypatch.setattr(building, "choose_target", lambda target, device: asked.append(target) or ("inductor", "it is here"))
+    monkeypatch.setattr(building, "compile_programs", lambda *arguments: {})
+    lines = []
+    for stored in ("auto", "packed", "int4"):
+        build_engine(TINY, tmp_path / stored, device="cpu", dtype="bfloat16", expert_weights=stored, report=lines.append)
+    assert asked == ["auto", "inductor", "inductor"]
+    assert [line.partition(",")[0] for line in lines if line.startswith("target")] == [
+        "target inductor (it is here)",
+        "target inductor (the experts' weights are packed)",
+        "target inductor (the experts' weights are int4)",
+    ]
+
+
 def test_a_build_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(building, "compile_programs", lambda *arguments: {})
     lines = []
