@@ -4,13 +4,13 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 
 from backend.answer_grammar import Grammars
 from backend.canvas_loop import CanvasLoop
 from backend.compiled_loop import CompiledLoop
 from backend.generation_defaults import GenerationDefaults
+from backend.gpu_memory import free_bytes
 from backend.kv_cache import PagedKVCache
 from backend.planner import EngineLimits, check_free, pass_rows, plan_memory
 from backend.prompt_tokens import PromptTokenizer
@@ -39,7 +39,7 @@ class Engine:
         for line in self.plan.report().splitlines():
             _logger.info("%s", line)
         if session.device.type == "cuda":
-            check_free(self.plan, _free_bytes(session.device))
+            check_free(self.plan, free_bytes(session.device))
         self.tokenizer, self.defaults, self.session = tokenizer, defaults, session
         self.bos_token = tokenizer.id_to_token(model.bos_token_id) if model.bos_token_id is not None else None
         cache = PagedKVCache(
@@ -96,12 +96,6 @@ def _load_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # what `tokenizers` raises is a bare Exception
         raise ManifestError(f"{path}: cannot be loaded ({error}); build the engine again with --force") from None
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Of a GPU: what nobody has, and what PyTorch keeps and no tensor uses."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _canvas_loop(session: Session, cache: PagedKVCache, limits: EngineLimits, max_step_sequences: int) -> CanvasLoop:

@@ -150,7 +150,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
     page_bytes = {kind: build.page_size * token_bytes(model, kind, build.dtype) for kind in model.attention}
     fixed = {
         "runtime_bytes": _RUNTIME_BYTES[device_type],
-        "weights_bytes": sum(math.prod(each.shape) * item_bytes(each.dtype) for each in manifest.weights.values()),
+        "weights_bytes": weights_bytes(manifest),
         "workspace_bytes": _workspace_bytes(manifest, limits, device_type),
         "graphs_bytes": _graphs_bytes(manifest, limits, device_type),
         "state_bytes": state_bytes(model, build),
@@ -192,6 +192,24 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
     else:  # 3.
         plan = with_pages(min(longest, _DEFAULT_SEQUENCE_TOKENS), max(limits.max_sequences, _FEWEST_SEQUENCES))
     return _with_kept_windows(plan, limits) if limits.prefix_cache else plan
+
+
+def weights_bytes(manifest: Manifest) -> int:
+    """Of every weight once, as it is bound."""
+    return sum(math.prod(each.shape) * item_bytes(each.dtype) for each in manifest.weights.values())
+
+
+def check_weights_fit(manifest: Manifest, free_bytes: int) -> None:
+    """Compares what the weights take with what is free, before one is loaded.
+
+    Raises:
+        ManifestError: it is more.
+    """
+    if (needed := weights_bytes(manifest)) > free_bytes:
+        raise ManifestError(
+            f"memory: got {free_bytes / _GB:.2f} GB free, expected {needed / _GB:.2f} GB for the weights; end what else uses "
+            "the GPU, take a larger one, or build an engine whose experts take less (docs/int4.md)"
+        )
 
 
 def check_free(plan: MemoryPlan, free_bytes: int) -> None:

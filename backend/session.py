@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from backend.gpu_memory import free_bytes
 from backend.images.preprocess import ImagePatches
 from backend.load_progress import ShowProgress, show_progress
+from backend.planner import check_weights_fit
 from backend.tensorrt_session import load_plans
 from backend.weights import bind_weights
 from contract.cpu import this_cpu
@@ -89,6 +91,8 @@ class Session:
             name: [(variant.minimum, load_program(engine_dir / variant.file)) for variant in program.variants]
             for name, program in manifest.programs.items()
         }
+        if manifest.build.device == "cuda":
+            check_weights_fit(manifest, free_bytes(torch.device("cuda")))
         weights = bind_weights(manifest, engine_dir, checkpoint_dir, show)
         return cls(manifest, programs, weights, variants)
 

@@ -10,7 +10,7 @@ from small_checkpoints import network_session, random_checkpoint
 from backend.canvas_loop import CanvasLoop
 from backend.kv_cache import PagedKVCache
 from backend.pass_memory import denoise_bytes, encode_bytes
-from backend.planner import EngineLimits, check_free, plan_memory
+from backend.planner import EngineLimits, check_free, check_weights_fit, plan_memory
 from backend.session import Session
 from contract.manifest import ManifestError
 
@@ -144,6 +144,14 @@ def test_what_is_to_come_must_be_free(session):
     check_free(made, to_come)
     with pytest.raises(ManifestError, match=r"memory: got \d+\.\d\d GB free beside the weights, expected \d+\.\d\d GB for"):
         check_free(made, to_come - 1)
+
+
+def test_weights_must_fit_before_they_are_loaded(session):
+    """The session asks on a GPU alone; what it is told there is this."""
+    needed = plan(session).weights_bytes
+    check_weights_fit(session.manifest, needed)
+    with pytest.raises(ManifestError, match=r"memory: got 0\.00 GB free, expected 0\.00 GB for the weights; .* take less"):
+        check_weights_fit(session.manifest, needed - 1)
 
 
 def test_limits_are_frozen():
