@@ -45,5 +45,4 @@ def test_attention_fits(layer, gpu):
 @pytest.mark.parametrize("stored", ["packed", "int4"])
 @pytest.mark.parametrize("product", ["gate_up", "down"])
 def test_experts_fit(product, stored, gpu):
-    for rows in (256, 16384):
-        check_fits(launches(rows, stored)[product], gpu)
+    check_fits(launches(16384, stored)[product], gpu)
