@@ -28,11 +28,13 @@ _EXPECTED = (
 @dataclass(frozen=True, kw_only=True)
 class Grammar:
     """answer: as llguidance takes it, JSON. before: rules of Lark, whose `start` says where in the model's text `@answer`
-    stands; "": it is all of it. max_readings: that a text may have at once, in llguidance's count of a parser's items."""
+    stands; "": it is all of it. max_readings: that a text may have at once, in llguidance's count of a parser's items. of: the
+    parameter that asks for it."""
 
     answer: str
     before: str = ""
     max_readings: int = 2000
+    of: str = "structured_outputs"
 
     @property
     def text(self) -> str:

@@ -23,7 +23,7 @@ def check_grammar(grammar: Grammar | None) -> None:
     Raises RequestError: INVALID_ARGUMENT for one that llguidance refuses, or takes too long for; UNAVAILABLE if there is no
         telling."""
     if grammar and (problem := _problem(grammar)):
-        raise refused(f"structured_outputs: {problem}; change the grammar")
+        raise refused(f"{grammar.of}: {problem}; change the {'grammar' if grammar.of == Grammar.of else 'schemas'}")
 
 
 @lru_cache(maxsize=1024)
@@ -33,7 +33,7 @@ def _problem(grammar: Grammar) -> str:
     try:
         done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:  # not remembered
-        line = "structured_outputs: the machine is too busy to look at it; try again later"
+        line = f"{grammar.of}: the machine is too busy to look at it; try again later"
         raise RequestError("UNAVAILABLE", line) from None
     if done.returncode < 0 or "MemoryError" in done.stderr:  # ended by a signal: its time was over, or its stack
         return "got a grammar that takes more than a second or 2 GB to make"

@@ -34,7 +34,7 @@ hidden gets comes in through gate and through up."""
 @cache
 def quantised_weights() -> tuple[torch.Tensor, ...]:
     """gate_up_proj, its scale, down_proj, its scale."""
-    return tuple(tensor for weight in expert_weights() for tensor in to_fp8(weight))
+    return tuple(tensor for weight in expert_weights(None)[0] for tensor in to_fp8(weight))
 
 
 @cache

@@ -306,10 +306,10 @@ def main() -> None:
             traceback.print_exc()
             failed.append(phase)
         bench.results["failed"] = failed
-        if phase in failed and phase in ("weights", "compile"):  # the others would only try again
-            break
         if options.output:
             options.output.write_text(json.dumps(bench.results, indent=1))
+        if phase in failed and phase in ("weights", "compile"):  # the others would only try again
+            break
     print(f"[{time.perf_counter() - began:6.1f} s] done", flush=True)
     print(json.dumps({"benchmark": "step", **bench.results}))
     raise SystemExit(1 if failed else 0)

@@ -150,6 +150,9 @@ def quantize(
 def manifest(
     checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint; config.json is enough.")],
     engine: Annotated[Path, typer.Argument(help="Directory to write.")],
+    dtype: Annotated[DtypeOption, typer.Option(help="Of weights, activations and KV pages; auto is the checkpoint's.")] = (
+        DtypeOption.auto
+    ),
     page_size: Annotated[int, typer.Option(min=1, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
     max_encode_tokens: Annotated[int, typer.Option(min=1, help="Tokens one encode pass may take.")] = (
         _DEFAULTS["max_encode_tokens"]
@@ -166,6 +169,7 @@ def manifest(
         write_manifest(
             checkpoint,
             engine,
+            dtype=dtype.value,
             report=typer.echo,
             page_size=page_size,
             max_encode_tokens=max_encode_tokens,

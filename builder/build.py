@@ -185,13 +185,15 @@ def write_manifest(
     checkpoint: Path,
     engine: Path,
     *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     expert_weights: Literal["auto", "plain", "packed", "int4"] = "auto",
     report: Report = lambda line: None,
     **choices: Any,
 ) -> Manifest:
     """Writes the manifest that an engine for the CPU would have, without its programs: to plan with, in seconds.
 
-    Of `checkpoint` config.json is enough; tensors that are there are checked. `choices` are fields of `BuildConfig`.
+    Of `checkpoint` config.json is enough; tensors that are there are checked. `dtype` "auto" is the checkpoint's. `choices` are
+    fields of `BuildConfig`.
 
     Raises:
         BuildError, CheckpointError: see their messages; an engine that has programs is not replaced.
@@ -205,10 +207,9 @@ def write_manifest(
     if any(checkpoint.glob("*.safetensors*")):
         tensors = Checkpoint(checkpoint)
         model, shapes = checked(tensors, model)
-    chosen, _ = choose_expert_weights(
-        expert_weights, model, target="inductor", dtype=model.dtype, device="cpu", keep_onnx=False
-    )
-    build = BuildConfig(target="inductor", dtype=model.dtype, expert_weights=chosen, **choices)
+    in_dtype = model.dtype if dtype == "auto" else dtype
+    chosen, _ = choose_expert_weights(expert_weights, model, target="inductor", dtype=in_dtype, device="cpu", keep_onnx=False)
+    build = BuildConfig(target="inductor", dtype=in_dtype, expert_weights=chosen, **choices)
     _check_encodes_a_canvas(build, model)
     manifest = describe(model, build, tensors, shapes, checkpoint, place)
     with staged(place) as directory, writing(place):

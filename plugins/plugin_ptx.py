@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-from plugins.triton_launch import Launch
+from plugins.triton_launch import HOPPER_SHARED_BYTES, Launch
 
 HOPPER = GPUTarget("cuda", 90, 32)
 """H100 and H200: what the kernels are tuned for."""
-
-MAX_SHARED_BYTES = 227 * 1024
-"""Of one thread block, CUDA C++ programming guide, compute capability 9.0."""
 
 _HIDDEN = 2
 _ENTRY = re.compile(r"(?P<head>\.visible \.entry (?P<name>\w+)\()(?P<parameters>[^)]*)\)")
@@ -73,9 +70,9 @@ def _compile(described: _Hashable, num_warps: int, num_stages: int, target: GPUT
         raise ValueError(
             f"kernel {kernel}: got num_ctas {metadata.num_ctas}, expected 1; a TensorRT plugin launches no clusters"
         )
-    if metadata.shared > MAX_SHARED_BYTES:
+    if metadata.shared > HOPPER_SHARED_BYTES:
         raise ValueError(
-            f"kernel {kernel}: needs {metadata.shared} bytes of shared memory, expected at most {MAX_SHARED_BYTES}"
+            f"kernel {kernel}: needs {metadata.shared} bytes of shared memory, expected at most {HOPPER_SHARED_BYTES}"
         )
     variant = hashlib.sha256(repr((described.key[1:], num_warps, num_stages, target)).encode()).hexdigest()[:8]
     name = f"{metadata.name}_{variant}"

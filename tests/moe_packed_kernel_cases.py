@@ -23,8 +23,6 @@ from plugins.moe import alignment, int4_launch, launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.arranging import BLOCK
 from plugins.moe.int4 import HALFWORDS, SCALES, from_int4, to_int4
-from plugins.moe.int4_kernel import down_int4_kernel, gate_up_int4_kernel
-from plugins.moe.packed_kernel import down_packed_kernel, gate_up_packed_kernel
 from plugins.moe.packing import ROW_FACTOR, pack, unpack
 from plugins.moe.reference import experts_reference
 
@@ -46,18 +44,17 @@ SIZES = [(128, 64), (96, 32), (70, 40), (40, 20), (200, 100)]
 
 
 class Stored(NamedTuple):
-    """A format: to it and back, its kernels and operator, what the first product's rows are times."""
+    """A format: to it and back, its operator, what the rows of the products are times."""
 
     to: Callable
     back: Callable
-    kernels: tuple[object, object]
     operator: Callable
     row_factor: float
 
 
 FORMATS = {
-    "packed": Stored(pack, unpack, (gate_up_packed_kernel, down_packed_kernel), packed_launch.experts_packed, ROW_FACTOR),
-    "int4": Stored(to_int4, from_int4, (gate_up_int4_kernel, down_int4_kernel), int4_launch.experts_int4, 1.0),
+    "packed": Stored(pack, unpack, packed_launch.experts_packed, ROW_FACTOR),
+    "int4": Stored(to_int4, from_int4, int4_launch.experts_int4, 1.0),
 }
 
 
@@ -87,10 +84,10 @@ def scales_of(stored: str, expert: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("hidden_size", "width"), SIZES)
 def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, blocks, stored):
     (hidden, index, weights, gate_up, down), (plain_gate_up, plain_down) = operands(stored, 17, hidden_size, width)
-    tile, factor, (first, second) = BLOCKS[blocks], FORMATS[stored].row_factor, FORMATS[stored].kernels
+    tile, factor = BLOCKS[blocks], FORMATS[stored].row_factor
     routing = alignment.align(index, EXPERTS, tile.rows).run()
-    (activated,) = packed_launch.gate_up(hidden * factor, gate_up, *routing, TOP_K, tile, first).run()
-    (weighted,) = packed_launch.down(activated, down, weights, *routing, hidden_size, tile, second).run()
+    (activated,) = packed_launch.gate_up(hidden * factor, gate_up, *routing, TOP_K, tile, factor).run()
+    (weighted,) = packed_launch.down(activated, down, weights, *routing, hidden_size, tile).run()
 
     plain = launch.FEW_ROWS
     routing = alignment.align(index, EXPERTS, plain.rows).run()

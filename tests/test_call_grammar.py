@@ -11,6 +11,7 @@ from backend import LLM, SamplingConfig
 from backend.answer_grammar import Grammars
 from backend.chat.call_grammar import call_grammar
 from backend.chat.tools import TOOL_TAGS, parse_call
+from backend.grammar import MAX_GRAMMAR_LENGTH
 
 WEATHER = {
     "type": "object",
@@ -56,7 +57,7 @@ RIGHT = [
     'city:<|"|>ulm<|"|>,unit:<|"|>a"b\\c\né<|"|>}<tool_call|>',
     'at:{x:1.5,y z:null},city:<|"|><|"|>,Days:-3,<|"|>odd:key<|"|>:5,tags:[<|"|>a<|"|>,<|"|>b,}<|"|>],unit:null}<tool_call|>',
     'at:{x:2e3},city:<|"|>{ulm}<|"|>,<|"|>odd:key<|"|>:true,tags:[],unit:null}<tool_call|>',
-    'city:<|"|>ulm<|"|>,unit:null}<tool_call|><|tool_call>call:now{a:{b:[1,{}]},<|"|>c d<|"|>:false}<tool_call|>',
+    'city:<|"|>ulm<|"|>,unit:null}<tool_call|><|tool_call>call:weather{city:<|"|>elm<|"|>,unit:null}<tool_call|>',
 ]
 
 
@@ -79,6 +80,7 @@ def test_calls_that_fit_the_schema(text, tokenizer):
         ('city:<|"|>a<|"|>,unit:<|"|>K<|"|>', 'city:<|"|>a<|"|>,unit:<|"|>'),
         ("at:{y z:1", "at:{"),
         ("height:3", ""),
+        (f"{RIGHT[-1]}<|tool_call>call:now{{}}", f"{RIGHT[-1]}<|tool_call>call:"),
     ],
 )
 def test_what_does_not_fit_is_cut_off(text, kept, tokenizer):
@@ -92,6 +94,60 @@ def test_the_name_is_that_of_a_tool(text, kept, tokenizer):
     assert kept_of(tokenizer, text, begun="")[0] == kept
 
 
+UNIT = {"$defs": {"U": {"enum": ["C", "F"], "type": "string"}}}
+NODE = {
+    "type": "object",
+    "properties": {"v": {"type": "integer"}, "kids": {"type": "array", "items": {"$ref": "#/$defs/N"}}},
+    "required": ["v"],
+}
+EITHER = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {}},
+    "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+}
+PAIR = {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "minItems": 2, "maxItems": 2}
+PARTS = [
+    {"properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    {"properties": {"b": {"type": "null"}}, "required": ["b"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "right", "wrong"),
+    [
+        ({"properties": {"u": {"$ref": "#/$defs/U"}}, "required": ["u"]} | UNIT, 'u:<|"|>C<|"|>', "u:7"),
+        ({"properties": {"u": {"allOf": [{"$ref": "#/$defs/U"}], "title": "Unit"}}} | UNIT, 'u:<|"|>F<|"|>', "u:7"),
+        (
+            {"properties": {"n": {"$ref": "#/$defs/N"}}, "$defs": {"N": NODE}},
+            "n:{kids:[{kids:[],v:2}],v:3}",
+            "n:{kids:[{kids:[]}",
+        ),
+        ({"$ref": "#/definitions/A", "definitions": {"A": {"properties": {"c": {}}, "required": ["c"]}}}, "c:1", "z:7"),
+        ({"type": "object", "properties": {}, "additionalProperties": False, "required": []}, "", "x:1"),
+        ({"additionalProperties": {"type": "integer"}}, "a:1,b:2", "a:null"),
+        ({"properties": {"o": EITHER}}, "o:{b:1}", "o:7"),
+        ({"properties": {"o": EITHER}}, "o:{a:1,b:1}", "o:{}"),
+        ({"properties": {"o": {"type": "string", "anyOf": [{"format": "uuid"}, {}]}}}, 'o:<|"|>x<|"|>', "o:7"),
+        ({"properties": {"a": {}}, "required": ["a", "b"]}, "a:1,b:2", "a:1}"),
+        ({"allOf": PARTS}, "a:1,b:null", "a:1,b:2"),
+        ({"properties": {"a": {"enum": [{"x": 1, "y": [True]}, 5]}}}, "a:{x:1,y:[true]}", "a:6"),
+        ({"properties": {"a": {"const": "\x7f😀"}}}, 'a:<|"|>\x7f😀<|"|>', "a:1"),
+        ({"properties": {"a": {"enum": list(range(5000))}}}, "a:4999", "a:5000"),
+        ({"properties": {"a": PAIR}}, 'a:[1,<|"|>x<|"|>]', "a:[1]"),
+        ({"properties": {"a": {"type": "array", "items": False}}}, "a:[]", "a:[1]"),
+        ({"properties": {"a": {"type": ["integer", "integer", "null"]}}}, "a:null", "a:true"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_schemas_say(parameters, right, wrong, tokenizer):
+    """A call that fits is accepted whole and read as a call; one that does not is cut off before its end."""
+    text = right + "}<tool_call|>"
+    assert kept_of(tokenizer, text, begun="f", tools=[tool("f", parameters)]) == (text, True)
+    assert parse_call(f"call:f{{{right}}}")
+    kept, may_end = kept_of(tokenizer, wrong, begun="f", tools=[tool("f", parameters)])
+    assert len(kept) < len(wrong) and not may_end
+
+
 @pytest.mark.parametrize(
     "parameters",
     [
@@ -99,7 +155,10 @@ def test_the_name_is_that_of_a_tool(text, kept, tokenizer):
             "type": "object",
             "properties": {"a": {"$ref": "#/$defs/b"}, "c": True, "d": {"type": "unheard of"}, "e": {"type": []}},
         },
+        {"properties": {"a": {"$ref": "other.json#/b"}, "b": {"$ref": 7}, "c": {"allOf": 3}}},
         {"properties": {"a": {"enum": []}, "b": {"anyOf": []}, "c": {"enum": [{"x": 1}, [2]]}, "d": {"items": 3}}},
+        {"properties": {"a": {"$ref": "#/properties/a"}}},
+        {"$ref": "#"},
         {"properties": [], "required": "city"},
         "anything",
     ],
@@ -108,6 +167,56 @@ def test_the_name_is_that_of_a_tool(text, kept, tokenizer):
 def test_what_a_schema_says_otherwise_lets_any_value_through(parameters, tokenizer):
     text = "a:{x:[1,null]}}<tool_call|>"
     assert kept_of(tokenizer, text, begun="f", tools=[tool("f", parameters)]) == (text, True)
+
+
+def nested(times: int, around) -> dict:
+    schema = {}
+    for _ in range(times):
+        schema = around(schema)
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        nested(31, lambda inner: {"type": ["object"] * 100, "properties": {"a": inner}}),
+        nested(31, lambda inner: {"properties": {"a": inner}, "anyOf": [{"required": [str(each)]} for each in range(9)]}),
+        {"allOf": [{"$ref": "#"}] * 9},
+        {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"allOf": [{"$ref": "#/$defs/a"}] * 9}]}}, "$ref": "#/$defs/a"},
+    ],
+    ids=["types", "alternatives", "parts", "references"],
+)
+def test_schemas_that_unfold_without_end_are_given_up(schema):
+    """Work that multiplies with every level; done to the end it would take longer than anybody waits."""
+    grammar = call_grammar([tool("f", schema)], set(TOOL_TAGS), begun="f")
+    assert len(grammar.answer) < 2 * MAX_GRAMMAR_LENGTH
+
+
+def test_of_many_tools_the_largest_schemas_are_left_out(tokenizer):
+    def large(number: int) -> dict:
+        properties = {f"property {each} of {number}": {"type": "string"} for each in range(12)}
+        return tool(f"tool{number}", {"type": "object", "properties": properties, "additionalProperties": False})
+
+    small = tool("weather", {"properties": {"city": {"enum": ["ulm"]}}, "additionalProperties": False})
+    tools = [small, *(large(number) for number in range(127))]
+    assert kept_of(tokenizer, "weather{city:7", begun="", tools=tools)[0] == "weather{city:"
+    assert kept_of(tokenizer, "city:7", begun="weather", tools=tools)[0] == "city:"
+    given_up = [
+        number for number in range(127) if kept_of(tokenizer, f"tool{number}{{x:1", begun="", tools=tools)[0].endswith("1")
+    ]
+    assert 0 < len(given_up) < 127
+
+
+def test_a_text_has_no_tags_spelled_in_letters(tokenizer):
+    """Who reads the call would take them for tags, and what stands between for arguments."""
+    parameters = {"properties": {"a": {"type": "string"}}, "additionalProperties": False}
+    config = SamplingConfig(structured_outputs=call_grammar([tool("f", parameters)], set(TOOL_TAGS), begun="f"))
+    for spelled, fits in (('x<|"|>,admin:true', False), ("<tool_call|>", False), ('x<|"|', True), ("< tool_call|>", True)):
+        ids = tokenizer.encode('a:<|"|>', add_special_tokens=False).ids
+        ids += [token for letter in spelled for token in tokenizer.encode(letter, add_special_tokens=False).ids]
+        ids += tokenizer.encode('<|"|>}<tool_call|>', add_special_tokens=False).ids
+        grammar = Grammars(tokenizer, tokenizer.get_vocab_size()).answer(config.resolve(DEFAULTS))
+        assert (grammar._matcher.try_consume_tokens(ids) == len(ids)) is fits
 
 
 def test_a_schema_without_end_or_measure(tokenizer):

@@ -195,6 +195,7 @@ def assistant(**fields) -> list[dict]:
         (([USER], 5), "tools: got 5, expected a list"),
         (([USER], [{"type": "function"}]), "tools[0].function: got nothing"),
         (([USER], [{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name: got 'a b', expected string"),
+        (([USER], [WEATHER, WEATHER]), "tools[1].function.name: got 'weather' again, expected another name than those before"),
         (([USER], [WEATHER], "maybe"), "tool_choice: got 'maybe', expected 'auto', 'none' or 'required'"),
         (([USER], None, "required"), "tool_choice: got 'required' without tools, expected at least one; send tools"),
         (

@@ -85,6 +85,16 @@ def test_any_group(numbers):
     assert torch.equal(from_int4(to_int4(weight.view(1, 1, GROUP)), 1, GROUP).double().flatten(), rounded)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_none(bad):
+    """A damaged checkpoint must not become a plausible one."""
+    weight = torch.randn(1, BLOCK, 128).bfloat16()
+    weight[0, 5, 40] = bad
+    rounded = from_int4(to_int4(weight), BLOCK, 128)
+    assert not rounded[0, 5, 40].isfinite()
+    assert rounded[0, :5].isfinite().all() and rounded[0, 5, 64:].isfinite().all()
+
+
 def test_numbers_and_scales_are_at_the_places_of_their_registers():
     """By the definition: each number of a block alone, the scale of its group beside it."""
     torch.manual_seed(0)

@@ -22,23 +22,17 @@ from plugins.moe import alignment, int4_launch, packed_launch
 from plugins.moe.arranged_launch import hopper_tile
 from plugins.moe.formats import dtype_in_format, shape_in_format
 from plugins.moe.hopper_down_kernel import hopper_down_packed_kernel
-from plugins.moe.int4_kernel import down_int4_kernel, gate_up_int4_kernel
-from plugins.moe.packed_kernel import down_packed_kernel, gate_up_packed_kernel
+from plugins.moe.packing import ROW_FACTOR
 from plugins.triton_launch import Launch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
 
 
 FORMATS = {
-    "packed": (packed_launch.choose_tile, packed_launch.choose_down_tile, gate_up_packed_kernel, down_packed_kernel),
-    "int4": (
-        partial(int4_launch.choose_tile, dtype=torch.bfloat16),
-        int4_launch.choose_down_tile,
-        gate_up_int4_kernel,
-        down_int4_kernel,
-    ),
+    "packed": (packed_launch.choose_tile, packed_launch.choose_down_tile, ROW_FACTOR),
+    "int4": (partial(int4_launch.choose_tile, dtype=torch.bfloat16), int4_launch.choose_down_tile, 1.0),
 }
-"""Their tiles, and their kernels."""
+"""Their tiles, and what rows are times."""
 
 
 def launches(rows: int, stored: str = "packed") -> dict[str, Launch]:
@@ -50,13 +44,13 @@ def launches(rows: int, stored: str = "packed") -> dict[str, Launch]:
     def weight(*shape: int, halves: int) -> torch.Tensor:
         return tensor(*shape_in_format(shape, stored, halves), dtype=getattr(torch, dtype_in_format(stored)))
 
-    choose_tile, choose_down_tile, first, second = FORMATS[stored]
+    choose_tile, choose_down_tile, factor = FORMATS[stored]
     tile = choose_tile(rows, TOP_K, EXPERTS)
     routing = alignment.align(tensor(rows, TOP_K, dtype=torch.int64), EXPERTS, tile.rows).outputs
     gate_up_proj, down_proj = weight(EXPERTS, 2 * WIDTH, HIDDEN, halves=2), weight(EXPERTS, HIDDEN, WIDTH, halves=1)
-    gate_up = packed_launch.gate_up(tensor(rows, HIDDEN), gate_up_proj, *routing, TOP_K, tile, first)
+    gate_up = packed_launch.gate_up(tensor(rows, HIDDEN), gate_up_proj, *routing, TOP_K, tile, factor)
     top_k_weights = tensor(rows, TOP_K, dtype=torch.float32)
-    down = packed_launch.down(*gate_up.outputs, down_proj, top_k_weights, *routing, HIDDEN, choose_down_tile(tile), second)
+    down = packed_launch.down(*gate_up.outputs, down_proj, top_k_weights, *routing, HIDDEN, choose_down_tile(tile))
     assert gate_up.outputs[0].shape == (rows * TOP_K, WIDTH)
     assert down.outputs[0].shape == (rows * TOP_K, HIDDEN)
     return {"gate_up": gate_up, "down": down}

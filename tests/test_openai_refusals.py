@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from stand_in_model import Model, posted, refusal
@@ -104,6 +105,7 @@ def test_a_contradiction_about_thinking_is_refused(effort, thinks):
     assert (message, param) == (f"reasoning_effort: got '{effort}', but {contrary}; remove one", "reasoning_effort")
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 STRUCTURE = {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}
 
 
@@ -115,11 +117,55 @@ STRUCTURE = {"structured_outputs": {"regex": "a"}, "response_format": {"type": "
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
             "response_format.json_schema.schema: got none, expected a JSON schema, an object",
         ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema: got nothing, expected a value; add it",
+        ),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type: got 'xml', expected 'text' or 'json_schema' or 'json_object'",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+            "response_format.schema: unknown with type 'json_object'; remove it",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}},
+            "tool_choice.function: got nothing, expected a value; add it",
+        ),
     ],
-    ids=["twice", "no schema"],
+    ids=lambda value: value.partition(":")[0] if isinstance(value, str) else "",
 )
 def test_an_answer_is_described_once_and_wholly(parameters, message):
     assert refusal(json.dumps({**CHAT, **parameters}), route="chat/completions") == (message, re.match(r"[\w.]+", message)[0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_is_all_that_comes_where_no_more_are_wanted(stream):
+    """Of two calls and a third that max_tokens cut off, which comes back as text."""
+
+    class Calls(Model):
+        async def generate(self, inputs, request_id):
+            async for part in super().generate(inputs, request_id):
+                last = part.finish_reason is not None
+                call = {"id": f"c{last}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                text, reason = ("<|tool_call>call:f{ci", "length") if last else ("Well", None)
+                yield replace(part, text=text, tool_calls=[call], finish_reason=reason, logprobs=None)
+
+    body = {**CHAT, "tools": [TOOL], "stream": stream, "parallel_tool_calls": False}
+    with TestClient(create_app(OpenAISettings(), Calls())) as connected:
+        reply = connected.post("/v1/chat/completions", json=body)
+    if not stream:
+        [choice] = reply.json()["choices"]
+        message = choice["message"]
+        assert (message["content"], choice["finish_reason"]) == ("Well", "tool_calls")
+        assert [call["id"] for call in message["tool_calls"]] == ["cFalse"]
+        return
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "Well"
+    assert [call["id"] for choice in choices for call in choice["delta"].get("tool_calls") or ()] == ["cFalse"]
+    assert choices[-1]["finish_reason"] == "tool_calls"
 
 
 def test_the_usual_verbosity_is_accepted():

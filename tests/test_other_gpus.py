@@ -1,7 +1,5 @@
-"""The kernels of the real model compile for GPUs of less shared memory than Hopper has, on a machine without a GPU.
-
-Each with the tile that it has there; the largest of those that have several.
-"""
+"""The kernels that take most shared memory, attention and the experts' products of many rows, compile for GPUs that have less
+than Hopper, on a machine without a GPU."""
 
 import pytest
 
@@ -12,7 +10,7 @@ from test_moe_packed_sm90 import launches  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from plugins.attention import launch as attention  # noqa: E402
-from plugins.moe import arranged_launch  # noqa: E402
+from plugins.moe import packed_launch  # noqa: E402
 
 KB = 1024
 SHARED_BYTES = {80: 163 * KB, 89: 99 * KB, 120: 99 * KB}
@@ -21,7 +19,7 @@ SHARED_BYTES = {80: 163 * KB, 89: 99 * KB, 120: 99 * KB}
 
 @pytest.fixture(params=SHARED_BYTES, ids=lambda capability: f"sm_{capability}")
 def gpu(request, monkeypatch) -> int:
-    for module in (attention, arranged_launch):
+    for module in (attention, packed_launch):
         monkeypatch.setattr(module, "shared_bytes", lambda tensor: SHARED_BYTES[request.param])
     return request.param
 

@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
 import tensorrt_validators as validators  # noqa: E402
-from hopper import MAX_REGISTERS, MAX_SHARED_BYTES, resources  # noqa: E402
+from hopper import HOPPER_SHARED_BYTES, MAX_REGISTERS, resources  # noqa: E402
 
 from plugins.attention.tensorrt import PAGED_ATTENTION  # noqa: E402
 from plugins.moe import alignment  # noqa: E402
@@ -123,7 +123,7 @@ def check_ptx(layer: validators.Built, at: validators.LaunchAt, dtypes: list[tor
     used = resources(directory / "kernel.cubin")
     assert used["STACK"] == used["LOCAL"] == 0, "registers spilled"
     assert used["REG"] <= MAX_REGISTERS
-    assert at.shared_bytes <= MAX_SHARED_BYTES
+    assert at.shared_bytes <= HOPPER_SHARED_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

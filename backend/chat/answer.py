@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from backend.chat.markup import TagSet, TagSplitter
 from backend.chat.reasoning import ReasoningParser
 from backend.chat.tools import ToolCall, ToolCallParser
-from backend.errors import refused
 from backend.grammar import Grammar
 from backend.sampling_config import SamplingConfig
 from backend.text_stream import EVERYWHERE, StopScope
@@ -47,12 +46,9 @@ class AnswerFormat:
 
     def sampling(self, config: SamplingConfig) -> SamplingConfig:
         """The choices of a request whose answer is read so: tags are special tokens, which must not be skipped; a grammar is
-        that of the answer alone; and a call that must be made is one, unless the request itself gives parts of it.
-
-        Raises RequestError INVALID_ARGUMENT for a grammar of an answer that has begun with a call."""
-        grammar = config.structured_outputs
-        if grammar and self.prefill:
-            raise refused("structured_outputs: given with a tool_choice that begins a call, which is no answer; remove one")
+        that of the answer alone, of which there is none where a call must be made; and such a call is one, unless the request
+        itself gives parts of it."""
+        grammar = None if self.prefill else config.structured_outputs
         within = replace(grammar, before=self.before_answer) if grammar else None if config.infill else self.of_call
         return replace(config, skip_special_tokens=False, structured_outputs=within)
 

@@ -149,6 +149,9 @@ def chat_request(
     offered = checked("tools", _TOOLS, tools) if tools is not None else []
     choice = checked("tool_choice", _TOOL_CHOICE, tool_choice) if tool_choice is not None else "auto"
     names = [tool.function.name for tool in offered]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise refused(f"tools[{place}].function.name: got {shown(name)} again, expected another name than those before")
     required = ""
     if isinstance(choice, NamedToolChoice):
         required = choice.function.name
@@ -250,8 +253,15 @@ def checked(name: str, adapter: TypeAdapter[T], value: object) -> T:
 
 
 def _line(name: str, value: object, error: ValidationError) -> str:
-    """What is wrong with `value`. Of the errors of alternatives, the one deepest in the data is about what was meant."""
-    deepest = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+    """What is wrong with `value`. Of the errors of alternatives, the one deepest in the data is about what was meant, of those
+    that do not say another `type`."""
+    errors = error.errors(include_url=False)
+    others = {each["loc"][:-1]: each for each in errors if each["loc"][-1:] == ("type",) and each["type"] == "literal_error"}
+    meant = [each for each in errors if not any(each["loc"][: len(place)] == place for place in others)]
+    deepest = max(meant or errors, key=lambda each: len(each["loc"]))
+    if not meant and len({place[:-1] for place in others}) == 1:  # one value, which is none of several
+        deepest["ctx"] = {"expected": " or ".join(each["ctx"]["expected"] for each in others.values())}
+        deepest["msg"] = f"Input should be {deepest['ctx']['expected']}"
     where, got = name, value
     for step in deepest["loc"]:  # steps that are not in the data are pydantic's names of the alternatives
         if isinstance(step, int) and isinstance(got, list) and step < len(got):

@@ -122,7 +122,7 @@ def _object(text: str, start: int, depth: int) -> tuple[str, int]:
             raise _Malformed
         name = json.dumps(quoted[1] if quoted else key[0], ensure_ascii=False)
         at = _skip(text, key.end())
-        if name in pairs or not text.startswith(":", at):
+        if not text.startswith(":", at):
             raise _Malformed
         pairs[name], at = _value(text, _skip(text, at + 1), depth)
         return at

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -12,6 +13,7 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 
+from backend.chat.tools import CALL_OPEN
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
 from backend.openai_server.errors import ApiError
 from backend.openai_server.parameters import chat_inputs, new_id
@@ -75,7 +77,7 @@ class ChatCompletions:
             try:
                 async for index, part in parts:
                     if self._one_call:
-                        del part.tool_calls[max(0, 1 - len(self._choices[index].tool_calls)) :]
+                        part = _with_one_call(part, len(self._choices[index].tool_calls))
                     self._choices[index].add(part)
                     yield index, part
             except ApiError as error:
@@ -90,6 +92,14 @@ class ChatCompletions:
             id=self.id, object="chat.completion.chunk", created=self._created, model=self._name, choices=choices, **more
         )
         return chunk.model_dump(exclude_unset=True)
+
+
+def _with_one_call(part: Part, num_calls: int) -> Part:
+    """num_calls: of the parts before. Behind the first call nothing is of interest, not even that `max_tokens` cut it off."""
+    if not num_calls and not part.tool_calls:
+        return part
+    text, reason = part.text.partition(CALL_OPEN)[0], part.finish_reason and "tool_calls"
+    return replace(part, text=text, tool_calls=part.tool_calls[: 1 - num_calls], finish_reason=reason)
 
 
 def _whole(index: int, choice: Choice) -> WholeChoice:

@@ -99,7 +99,13 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _structure(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What a response_format asks of `structured_outputs`. What the schema may be, the model checks."""
-    if not response_format or response_format["type"] == "text":
+    if not response_format:
+        return None
+    kind = response_format["type"]
+    for name in response_format:
+        if name not in ("type", kind if kind == "json_schema" else "type"):
+            raise bad_request(f"response_format.{name}: unknown with type {shown_json(kind)}; remove it")
+    if kind == "text":
         return None
     if response_format["type"] == "json_object":
         return {"json_object": True}

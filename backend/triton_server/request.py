@@ -184,6 +184,8 @@ def _json_list(name: str, array: np.ndarray) -> list:
 
 def _tool_choice(name: str, array: np.ndarray) -> str | dict[str, Any]:
     text = _string(name, array)
+    if text in ('"auto"', '"none"', '"required"'):  # as JSON
+        return text.strip('"')
     return parse_json_object(name, text) if text.lstrip().startswith("{") else text
 
 

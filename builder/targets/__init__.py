@@ -76,9 +76,11 @@ def choose_expert_weights(
     """
     cannot = ""
     if model.experts_dtype:
-        cannot = f"the checkpoint's are {model.experts_dtype}, and bfloat16 numbers are stored in fewer bits"
-    elif target == "tensorrt" or keep_onnx:
-        cannot = "the kernels that take others are no TensorRT plugins"
+        cannot = f"the checkpoint's are {model.experts_dtype} and stay so; for others give the checkpoint that it was made from"
+    elif target == "tensorrt":
+        cannot = "kernels that take fewer bits are no TensorRT plugins; use --target inductor"
+    elif keep_onnx:
+        cannot = "ONNX programs have plain ones alone; leave out --keep-onnx"
     elif dtype != "bfloat16" and wanted != "int4":
         cannot = f"the engine's dtype is {dtype}, and bfloat16 numbers are packed"
     if wanted in ("packed", "int4") and cannot:

@@ -1,7 +1,7 @@
 """The grouped products of experts whose weights are arranged (`plugins.moe.arranging`), as the kernels of each format share
 them.
 
-`plugins.moe.kernel` has the shape legend; `plugins.moe.packed_kernel`, `plugins.moe.int4_kernel` and `plugins.moe.fp8_kernel`
+`plugins.moe.kernel` has the shape legend; `plugins.moe.packed_kernel` and `plugins.moe.fp8_kernel`
 launch them. The weights are the first factor, which a program loads into registers as it lies in memory, and unpacks or
 converts there (`plugins.moe.numbers_kernel`).
 """

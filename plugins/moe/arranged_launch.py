@@ -6,7 +6,7 @@ from torch import Tensor
 from plugins.moe.arranging import BLOCK, HALVES
 from plugins.moe.formats import Format, dtype_in_format, shape_in_format
 from plugins.moe.launch import Tile
-from plugins.triton_launch import HOPPER_CAPABILITY, HOPPER_SHARED_BYTES, ceil_div, shared_bytes
+from plugins.triton_launch import HOPPER_CAPABILITY, ceil_div
 
 HOPPER_PARTS = 2
 """Programs of a second product's kernel for Hopper that share a tile's columns. NVIDIA H200, Triton 3.6, 2048 / 4096 / 8192 /
@@ -30,11 +30,6 @@ def product_constants(weight: Tensor, depth: int, width: int, tile: Tile, **othe
     sizes = {"NUM_EXPERTS": num_experts, "NUM_BLOCKS": num_blocks, "DEPTH": depth, "WIDTH": width, **others}
     of_tile = {"TILE_ROWS": tile.rows, "TILE_DEPTH": tile.depth, "BLOCKS": tile.width // BLOCK}
     return sizes | of_tile | {"BLOCK": BLOCK, "STRIDE": stride}
-
-
-def stages_on_device(tile: Tile, weight: Tensor) -> int:
-    """The tile's stages on the weight's GPU: one of less shared memory than Hopper has room for three of the largest tile's."""
-    return tile.num_stages if shared_bytes(weight) >= HOPPER_SHARED_BYTES else min(tile.num_stages, 3)
 
 
 def check_weights(operator: str, wanted: Format, gate_up_proj: Tensor, down_proj: Tensor, hidden_size: int) -> None:

@@ -3,7 +3,7 @@
 A weight [E, R, C] becomes blocks of 64 rows, [E, blocks, …], and a block's numbers follow each other, 64 columns after 64 columns,
 in the order in which the threads of a program that multiplies them have them in registers. So what is read is one stretch of
 memory, 16 bytes by each thread, and what a thread has read it multiplies: no number passes another thread, and a format that is
-not a tensor core's is unpacked on the way (`plugins.moe.packing`).
+not a tensor core's is unpacked on the way (`plugins.moe.packing`, `plugins.moe.int4`).
 
 Rows and columns are filled up with zeros to whole blocks. With halves 2 a block has 32 rows of the weight's first half and 32 of
 its second, in turns of 8, so that the thread which has a gate's row has the up row that belongs to it, too.
@@ -15,8 +15,8 @@ The order of 64 x 64 numbers, slowest first, with row = 16 warp + 8 upper + lane
 | 2 bytes in the product | m64k16 | 32 far + 16 next + 8 right + 2 lane_column + odd | upper, warp, lane_row, lane_column, far, next, right, odd |
 | 1 byte in the product | m64k32 | 32 far + 16 right + 4 lane_column + byte | upper, warp, lane_row, lane_column, far, right, byte |
 
-(PTX ISA, "Register Fragments for wgmma"). The second order is that of FP8 weights that meet FP8 rows; that of packed weights, whose
-numbers are not whole bytes, is in `plugins.moe.packing`.
+(PTX ISA, "Register Fragments for wgmma"). The second order is that of FP8 weights that meet FP8 rows; those of the formats
+whose numbers are not whole bytes are in these.
 """  # noqa: E501
 
 import torch

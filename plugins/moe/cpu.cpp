@@ -21,6 +21,7 @@ namespace {
 
 using torch::stable::Tensor;
 
+static_assert(8 % TILE_COLUMNS == 0, "a tile's columns of weights in 4 bits are of one block");
 constexpr int64_t UNIT_ROWS = 64;  // rows whose products stay in a core's cache
 
 // x / (1 + exp(-2 u)), which is x * (1 + tanh(u)) / 2, with u = sqrt(2 / pi) * (x + 0.044715 x^3).

@@ -187,7 +187,7 @@ def copy_words(room, at, WORDS: gl.constexpr):
 
 @gluon.jit
 def as_numbers(words, BLOCK: gl.constexpr, FACTOR: gl.constexpr):
-    """[64, columns] e4m3 in the layout FACTOR, as `plugins.moe.arranged_kernel.narrow_numbers`."""
+    """[64, columns] e4m3 in the layout FACTOR, as `plugins.moe.numbers_kernel.narrow_numbers`."""
     COLUMNS: gl.constexpr = words.shape[0] * 4 // BLOCK
     # The words stay in their registers: seen through, each of their bytes would have one.
     words = gl.inline_asm_elementwise("", "=r,0", [words], dtype=gl.int32, is_pure=True, pack=1)

@@ -272,7 +272,7 @@ def factor_of(planes, FACTOR: gl.constexpr):
 
 @gluon.jit
 def unpacked(planes, FACTOR: gl.constexpr):
-    """[64, 64] bfloat16 in the layout FACTOR, as `plugins.moe.arranged_kernel.packed_numbers`."""
+    """[64, 64] bfloat16 in the layout FACTOR, as `plugins.moe.numbers_kernel.packed_numbers`."""
     first, second, third = planes
     fourth = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078) | ((third >> 12) & 0x00070007) | ((third << 4) & _SIGNS)
     pair = gl.join(gl.join(first & _WHOLE, second & _WHOLE), gl.join(third & _WHOLE, fourth))  # [words, right, next]
@@ -288,7 +288,7 @@ def unpacked(planes, FACTOR: gl.constexpr):
 
 @gluon.jit
 def widened(planes, FACTOR: gl.constexpr):
-    """[64, 64] float16 in the layout FACTOR, as `plugins.moe.arranged_kernel.wide_numbers`."""
+    """[64, 64] float16 in the layout FACTOR, as `plugins.moe.numbers_kernel.wide_numbers`."""
     words = gl.join(planes[0], planes[1])
     pair = gl.join(words, words >> 16)  # in the lower half, [words, upper, right]
     # A pair of numbers stays in its register: seen through, its bytes would be taken apart and put together again.

@@ -1,13 +1,13 @@
 """How the kernels of experts in 4 bits are launched; `experts_int4` is the whole operator.
 
-See the package's docstring for its arguments, `plugins.moe.int4_kernel` for the kernels, `plugins.moe.packed_launch` for the
-launches and `plugins.moe.launch` for the stages that it shares with other weights.
+See the package's docstring for its arguments, `plugins.moe.packed_kernel` for the kernels, `plugins.moe.packed_launch` for
+their launches and `plugins.moe.launch` for the stages that it shares with other weights.
 """
 
 import torch
 from torch import Tensor
 
-from plugins.moe import int4_kernel, launch, packed_launch
+from plugins.moe import launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile, check_weights
 from plugins.moe.launch import Routing, Tile
 from plugins.triton_launch import Wrap, unwrapped
@@ -81,9 +81,9 @@ def weighted_rows(
     """
     check_weights("experts_int4", "int4", gate_up_proj, down_proj, rows.shape[1])
     row_order, tile_expert, top_k_weights = routing
-    to_experts, kernel = (row_order, tile_expert, top_k_weights.shape[1]), int4_kernel.gate_up_int4_kernel
-    (activated,) = packed_launch.gate_up(rows, gate_up_proj, *to_experts, tile, kernel).run(wrap)
-    operands, kernel = (activated, down_proj, top_k_weights, row_order, tile_expert), int4_kernel.down_int4_kernel
-    second = packed_launch.down(*operands, rows.shape[1], down_tile or choose_down_tile(tile), kernel)
-    (weighted,) = second.run(wrap)
+    to_experts = (row_order, tile_expert, top_k_weights.shape[1])
+    (activated,) = packed_launch.gate_up(rows, gate_up_proj, *to_experts, tile, factor=1.0).run(wrap)
+    down_tile = down_tile or choose_down_tile(tile)
+    operands = (activated, down_proj, top_k_weights, row_order, tile_expert, rows.shape[1])
+    (weighted,) = packed_launch.down(*operands, down_tile).run(wrap)
     return weighted

@@ -1,14 +1,15 @@
-"""Triton-language kernels of the experts whose weights are packed (`plugins.moe.packing`): the two grouped products.
+"""Triton-language kernels of the experts whose bfloat16 weights are stored in fewer bits, 12 (`plugins.moe.packing`) or 4
+(`plugins.moe.int4`): the two grouped products.
 
 See `plugins.moe.kernel` for the shape legend and the other stages, which are the same.
 
 | kernel | inputs | scalars | outputs | a program computes |
 |---|---|---|---|---|
-| gate_up_packed | hidden [N, D], gate_up_proj [E, blocks, ints], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, BLOCKS blocks |
-| down_packed | activated [N * k, F], down_proj [E, blocks, ints], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, BLOCKS blocks |
+| gate_up_packed | hidden [N, D], gate_up_proj [E, blocks, items], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, BLOCKS blocks |
+| down_packed | activated [N * k, F], down_proj [E, blocks, items], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, BLOCKS blocks |
 
-hidden and activated are `ROW_FACTOR` times the rows. The products are those of `plugins.moe.kernel` with the weights first, to the
-bit where packing has rounded none of them.
+hidden and activated are FACTOR times the rows: `ROW_FACTOR` for packed weights, 1 for those in 4 bits. The products are those of
+`plugins.moe.kernel` with the weights first, to the bit with the numbers that the weights stand for.
 """  # noqa: E501
 
 # ruff: noqa: N803 - constants are in capitals
@@ -17,9 +18,6 @@ import triton
 import triton.language as tl
 
 from plugins.moe.arranged_kernel import down_arranged, gate_up_arranged
-from plugins.moe.packing import ROW_FACTOR
-
-_ROW_FACTOR = tl.constexpr(ROW_FACTOR)
 
 
 @triton.jit(do_not_specialize=("num_routed",))
@@ -40,6 +38,7 @@ def gate_up_packed_kernel(
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     """Grid: (NUM_BLOCKS / BLOCKS, tiles). DEPTH: D. WIDTH: F."""
     gate_up_arranged(
@@ -51,7 +50,7 @@ def gate_up_packed_kernel(
         activated,
         None,
         None,
-        _ROW_FACTOR,
+        FACTOR,
         NUM_EXPERTS,
         NUM_BLOCKS,
         DEPTH,

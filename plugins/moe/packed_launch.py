@@ -15,13 +15,12 @@ from plugins.moe.arranged_launch import (
     on_hopper,
     product_constants,
     product_grid,
-    stages_on_device,
 )
 from plugins.moe.arranging import BLOCK, num_depths
 from plugins.moe.hopper_down_kernel import AHEAD, MAX_STEPS, hopper_down_packed_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import ROW_FACTOR
-from plugins.triton_launch import Launch, Wrap, unwrapped
+from plugins.triton_launch import Launch, Wrap, shared_bytes, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
 """NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 263 + 141 µs; the other way round: 263 + 144. A plain read of as many
@@ -36,6 +35,9 @@ MANY_ROWS, MANY_ROWS_DOWN = arranged_tile(128, 128, 8, 4), arranged_tile(128, 12
 443 + 258 / 1082 + 644; gate_up in 4 warps: 368 / 592 / 1064 / 2021, down in 8 warps at 4096: 542; down in 3 stages: 239 / 364 /
 704 / 1300; 256 rows, 64 wide: 1132 + 739 / 2193 + 1466 at the last two.
 On an H200, at the last two: 1029 + 644 / 1967 + 1335; 256 rows, 128 wide, 8 warps: 1315 + 824 / 2366 + 1486."""
+
+_MANY_ROWS_BYTES = 102_400
+"""Of shared memory, what Triton takes for them on GPUs before Hopper."""
 
 _DOWN_TILES = {FEW_ROWS: FEW_ROWS_DOWN, MANY_ROWS: MANY_ROWS_DOWN}
 
@@ -63,20 +65,20 @@ def gate_up(
     tile_expert: Tensor,
     top_k: int,
     tile: Tile,
-    kernel: object = packed_kernel.gate_up_packed_kernel,
+    factor: float = ROW_FACTOR,
 ) -> Launch:
-    """Outputs activated [N * k, F], F filled up to a multiple of 32. kernel: or that of another format."""
+    """Outputs activated [N * k, F], F filled up to a multiple of 32. factor: what hidden and activated are times the rows."""
     num_rows, hidden_size = hidden.shape
     width = gate_up_proj.shape[1] * (BLOCK // 2)
     return Launch(
-        kernel=kernel,
+        kernel=packed_kernel.gate_up_packed_kernel,
         grid=product_grid(gate_up_proj, tile_expert, tile),
         inputs=(hidden, gate_up_proj, row_order, tile_expert),
         scalars=(num_rows * top_k,),
         outputs=(hidden.new_empty(num_rows * top_k, width),),
-        constants=product_constants(gate_up_proj, hidden_size, width, tile, TOP_K=top_k),
+        constants=product_constants(gate_up_proj, hidden_size, width, tile, TOP_K=top_k) | {"FACTOR": factor},
         num_warps=tile.num_warps,
-        num_stages=stages_on_device(tile, gate_up_proj),
+        num_stages=_stages(tile, gate_up_proj),
     )
 
 
@@ -90,8 +92,7 @@ def down(
     tile: Tile,
     kernel: object = packed_kernel.down_packed_kernel,
 ) -> Launch:
-    """Outputs weighted [N * k, D]. kernel: or `hopper_down_packed_kernel`, with its tile, or
-    that of another format."""
+    """Outputs weighted [N * k, D]. kernel: or `hopper_down_packed_kernel`, with its tile."""
     num_routed, width = activated.shape
     return Launch(
         kernel=kernel,
@@ -101,8 +102,14 @@ def down(
         outputs=(activated.new_empty(num_routed, hidden_size),),
         constants=product_constants(down_proj, width, hidden_size, tile),
         num_warps=tile.num_warps,
-        num_stages=stages_on_device(tile, down_proj),
+        num_stages=_stages(tile, down_proj),
     )
+
+
+def _stages(tile: Tile, weight: Tensor) -> int:
+    """The tile's on the weight's GPU: some have no room for four of the largest tile's, with packed weights."""
+    has_room = tile.rows < MANY_ROWS.rows or shared_bytes(weight) >= _MANY_ROWS_BYTES
+    return tile.num_stages if has_room else min(tile.num_stages, 3)
 
 
 def experts_packed(
