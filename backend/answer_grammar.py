@@ -18,7 +18,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
-from backend.errors import RequestError, refused
+from backend.errors import RequestError
 from backend.grammar_check import told
 from backend.sampling_config import ResolvedSampling
 
@@ -51,16 +51,17 @@ class AnswerGrammar:
         self._eos_token_ids, self._vocab_size = frozenset(sampling.eos_token_ids), vocab_size
         self._stop_token_ids = frozenset(sampling.stop_token_ids) - self._eos_token_ids
         self._ends_of_tokenizer = frozenset(tokenizer.eos_tokens)  # llguidance's, which the request may ignore
-        limits = LLParserLimits(max_items_in_row=sampling.grammar.max_readings, verbose_errors=False)
-        self._matcher = LLMatcher(tokenizer, sampling.grammar.text, log_level=0, limits=limits)
-        _check(self._matcher)
+        self._grammar = sampling.grammar
+        limits = LLParserLimits(max_items_in_row=self._grammar.max_readings, verbose_errors=False)
+        self._matcher = LLMatcher(tokenizer, self._grammar.text, log_level=0, limits=limits)
+        self._check(self._matcher)
 
     def allowed(self) -> np.ndarray:
         """Which tokens may come next: [V] bool. An end-of-sequence token may where the answer may end, a stop token anywhere.
 
         Raises RequestError INVALID_ARGUMENT if none may, or if finding out takes too long."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        _check(self._matcher)
+        self._check(self._matcher)
         allowed = np.zeros(self._vocab_size, dtype=bool)
         known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         allowed[: len(known)] = known
@@ -68,7 +69,7 @@ class AnswerGrammar:
         for tokens, value in ((self._ends_of_tokenizer, False), (self._eos_token_ids, may_end)):
             allowed[[token for token in tokens if token < self._vocab_size]] = value
         if not allowed.any():
-            raise refused("structured_outputs: no token of the vocabulary can follow; change the grammar")
+            raise self._grammar.refusal("no token of the vocabulary can follow")
         allowed[[token for token in self._stop_token_ids if token < self._vocab_size]] = True
         return allowed
 
@@ -87,9 +88,9 @@ class AnswerGrammar:
         # llguidance makes special tokens of texts that look like them, and accepts no such token: the text ends before it.
         added = added[: matcher.deep_copy().try_consume_tokens(added)]
         matcher.try_consume_tokens(added)
-        _check(matcher)
+        self._check(matcher)
         if not count + len(added):
-            raise RequestError("INTERNAL", "structured_outputs: a canvas begins with a token that was not allowed there")
+            raise RequestError("INTERNAL", f"{self._grammar.of}: a canvas begins with a token that was not allowed there")
         is_complete = matcher.is_stopped() and count + len(added) <= room
         reason = "stop" if is_complete else "length" if count + len(added) >= room else None
         return tokens[:count], added[: room - count], reason
@@ -102,7 +103,6 @@ class AnswerGrammar:
         """They are part of the answer."""
         self._matcher.consume_tokens(tokens)
 
-
-def _check(matcher: LLMatcher) -> None:
-    if matcher.is_error():
-        raise refused(f"structured_outputs: {told(matcher.get_error())}; change the grammar")
+    def _check(self, matcher: LLMatcher) -> None:
+        if matcher.is_error():
+            raise self._grammar.refusal(told(matcher.get_error()))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from llguidance import LLMatcher, regex_to_lark
 
+from backend.errors import RequestError, refused
 from backend.json_text import read_json
 from backend.parameters import shown
 
@@ -35,6 +36,10 @@ class Grammar:
     before: str = ""
     max_readings: int = 2000
     of: str = "structured_outputs"
+
+    def refusal(self, problem: str) -> RequestError:
+        """INVALID_ARGUMENT for who gave what it is made of."""
+        return refused(f"{self.of}: {problem}; change the {'grammar' if self.of == Grammar.of else 'schemas'}")
 
     @property
     def text(self) -> str:

@@ -10,7 +10,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from backend.errors import RequestError, refused
+from backend.errors import RequestError
 from backend.grammar import Grammar
 
 _SCRIPT = Path(__file__).with_name("grammar_process.py")
@@ -23,7 +23,7 @@ def check_grammar(grammar: Grammar | None) -> None:
     Raises RequestError: INVALID_ARGUMENT for one that llguidance refuses, or takes too long for; UNAVAILABLE if there is no
         telling."""
     if grammar and (problem := _problem(grammar)):
-        raise refused(f"{grammar.of}: {problem}; change the {'grammar' if grammar.of == Grammar.of else 'schemas'}")
+        raise grammar.refusal(problem)
 
 
 @lru_cache(maxsize=1024)
