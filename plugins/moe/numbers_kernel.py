@@ -48,12 +48,7 @@ def packed_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     fourth = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078) | ((third >> 12) & 0x00070007) | ((third << 4) & _SIGNS)
     left = tl.join(first & _WHOLE, second & _WHOLE)
     pair = tl.join(left, tl.join(third & _WHOLE, fourth))  # [BLOCKS, GROUPS, right, next]
-    even = (pair & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    odd = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    number = tl.reshape(tl.join(even, odd), (BLOCKS, 4, 8, 4, 2, 2, 2, 2, 2))
-    # block, warp, lane_row, lane_column, upper, far, right, next, odd
-    number = tl.permute(number, (0, 1, 4, 2, 5, 7, 6, 3, 8))
-    return tl.reshape(number, (BLOCKS * BLOCK, BLOCK))
+    return _numbers_of(pair, BLOCKS, BLOCK)
 
 
 @triton.jit
@@ -70,6 +65,12 @@ def int4_numbers(at, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     left = tl.join(_scaled_pair(word, scale, offset), _scaled_pair(word >> 4, scale, offset))
     third, fourth = _scaled_pair(word >> 8, scale, offset), _scaled_pair((word >> 12) | (word << 20), scale, offset)
     pair = tl.join(left, tl.join(third, fourth))  # [BLOCKS, WORDS, right, next]
+    return _numbers_of(pair, BLOCKS, BLOCK)
+
+
+@triton.jit
+def _numbers_of(pair, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of words [BLOCKS, words, right, next] with two bfloat16 numbers each: [BLOCKS * 64, 64]."""
     even = (pair & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     odd = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     number = tl.reshape(tl.join(even, odd), (BLOCKS, 4, 8, 4, 2, 2, 2, 2, 2))
