@@ -190,6 +190,8 @@ def test_schemas_that_unfold_without_end_are_given_up(schema):
     """Work that multiplies with every level; done to the end it would take longer than anybody waits."""
     grammar = call_grammar([tool("f", schema)], set(TOOL_TAGS), begun="f")
     assert len(grammar.answer) < 2 * MAX_GRAMMAR_LENGTH
+    many = [tool(f"f{number}", schema) for number in range(1000)]
+    assert len(call_grammar([*many, tool("g")], set(TOOL_TAGS), begun="").answer) < 2 * MAX_GRAMMAR_LENGTH
 
 
 def test_of_many_tools_the_largest_schemas_are_left_out(tokenizer):

@@ -29,7 +29,6 @@ NUMBER: /-?(0|[1-9][0-9]{{0,99}})(\.[0-9]{{1,99}})?([eE][-+]?[0-9]{{1,2}})?/
 """What every such grammar has. A text has no tags, spelled in ordinary tokens: who reads the call would take them for such."""
 
 _MAX_DEPTH = 32  # of a schema; what is deeper may be any value
-_MOST_WORK = 1 << 18  # characters of rules made, those that other rules repeat included
 _KEYWORDS = "type properties required additionalProperties items prefixItems minItems enum const anyOf oneOf allOf $ref".split()
 _OF_TYPE = {
     "string": "text",
@@ -49,14 +48,16 @@ class TooLarge(Exception):
 
 
 class ArgumentRules:
-    """Those of one tool. inner: what stands between the brackets of its call. lines: the rules that it names.
+    """Those of one tool. inner: what stands between the brackets of its call. lines: the rules that it names. work: characters
+    of rules made, those that other rules repeat included.
 
-    prefix: of their names. Raises TooLarge.
+    prefix: of the rules' names. Raises TooLarge at more work than `most`.
     """
 
-    def __init__(self, schema: object, prefix: str):
+    def __init__(self, schema: object, prefix: str, most: int):
         self.lines: list[str] = []
-        self._root, self._prefix, self._done = schema, prefix, 0
+        self.work = 0
+        self._root, self._prefix, self._most = schema, prefix, most
         self._of_references: dict[str, str] = {}
         self.inner = self._pairs(self._plain(schema, 0), 0)
 
@@ -86,7 +87,7 @@ class ArgumentRules:
         if set(schema) & set(_KEYWORDS) == {"$ref"}:
             return self._referred(schema["$ref"], depth)
         made = self._of_plain(self._plain(schema, depth), depth)
-        self._work(len(made))
+        self._did(len(made))
         return made
 
     def _of_plain(self, plain: Plain, depth: int) -> str:
@@ -139,8 +140,8 @@ class ArgumentRules:
             both = [each[key] for each in (first, second) if isinstance(each.get(key), kind)]
             if len(both) == 2:
                 merged[key] = {**both[0], **both[1]} if kind is Mapping else [*both[0], *both[1]]
-                self._work(len(merged[key]))
-        self._work(len(merged))
+                self._did(len(merged[key]))
+        self._did(len(merged))
         return merged
 
     def _target(self, reference: object) -> object:
@@ -183,14 +184,14 @@ class ArgumentRules:
 
     def _named(self, expression: str, *, kind: str = "rule") -> str:
         """kind: capitals make it a terminal."""
-        self._work(len(expression))
+        self._did(len(expression))
         name = f"{kind}_{self._prefix}{len(self.lines)}"
         self.lines.append(f"{name if kind == 'rule' else name.upper()}: {expression}")
         return name if kind == "rule" else name.upper()
 
-    def _work(self, amount: int) -> None:
-        self._done += amount + 8
-        if self._done > _MOST_WORK:
+    def _did(self, amount: int) -> None:
+        self.work += amount + 8
+        if self.work > self._most:
             raise TooLarge
 
 

@@ -10,6 +10,9 @@ from backend.chat.argument_rules import VALUES, ArgumentRules, TooLarge
 from backend.chat.tools import CALL_CLOSE, CALL_OPEN, TOOL_TAGS
 from backend.grammar import MAX_GRAMMAR_LENGTH, Grammar
 
+_MOST_WORK = 1 << 19  # of all tools together, in `ArgumentRules.work`: 0.1 s
+_ANY = ArgumentRules(True, "", _MOST_WORK)
+
 
 def call_grammar(tools: Sequence[Mapping[str, Any]], special_tokens: Set[str], *, begun: str) -> Grammar | None:
     """Calls of the tool whose name is `begun`, the first from behind its bracket; or, "", of any of `tools`, in OpenAI's form,
@@ -20,13 +23,15 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], special_tokens: Set[str], *
     if not special_tokens >= set(TOOL_TAGS):
         return None
     functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-    names = [begun] if begun else list(functions)
-    rules = {name: _rules(functions[name], f"{place}_") for place, name in enumerate(names)}
-    while sum(map(_size, rules.values())) > MAX_GRAMMAR_LENGTH:
-        largest = max(rules, key=lambda name: _size(rules[name]))
-        if not rules[largest].lines:
-            break  # what is left are calls of very many tools
-        rules[largest] = ArgumentRules(True, "")
+    names, left, rules = [begun] if begun else list(functions), _MOST_WORK, {}
+    for place, name in enumerate(names):
+        rules[name], left = _rules(functions[name], f"{place}_", left)
+    total = sum(map(_size, rules.values()))
+    for name in sorted(rules, key=lambda name: _size(rules[name]), reverse=True):
+        if total <= MAX_GRAMMAR_LENGTH:
+            break
+        total -= _size(rules[name]) - _size(_ANY)
+        rules[name] = _ANY
     call = " | ".join(f'{json.dumps(name)} "{{" {each.inner} "}}"' for name, each in rules.items())
     first = f'{rules[begun].inner} "}}"' if begun else "call"
     lines = [f'start: {first} {CALL_CLOSE} ({CALL_OPEN} "call:" call {CALL_CLOSE})*', f"call: {call}"]
@@ -34,11 +39,13 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], special_tokens: Set[str], *
     return Grammar(answer=json.dumps({"lark_grammar": "\n".join(lines) + VALUES}), of="tools")
 
 
-def _rules(schema: object, prefix: str) -> ArgumentRules:
+def _rules(schema: object, prefix: str, left: int) -> tuple[ArgumentRules, int]:
+    """And what is left of the work."""
     try:
-        return ArgumentRules(schema, prefix)
+        rules = ArgumentRules(schema, prefix, left)
     except TooLarge:
-        return ArgumentRules(True, prefix)
+        return _ANY, left // 2
+    return rules, left - rules.work
 
 
 def _size(rules: ArgumentRules) -> int:

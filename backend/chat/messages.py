@@ -149,9 +149,9 @@ def chat_request(
     offered = checked("tools", _TOOLS, tools) if tools is not None else []
     choice = checked("tool_choice", _TOOL_CHOICE, tool_choice) if tool_choice is not None else "auto"
     names = [tool.function.name for tool in offered]
-    for place, name in enumerate(names):
-        if name in names[:place]:
-            raise refused(f"tools[{place}].function.name: got {shown(name)} again, expected another name than those before")
+    if len(set(names)) < len(names):
+        place, name = next(each for each in enumerate(names) if each[1] in names[: each[0]])
+        raise refused(f"tools[{place}].function.name: got {shown(name)} again, expected another name than those before")
     required = ""
     if isinstance(choice, NamedToolChoice):
         required = choice.function.name
