@@ -1,15 +1,19 @@
 """Calls that must be made: the grammar of each tool's schema, and answers held to it."""
 
+import itertools
 import json
 
 import pytest
 from small_checkpoints import TINY
 from test_sampling_config import DEFAULTS
+from tiny_tasks import questions
 from tokenizers import Tokenizer
 
 from backend import LLM, SamplingConfig
 from backend.answer_grammar import Grammars
-from backend.chat.call_grammar import call_grammar
+from backend.chat.answer_place import thought_before
+from backend.chat.call_grammar import call_grammar, strict_calls_grammar
+from backend.chat.reasoning import REASONING_TAGS
 from backend.chat.tools import TOOL_TAGS, parse_call
 from backend.grammar import MAX_GRAMMAR_LENGTH
 
@@ -238,6 +242,63 @@ def test_a_schema_without_end_or_measure(tokenizer):
 
 def test_tags_that_are_no_tokens_have_no_grammar():
     assert call_grammar(TOOLS, set(), begun="now") is None
+    assert strict_calls_grammar([strict(tool("now"))], set(), thought="", thought_rules=[]) is None
+
+
+# -- Calls that the model chooses
+
+
+def strict(one: dict) -> dict:
+    return one | {"function": one["function"] | {"strict": True}}
+
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["elm"]}}, "required": ["city"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_text_and_calls_of_strict_tools(thinks, tokenizer):
+    special = {*TOOL_TAGS, *REASONING_TAGS}
+    thought, rules = thought_before(special, in_thought=thinks, after_thought=False)
+    tools = [strict(tool("weather", CITY)), tool("now", CITY)]
+    config = SamplingConfig(structured_outputs=strict_calls_grammar(tools, special, thought=thought, thought_rules=rules))
+
+    def kept(text: str) -> tuple[str, bool]:
+        matcher = Grammars(tokenizer, tokenizer.get_vocab_size()).answer(config.resolve(DEFAULTS))._matcher
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        count = matcher.try_consume_tokens(ids)
+        return tokenizer.decode(ids[:count], skip_special_tokens=False), matcher.is_accepting()
+
+    before = "Well<channel|>" if thinks else ""
+    call = '<|tool_call>call:weather{city:<|"|>elm<|"|>}<tool_call|>'
+    for text in ("", "It is 42.", call, f"Well {call} and {call}", f"{call}<|tool_call>call:now{{x:1}}<tool_call|>"):
+        assert kept(before + text) == (before + text, True)
+    for text, rest in (
+        ("<|tool_call>call:weather{", "}"),
+        ("<|tool_call>call:", "later{"),
+        ('a<|tool_call>call:weather{city:<|"|>', "ulm"),
+    ):
+        assert kept(before + text + rest) == (before + text, False)
+    assert strict_calls_grammar([tool("now", CITY)], special, thought=thought, thought_rules=rules) is None
+
+
+def test_a_model_calls_strict_tools_rightly_and_answers_as_before(engine_dir):
+    """It knows a city of any name; right calls and texts are the same as before, in as many steps."""
+    llm = LLM(engine_dir, max_sequences=2)
+    config = SamplingConfig(seed=1, max_tokens=96)
+
+    def answer(question: str, one: dict):
+        [result] = llm.chat([{"role": "user", "content": question}], config, tools=[one])
+        return result
+
+    [call] = answer("What is the weather in ulm?", strict(tool("weather", CITY))).tool_calls
+    assert (call.name, call.arguments) == ("weather", '{"city": "elm"}')
+    asked = [each for each in itertools.islice(questions(2027, held_out=True), 60) if each.tools]
+    assert {each.task for each in asked} == {"tool", "tool result"}  # a call, and a text
+    for each in asked[:8]:
+        held, before = (
+            llm.chat(each.messages, config, tools=tools)[0] for tools in ([strict(one) for one in each.tools], each.tools)
+        )
+        assert (held.text, held.tool_calls, held.num_steps) == (before.text, before.tool_calls, before.num_steps)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "price"}}], ids=["any", "named"])

@@ -19,12 +19,16 @@ def rules_before_answer(special_tokens: Set[str], *, in_thought: bool, after_tho
     behind one, so that none may begin. with_tools: the model may call tools instead. Tags that are no special tokens stand for
     nothing.
     """
-    can_think = special_tokens >= set(REASONING_TAGS) and not after_thought
     can_call = special_tokens >= set(TOOL_TAGS) and with_tools
-    thought = "" if not can_think else f"{_TEXT} {CHANNEL_CLOSE} " if in_thought else "thought? "
+    thought, rules = thought_before(special_tokens, in_thought=in_thought, after_thought=after_thought)
     if not thought and not can_call:
         return ""
-    rules = [f"start: {thought}{'(call+ | @answer)' if can_call else '@answer'}"]
-    rules += [_THOUGHT] if thought == "thought? " else []
-    rules += [_CALL] if can_call else []
-    return "\n".join(rules)
+    start = f"start: {thought}{'(call+ | @answer)' if can_call else '@answer'}"
+    return "\n".join([start, *rules, *([_CALL] if can_call else [])])
+
+
+def thought_before(special_tokens: Set[str], *, in_thought: bool, after_thought: bool) -> tuple[str, list[str]]:
+    """What a rule begins with, for a thought that may come first, and the rules that this names; nothing where none may."""
+    if after_thought or not special_tokens >= set(REASONING_TAGS):
+        return "", []
+    return (f"{_TEXT} {CHANNEL_CLOSE} ", []) if in_thought else ("thought? ", [_THOUGHT])

@@ -1,5 +1,5 @@
-"""The grammar of an answer that must be a tool call, from where the prompt has begun it; `tools` says what calls look like,
-`argument_rules` what arguments are held to.
+"""Grammars of answers with tool calls: of one that must be a call, from where the prompt has begun it, and of one in which the
+model calls as it likes. `tools` says what calls look like, `argument_rules` what arguments are held to.
 """
 
 import json
@@ -23,20 +23,46 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], special_tokens: Set[str], *
     if not special_tokens >= set(TOOL_TAGS):
         return None
     functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
-    names, left, rules = [begun] if begun else list(functions), _MOST_WORK, {}
-    for place, name in enumerate(names):
-        rules[name], left = _rules(functions[name], f"{place}_", left)
+    rules = _of_tools({begun: functions[begun]} if begun else functions)
+    first = f'{rules[begun].inner} "}}"' if begun else "call"
+    return _grammar([f'start: {first} {CALL_CLOSE} ({CALL_OPEN} "call:" call {CALL_CLOSE})*'], rules)
+
+
+def strict_calls_grammar(
+    tools: Sequence[Mapping[str, Any]], special_tokens: Set[str], *, thought: str, thought_rules: Sequence[str]
+) -> Grammar | None:
+    """An answer of text and calls of `tools`, of which those that are `strict` are held to their schemas. None where none is,
+    or tags are no special tokens.
+
+    thought, thought_rules: see `answer_place.thought_before`.
+    """
+    functions = [tool["function"] for tool in tools]
+    if not special_tokens >= set(TOOL_TAGS) or not any(each.get("strict") for each in functions):
+        return None
+    rules = _of_tools({each["name"]: each.get("parameters") if each.get("strict") else True for each in functions})
+    start = f'start: {thought}PLAIN? ({CALL_OPEN} "call:" call {CALL_CLOSE} PLAIN?)*'
+    return _grammar([start, *thought_rules, r"PLAIN: /(.|\n)+/"], rules)
+
+
+def _of_tools(functions: Mapping[str, object]) -> dict[str, ArgumentRules]:
+    """By name. functions: name → schema of the arguments."""
+    left, rules = _MOST_WORK, {}
+    for place, (name, schema) in enumerate(functions.items()):
+        rules[name], left = _rules(schema, f"{place}_", left)
     total = sum(map(_size, rules.values()))
     for name in sorted(rules, key=lambda name: _size(rules[name]), reverse=True):
         if total <= MAX_GRAMMAR_LENGTH:
             break
         total -= _size(rules[name]) - _size(_ANY)
         rules[name] = _ANY
+    return rules
+
+
+def _grammar(lines: Sequence[str], rules: Mapping[str, ArgumentRules]) -> Grammar:
+    """lines: the first rules, which name `call`."""
     call = " | ".join(f'{json.dumps(name)} "{{" {each.inner} "}}"' for name, each in rules.items())
-    first = f'{rules[begun].inner} "}}"' if begun else "call"
-    lines = [f'start: {first} {CALL_CLOSE} ({CALL_OPEN} "call:" call {CALL_CLOSE})*', f"call: {call}"]
-    lines += [line for each in rules.values() for line in each.lines]
-    return Grammar(answer=json.dumps({"lark_grammar": "\n".join(lines) + VALUES}), of="tools")
+    of_tools = (line for each in rules.values() for line in each.lines)
+    return Grammar(answer=json.dumps({"lark_grammar": "\n".join([*lines, f"call: {call}", *of_tools]) + VALUES}), of="tools")
 
 
 def _rules(schema: object, prefix: str, left: int) -> tuple[ArgumentRules, int]:

@@ -89,6 +89,7 @@ class FunctionDefinition(_Record):
     name: str = Field(pattern=r"^[^\s{}]+$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Record):

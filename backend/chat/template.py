@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from backend.chat.answer import AnswerFormat
-from backend.chat.answer_place import rules_before_answer
-from backend.chat.call_grammar import call_grammar
+from backend.chat.answer_place import rules_before_answer, thought_before
+from backend.chat.call_grammar import call_grammar, strict_calls_grammar
 from backend.chat.markup import TagSet
 from backend.chat.messages import ChatRequest
 from backend.chat.reasoning import CHANNEL_CLOSE, CHANNEL_OPEN, REASONING_TAGS
@@ -70,7 +70,8 @@ class ChatTemplate:
     def prompt(self, chat: ChatRequest, *, keep_special_tokens: bool = False) -> ChatPrompt:
         """1. Render the chat, with the model's turn open.
         2. A tool that must be called: begin the call. The model, which goes on from what the prompt has, can then only finish
-           it, held to the grammar of calls (it does not think first; a call that it does not finish is text).
+           it, held to the grammar of calls (it does not think first; a call that it does not finish is text). Else calls of
+           strict tools are held to theirs.
         3. Say how to read the answer: whether the prompt leaves a thought open, what it has of the answer already, where
            stop strings count, and what may come before an answer that a grammar describes.
 
@@ -83,6 +84,10 @@ class ChatTemplate:
             name = "" if chat.required_tool == "*" else chat.required_tool
             prefill = f"{CHANNEL_CLOSE if in_thought else ''}{CALL_OPEN}call:{name}{'{' if name else ''}"
             of_call = call_grammar(chat.tools, self._special, begun=name)
+        place = {"in_thought": in_thought, "after_thought": text.rstrip().endswith(CHANNEL_CLOSE)}
+        if not chat.required_tool:
+            thought, rules = thought_before(self._special, **place)
+            of_call = strict_calls_grammar(chat.tools, self._special, thought=thought, thought_rules=rules)
         choices = {"with_tools": bool(chat.tools), "keep_special_tokens": keep_special_tokens}
         form = AnswerFormat(  # 3.
             tags=self._tags,
@@ -90,12 +95,7 @@ class ChatTemplate:
             in_thought=in_thought,
             stop_scope=self._answer_text.scope(is_open=in_thought or bool(prefill), **choices),
             of_call=of_call,
-            before_answer=rules_before_answer(
-                self._special,
-                in_thought=in_thought,
-                after_thought=text.rstrip().endswith(CHANNEL_CLOSE),
-                with_tools=bool(chat.tools),
-            ),
+            before_answer=rules_before_answer(self._special, **place, with_tools=bool(chat.tools)),
             **choices,
         )
         return ChatPrompt(text=text + prefill, form=form)
