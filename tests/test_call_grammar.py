@@ -140,6 +140,8 @@ PARTS = [
         ({"properties": {"a": PAIR}}, 'a:[1,<|"|>x<|"|>]', "a:[1]"),
         ({"properties": {"a": {"type": "array", "items": False}}}, "a:[]", "a:[1]"),
         ({"properties": {"a": {"type": ["integer", "integer", "null"]}}}, "a:null", "a:true"),
+        ({"properties": {"a": {"type": ["object", "null"], "properties": {"b": {}}}}}, "a:null", "a:{c:1}"),
+        ({"properties": {"a": {"properties": {"b": {"type": "null"}}, "items": {}}}}, "a:{b:null}", "a:[]"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -65,7 +65,7 @@ class ArgumentRules:
         """What stands between the brackets of an object."""
         properties, listed = plain.get("properties"), plain.get("required")
         required = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
-        properties = dict.fromkeys(required, True) | (dict(properties) if isinstance(properties, Mapping) else {})
+        properties = dict.fromkeys(sorted(required), True) | (dict(properties) if isinstance(properties, Mapping) else {})
         if not properties:
             more = plain.get("additionalProperties")
             if more is False:
@@ -103,7 +103,7 @@ class ArgumentRules:
             case {"type": [_, *_] as types}:
                 kinds = dict.fromkeys(each for each in types if isinstance(each, str))
                 return self._any_of([self._value(plain | {"type": each}, depth + 1) for each in kinds] or ["value"])
-            case {"type": "object"} | {"properties": Mapping()}:
+            case {"type": "object"}:
                 return f'"{{" {self._pairs(plain, depth)} "}}"'
             case {"type": "array", "prefixItems": [_, *_] as parts} if plain.get("minItems") == len(parts):
                 return _in_a_row("[", [self._value(part, depth + 1) for part in parts], "]")
@@ -114,6 +114,8 @@ class ArgumentRules:
                 return f'"[" ({item} ("," {item})*)? "]"'
             case {"type": str(kind)}:
                 return _OF_TYPE.get(kind, "value")
+            case {"properties": Mapping()}:
+                return f'"{{" {self._pairs(plain, depth)} "}}"'
         return "value"
 
     # -- What a schema consists of
