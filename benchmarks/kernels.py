@@ -24,11 +24,11 @@ from triton.runtime.errors import OutOfResources
 from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
-from plugins.moe import int4_launch, packed_launch
+from plugins.moe import int4_launch, launch, packed_launch
 from plugins.moe.formats import Format, in_format
 from plugins.moe.int4 import from_int4
 from plugins.moe.launch import Tile as ExpertsTile
-from plugins.moe.launch import combine, experts, route
+from plugins.moe.launch import combine, route
 from plugins.moe.packing import ROW_FACTOR
 from plugins.triton_launch import HOPPER_CAPABILITY
 from plugins.vocabulary.launch import vocabulary_pass
@@ -89,16 +89,15 @@ def experts_problem(rows: int, stored: Format | None) -> tuple[tuple[torch.Tenso
 
 def experts_case(rows: int, stored: Format | None, **options: ExpertsTile) -> Case:
     (hidden, index, weights, *projections), expected = experts_problem(rows, stored)
-    if stored:
-        launches, dtype = {"packed": (packed_launch, ()), "int4": (int4_launch, (torch.bfloat16,))}[stored]
-        scaled = hidden * ROW_FACTOR if stored == "packed" else hidden  # rows are made ready where they are normed
-        options = {"tile": launches.choose_tile(rows, TOP_K, EXPERTS, *dtype), **options}
+    launches = {None: launch, "packed": packed_launch, "int4": int4_launch}[stored]
+    dtype = () if stored == "packed" else (torch.bfloat16,)
+    scaled = hidden * ROW_FACTOR if stored == "packed" else hidden  # rows are made ready where they are normed
+    options = {"tile": launches.choose_tile(rows, TOP_K, EXPERTS, *dtype), **options}
 
-        def run() -> torch.Tensor:
-            routing = route(index, weights, EXPERTS, options["tile"])
-            return combine(launches.weighted_rows(scaled, routing, *projections, **options), TOP_K).run()[0]
-    else:
-        run = partial(experts, hidden, index, weights, *projections, **options)
+    def run() -> torch.Tensor:
+        routing = route(index, weights, EXPERTS, options["tile"])
+        return combine(launches.weighted_rows(scaled, routing, *projections, **options), TOP_K).run()[0]
+
     weights_bytes = index.unique().numel() * sum(each[0].nbytes for each in projections)
     return Case(
         name=f"experts, {rows} rows" + (f", {stored}" if stored else ""),

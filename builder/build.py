@@ -69,7 +69,7 @@ def build_engine(
     chosen_device, device_reason = choose_device(device)
     model = read_model_config(checkpoint)
     only_inductor = _only_inductor(model, expert_weights, target, keep_onnx)
-    chosen, reason = choose_target("inductor" if only_inductor and target == "auto" else target, chosen_device)
+    chosen, reason = choose_target("inductor" if only_inductor else target, chosen_device)
     in_dtype = model.dtype if dtype == "auto" else dtype
     chosen_weights, weights_reason = choose_expert_weights(
         expert_weights, model, target=chosen, dtype=in_dtype, device=chosen_device, keep_onnx=keep_onnx
@@ -83,9 +83,7 @@ def build_engine(
             f"expert_activations: got {build.expert_activations!r}, expected 'full': {checkpoint} has no FP8 experts; "
             "write a checkpoint that has with: python -m builder quantize CHECKPOINT OUTPUT"
         )
-    if only_inductor and target == "auto":
-        reason = only_inductor
-    report(f"target {chosen} ({reason}), device {chosen_device} ({device_reason})")
+    report(f"target {chosen} ({only_inductor or reason}), device {chosen_device} ({device_reason})")
     report(f"dtype {build.dtype} ({'the checkpoint’s' if dtype == 'auto' else 'asked for'})")
     if model.experts_dtype:
         report(f"experts {model.experts_dtype}, expert activations {build.expert_activations}")
@@ -168,17 +166,16 @@ def _check_encodes_a_canvas(build: BuildConfig, model: ModelConfig) -> None:
 
 
 def _only_inductor(model: ModelConfig, expert_weights: str, target: str, keep_onnx: bool) -> str:
-    """Why the experts leave no choice of target; nothing, if they do.
+    """Why the experts leave target "auto" no choice; nothing, if they do, or another is asked for.
 
     Raises:
         BuildError: the checkpoint's experts leave none, and another was asked for.
     """
-    if model.experts_dtype is None:
-        return f"the experts' weights are {expert_weights}" if expert_weights in ("packed", "int4") else ""
-    if target == "tensorrt" or keep_onnx:
+    if model.experts_dtype and (target == "tensorrt" or keep_onnx):
         asked = "target 'tensorrt'" if target == "tensorrt" else "--keep-onnx"
         raise BuildError(f"{asked}: the experts' weights are FP8, which only the inductor target takes; use --target inductor")
-    return "the experts' weights are FP8"
+    stored = "FP8" if model.experts_dtype else expert_weights
+    return f"the experts' weights are {stored}" if target == "auto" and stored not in ("auto", "plain") else ""
 
 
 def write_manifest(

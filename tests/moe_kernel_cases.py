@@ -12,7 +12,7 @@ from tolerances import assert_close
 from triton_interpreter import let_dot_read_bfloat16, save_the_interpreters_time
 
 from plugins.feed_forward.reference import route
-from plugins.moe import alignment, launch
+from plugins.moe import alignment, kinds, launch
 from plugins.moe.kernel_reference import (
     align_reference,
     combine_reference,
@@ -172,12 +172,12 @@ def test_the_kernels_together_are_the_operator(rows, routing, dtype):
         weights_of(index, 2 * 12, 24, dtype=dtype),
         weights_of(index, 24, 12, dtype=dtype),
     )
-    assert_close(launch.experts(*inputs), experts_reference(*inputs), dtype)
+    assert_close(kinds.experts(*inputs), experts_reference(*inputs), dtype)
 
 
 def test_no_rows():
     inputs = (torch.empty(0, 24), torch.empty(0, 8, dtype=torch.int64), torch.empty(0, 8))
-    assert launch.experts(*inputs, torch.randn(16, 24, 24), torch.randn(16, 24, 12)).shape == (0, 24)
+    assert kinds.experts(*inputs, torch.randn(16, 24, 24), torch.randn(16, 24, 12)).shape == (0, 24)
 
 
 def test_rows_of_any_layout():
@@ -185,16 +185,16 @@ def test_rows_of_any_layout():
     index, hidden, weights = routed_to(9, RANDOM), torch.randn(24, 9).t(), torch.rand(8, 9).t()
     gate_up_proj, down_proj = 0.3 * torch.randn(EXPERTS, 24, 24), torch.randn(EXPERTS, 24, 12)
     inputs = (hidden, index.t().contiguous().t(), weights, gate_up_proj, down_proj)
-    assert_close(launch.experts(*inputs), experts_reference(*inputs), torch.float32)
+    assert_close(kinds.experts(*inputs), experts_reference(*inputs), torch.float32)
 
 
 def test_weights_that_would_need_a_copy_are_refused():
     rows = (torch.randn(9, 24), routed_to(9, RANDOM), torch.rand(9, 8))
     gate_up_proj, down_proj = torch.randn(EXPERTS, 24, 24), torch.randn(EXPERTS, 24, 12)
     with pytest.raises(ValueError, match=r"down_proj has strides \(288, 1, 24\); make it contiguous"):
-        launch.experts(*rows, gate_up_proj, torch.randn(EXPERTS, 12, 24).transpose(1, 2))
+        kinds.experts(*rows, gate_up_proj, torch.randn(EXPERTS, 12, 24).transpose(1, 2))
     with pytest.raises(ValueError, match=r"gate_up_proj is torch\.bfloat16, hidden is torch\.float32"):
-        launch.experts(*rows, gate_up_proj.bfloat16(), down_proj)
+        kinds.experts(*rows, gate_up_proj.bfloat16(), down_proj)
 
 
 def test_the_tile_follows_the_rows_of_an_expert():

@@ -23,6 +23,7 @@ from plugins.moe import alignment, int4_launch, launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.arranging import BLOCK
 from plugins.moe.int4 import HALFWORDS, SCALES, from_int4, to_int4
+from plugins.moe.kinds import experts
 from plugins.moe.packing import ROW_FACTOR, pack, unpack
 from plugins.moe.reference import experts_reference
 
@@ -44,17 +45,16 @@ SIZES = [(128, 64), (96, 32), (70, 40), (40, 20), (200, 100)]
 
 
 class Stored(NamedTuple):
-    """A format: to it and back, its operator, what the rows of the products are times."""
+    """A format: to it and back, what the rows of the products are times."""
 
     to: Callable
     back: Callable
-    operator: Callable
     row_factor: float
 
 
 FORMATS = {
-    "packed": Stored(pack, unpack, packed_launch.experts_packed, ROW_FACTOR),
-    "int4": Stored(to_int4, from_int4, int4_launch.experts_int4, 1.0),
+    "packed": Stored(pack, unpack, ROW_FACTOR),
+    "int4": Stored(to_int4, from_int4, 1.0),
 }
 
 
@@ -103,33 +103,35 @@ def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, bloc
 @pytest.mark.parametrize("rows", [1, 63])
 def test_the_kernels_together_are_the_operator(rows, stored):
     inputs, numbers = operands(stored, rows, 70, 40)
-    actual = FORMATS[stored].operator(*inputs)
+    actual = experts(*inputs)
     assert_close(actual, experts_reference(*inputs[:3], *numbers), torch.bfloat16)
 
 
 def test_float32_rows_meet_the_numbers_of_4_bits():
     (hidden, *others), numbers = operands("int4", 17, 70, 40)
-    actual = int4_launch.experts_int4(hidden.float(), *others)
+    actual = experts(hidden.float(), *others)
     assert actual.dtype == torch.float32
     assert_close(actual, experts_reference(hidden.float(), *others[:2], *(each.float() for each in numbers)), torch.float32)
 
 
 @pytest.mark.parametrize("stored", FORMATS)
 def test_no_rows(stored):
-    (hidden, index, weights, *experts), _ = operands(stored, 1, 64, 32)
-    assert FORMATS[stored].operator(hidden[:0], index[:0], weights[:0], *experts).shape == (0, 64)
+    (hidden, index, weights, *stored_weights), _ = operands(stored, 1, 64, 32)
+    assert experts(hidden[:0], index[:0], weights[:0], *stored_weights).shape == (0, 64)
 
 
 def test_what_is_not_in_the_format_is_refused():
     (hidden, index, weights, gate_up, down), (plain, _) = operands("packed", 3, 64, 32)
+    tile = packed_launch.FEW_ROWS
+    routing = launch.route(index, weights, EXPERTS, tile)
     with pytest.raises(ValueError, match=r"got rows in torch\.float32, expected torch\.bfloat16"):
-        packed_launch.experts_packed(hidden.float(), index, weights, gate_up, down)
+        packed_launch.weighted_rows(hidden.float(), routing, gate_up, down, tile=tile)
     with pytest.raises(ValueError, match=r"gate_up_proj is \[6, 64, 64\] torch\.bfloat16 .* torch\.int32, contiguous; bring"):
-        packed_launch.experts_packed(hidden, index, weights, plain, down)
+        packed_launch.weighted_rows(hidden, routing, plain, down, tile=tile)
     with pytest.raises(ValueError, match=r"down_proj is \[6, 2, 1600\] torch\.int32 .* expected \[6, 1, 1600\]"):
-        packed_launch.experts_packed(hidden, index, weights, gate_up, torch.cat([down, down], dim=1))
+        packed_launch.weighted_rows(hidden, routing, gate_up, torch.cat([down, down], dim=1), tile=tile)
     with pytest.raises(ValueError, match=r"gate_up_proj is .* torch\.int32 .* expected \[6, 1, 1152\] torch\.int16"):
-        int4_launch.experts_int4(hidden, index, weights, gate_up, down)
+        int4_launch.weighted_rows(hidden, routing, gate_up, down, tile=tile)
 
 
 def test_the_tile_follows_the_rows_of_an_expert():

@@ -25,6 +25,7 @@ from plugins.moe.fp8 import FP8, from_fp8, to_fp8
 from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
 from plugins.moe.hopper_down_kernel import hopper_down_packed_kernel, hopper_down_wide_kernel
 from plugins.moe.kernel_reference import align_reference, down_reference
+from plugins.moe.kinds import experts
 from plugins.moe.launch import Tile
 from plugins.moe.packing import ROW_FACTOR, pack, packed_shape, unpack
 from plugins.triton_launch import HOPPER_CAPABILITY, Launch
@@ -154,7 +155,7 @@ def test_which_kernel_is_launched(kind, rows, capability, width, expected, monke
         operands = torch.empty(rows, 2816, dtype=torch.bfloat16), weights.long(), weights
         if kind == "packed":
             packed = [torch.empty(packed_shape(shapes[i], 2 - i), dtype=torch.int32) for i in range(2)]
-            packed_launch.experts_packed(*operands, *packed)
+            experts(*operands, *packed)
         else:
             numbers = [torch.empty(arranged_shape(shapes[i], 2 - i), dtype=FP8) for i in range(2)]
             scales = [torch.empty(shape[:2]) for shape in shapes]

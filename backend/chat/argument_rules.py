@@ -51,7 +51,7 @@ class ArgumentRules:
     """Those of one tool. inner: what stands between the brackets of its call. lines: the rules that it names. work: characters
     of rules made, those that other rules repeat included.
 
-    prefix: of the rules' names. Raises TooLarge at more work than `most`.
+    prefix: of the rules' names, without letters. Raises TooLarge at more work than `most`.
     """
 
     def __init__(self, schema: object, prefix: str, most: int):
@@ -188,8 +188,8 @@ class ArgumentRules:
         """kind: capitals make it a terminal."""
         self._did(len(expression))
         name = f"{kind}_{self._prefix}{len(self.lines)}"
-        self.lines.append(f"{name if kind == 'rule' else name.upper()}: {expression}")
-        return name if kind == "rule" else name.upper()
+        self.lines.append(f"{name}: {expression}")
+        return name
 
     def _did(self, amount: int) -> None:
         self.work += amount + 8

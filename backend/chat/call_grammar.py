@@ -70,7 +70,7 @@ def _rules(schema: object, prefix: str, left: int) -> tuple[ArgumentRules, int]:
     try:
         rules = ArgumentRules(schema, prefix, left)
     except TooLarge:
-        return _ANY, left // 2
+        return _ANY, left // 2  # all of it was spent; half is left to others, so that ever less is spent in vain
     return rules, left - rules.work
 
 

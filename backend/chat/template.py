@@ -79,13 +79,13 @@ class ChatTemplate:
         """
         text = self._rendered(chat)  # 1.
         in_thought = _OPEN_THOUGHT.search(text) is not None
-        prefill, of_call = "", None
+        place = {"in_thought": in_thought, "after_thought": text.rstrip().endswith(CHANNEL_CLOSE)}
+        prefill = ""
         if chat.required_tool:  # 2.
             name = "" if chat.required_tool == "*" else chat.required_tool
             prefill = f"{CHANNEL_CLOSE if in_thought else ''}{CALL_OPEN}call:{name}{'{' if name else ''}"
             of_call = call_grammar(chat.tools, self._special, begun=name)
-        place = {"in_thought": in_thought, "after_thought": text.rstrip().endswith(CHANNEL_CLOSE)}
-        if not chat.required_tool:
+        else:
             thought, rules = thought_before(self._special, **place)
             of_call = strict_calls_grammar(chat.tools, self._special, thought=thought, thought_rules=rules)
         choices = {"with_tools": bool(chat.tools), "keep_special_tokens": keep_special_tokens}

@@ -102,12 +102,13 @@ def _structure(response_format: Mapping[str, Any] | None) -> dict[str, Any] | No
     if not response_format:
         return None
     kind = response_format["type"]
+    known = {"type", "json_schema"} if kind == "json_schema" else {"type"}
     for name in response_format:
-        if name not in ("type", kind if kind == "json_schema" else "type"):
+        if name not in known:
             raise bad_request(f"response_format.{name}: unknown with type {shown_json(kind)}; remove it")
     if kind == "text":
         return None
-    if response_format["type"] == "json_object":
+    if kind == "json_object":
         return {"json_object": True}
     schema = response_format["json_schema"].get("schema")
     if schema is None:

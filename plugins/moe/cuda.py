@@ -7,18 +7,7 @@ Import this module only where triton is installed; it needs neither a GPU nor a 
 from torch import Tensor
 
 from plugins.library import LIBRARY
-from plugins.moe import fp8_launch, int4_launch, launch, packed_launch
-from plugins.moe.int4 import is_int4
-from plugins.moe.packing import is_packed
-
-
-def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    run = launch.experts
-    if is_packed(gate_up_proj):
-        run = packed_launch.experts_packed
-    elif is_int4(gate_up_proj):
-        run = int4_launch.experts_int4
-    return run(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj)
+from plugins.moe import fp8_launch, kinds, launch
 
 
 def choose_experts(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -27,6 +16,6 @@ def choose_experts(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tupl
     return top_k_weights, top_k_index
 
 
-LIBRARY.impl("experts", experts, "CUDA")
+LIBRARY.impl("experts", kinds.experts, "CUDA")
 LIBRARY.impl("experts_fp8", fp8_launch.experts_fp8, "CUDA")
 LIBRARY.impl("choose_experts", choose_experts, "CUDA")

@@ -1,4 +1,4 @@
-"""How the kernels of experts in 4 bits are launched; `experts_int4` is the whole operator.
+"""How the kernels of experts in 4 bits are launched; `weighted_rows` is both products.
 
 See the package's docstring for its arguments, `plugins.moe.packed_kernel` for the kernels, `plugins.moe.packed_launch` for
 their launches and `plugins.moe.launch` for the stages that it shares with other weights.
@@ -42,26 +42,6 @@ def choose_tile(num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype)
 def choose_down_tile(tile: Tile) -> Tile:
     """The tile of the second product, next to that of the first; they have the same rows."""
     return _DOWN_TILES.get(tile, tile)
-
-
-def experts_int4(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    *,
-    tile: Tile | None = None,
-    down_tile: Tile | None = None,
-    wrap: Wrap = unwrapped,
-) -> Tensor:
-    """The operator as the package describes it, on the current stream; waits for nothing. Raises as `weighted_rows`."""
-    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
-    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
-    routing = launch.route(top_k_index, top_k_weights, num_experts, tile, wrap)
-    weighted = weighted_rows(hidden.contiguous(), routing, gate_up_proj, down_proj, tile=tile, down_tile=down_tile, wrap=wrap)
-    (output,) = launch.combine(weighted, top_k).run(wrap)
-    return output
 
 
 def weighted_rows(

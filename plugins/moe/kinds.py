@@ -19,7 +19,7 @@ from plugins.moe import fp8_launch, int4_launch, launch, packed_launch
 from plugins.moe.int4 import is_int4
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import ROW_FACTOR, is_packed
-from plugins.triton_launch import Wrap
+from plugins.triton_launch import Wrap, unwrapped
 
 
 class RowsForm(NamedTuple):
@@ -39,7 +39,7 @@ class Kind(Protocol):
 
     def weighted_rows(
         self,
-        rows: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, ...],
         routing: Routing,
         experts: Sequence[Tensor],
         dtype: torch.dtype,
@@ -49,7 +49,7 @@ class Kind(Protocol):
     ) -> Tensor:
         """Both products, without the sum over a row's experts: weighted [N * k, D] in the model's dtype.
 
-        rows: made ready, with their scales.
+        rows: made ready; for FP8 weights with their scales.
         """
 
 
@@ -105,3 +105,19 @@ def kind_of(experts: Sequence[Tensor], fp8_rows: bool) -> Kind:
     if len(experts) == 4:
         return Fp8(fp8_rows)
     return Packed() if is_packed(experts[0]) else Int4() if is_int4(experts[0]) else Plain()
+
+
+def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """The operator as the package describes it, of weights of any kind but FP8, on the current stream; waits for nothing.
+
+    Raises:
+        ValueError: see the kind's `weighted_rows`.
+    """
+    weights, num_experts = (gate_up_proj, down_proj), gate_up_proj.shape[0]
+    kind, top_k = kind_of(weights, fp8_rows=False), top_k_index.shape[1]
+    tile = kind.choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
+    rows = (hidden * kind.rows_form(hidden.dtype).factor).contiguous()
+    routing = launch.route(top_k_index, top_k_weights, num_experts, tile)
+    weighted = kind.weighted_rows((rows,), routing, weights, hidden.dtype, tile=tile, wrap=unwrapped)
+    (output,) = launch.combine(weighted, top_k).run(unwrapped)
+    return output

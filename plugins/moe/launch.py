@@ -1,6 +1,6 @@
 """How each kernel of the mixture of experts is launched: arguments, grid, tile and scratch.
 
-`experts` is the whole operator: align, gate_up, down, combine. See the package's docstring for its arguments and
+The whole operator, `plugins.moe.kinds.experts`: align, gate_up, down, combine. See the package for its arguments and
 `plugins.moe.kernel` for the shape legend and the kernels. Everything here works on CUDA tensors, on meta tensors (to
 describe and compile), and on CPU tensors in Triton's interpreter.
 """
@@ -150,31 +150,6 @@ def combine(weighted: Tensor, top_k: int) -> Launch:
     )
 
 
-def experts(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    *,
-    tile: Tile | None = None,
-    down_tile: Tile | None = None,
-    wrap: Wrap = unwrapped,
-) -> Tensor:
-    """The operator as the package describes it, on the current stream; waits for nothing.
-
-    Raises:
-        ValueError: the weights are not of the dtype of `hidden`, or not contiguous (to copy them here would cost as much
-            as the products).
-    """
-    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
-    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
-    routing = route(top_k_index, top_k_weights, num_experts, tile, wrap)
-    weighted = weighted_rows(hidden, routing, gate_up_proj, down_proj, tile=tile, down_tile=down_tile, wrap=wrap)
-    (output,) = combine(weighted, top_k).run(wrap)
-    return output
-
-
 class Routing(NamedTuple):
     """Which rows go to which expert, in tiles (see `plugins.moe.alignment`), and with what weights [N, k]."""
 
@@ -198,7 +173,12 @@ def weighted_rows(
     down_tile: Tile | None = None,
     wrap: Wrap = unwrapped,
 ) -> Tensor:
-    """Both products, without the sum over a row's experts: weighted [N * k, D], as `combine` takes it. Raises as `experts`."""
+    """Both products, without the sum over a row's experts: weighted [N * k, D], as `combine` takes it.
+
+    Raises:
+        ValueError: the weights are not of the dtype of `hidden`, or not contiguous (to copy them here would cost as much
+            as the products).
+    """
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if weight.dtype != hidden.dtype:
             raise ValueError(f"experts: {name} is {weight.dtype}, hidden is {hidden.dtype}; convert one when it is loaded")

@@ -1,4 +1,4 @@
-"""How the kernels of packed experts are launched; `experts_packed` is the whole operator.
+"""How the kernels of packed experts are launched; `weighted_rows` is both products.
 
 See the package's docstring for its arguments, `plugins.moe.packed_kernel` for the kernels, and `plugins.moe.launch` for the
 stages that it shares with other weights.
@@ -110,27 +110,6 @@ def _stages(tile: Tile, weight: Tensor) -> int:
     """The tile's on the weight's GPU: some have no room for four of the largest tile's, with packed weights."""
     has_room = tile.rows < MANY_ROWS.rows or shared_bytes(weight) >= _MANY_ROWS_BYTES
     return tile.num_stages if has_room else min(tile.num_stages, 3)
-
-
-def experts_packed(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    *,
-    tile: Tile | None = None,
-    down_tile: Tile | None = None,
-    wrap: Wrap = unwrapped,
-) -> Tensor:
-    """The operator as the package describes it, on the current stream; waits for nothing. Raises as `weighted_rows`."""
-    top_k, num_experts = top_k_index.shape[1], gate_up_proj.shape[0]
-    tile = tile or choose_tile(hidden.shape[0], top_k, num_experts)
-    routing = launch.route(top_k_index, top_k_weights, num_experts, tile, wrap)
-    tiles = {"tile": tile, "down_tile": down_tile}
-    weighted = weighted_rows(hidden * ROW_FACTOR, routing, gate_up_proj, down_proj, **tiles, wrap=wrap)
-    (output,) = launch.combine(weighted, top_k).run(wrap)
-    return output
 
 
 def weighted_rows(
