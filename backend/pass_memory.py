@@ -79,11 +79,13 @@ def sampler_bytes(model: ModelConfig, build: BuildConfig, most_bytes: int, *, pl
 
 
 def _expert_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
-    """Of one expert's first weight while a CPU without operators in C++ unpacks it, as PyTorch was seen to allocate. In C++ it
-    is 64 rows at a time."""
-    if device_type != "cpu" or build.dtype == "float32":
+    """Of one expert's first weight while a CPU unpacks it, as PyTorch was seen to allocate. Operators in C++, which there are
+    for float32 and none for FP8, unpack 64 rows at a time."""
+    stored = model.experts_dtype or build.expert_weights
+    if device_type != "cpu" or (build.dtype == "float32" and stored != "float8_e4m3fn"):
         return 0
-    return {"plain": 0, "packed": 22, "int4": 8}[build.expert_weights] * 2 * model.moe_intermediate_size * model.hidden_size
+    of_number = {"plain": 0, "packed": 22, "int4": 8, "nvfp4": 24, "float8_e4m3fn": 8}[stored]
+    return of_number * 2 * model.moe_intermediate_size * model.hidden_size
 
 
 def _row_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
@@ -92,7 +94,8 @@ def _row_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
     if device_type != "cpu":
         # Ten tensors like the residual: the sum before and after, four kinds of normed rows, the attention's and the MLP's
         # results, the pass's input and output. Experts with FP8 weights scale their routed rows.
-        scaled = routed * (width * item_bytes(model.experts_dtype) + 4) if model.experts_dtype else 0
+        in_fp8 = model.experts_dtype == "float8_e4m3fn"
+        scaled = routed * (width * item_bytes(model.experts_dtype) + 4) if in_fp8 else 0
         return (10 * hidden + 3 * model.intermediate_size + routed * (hidden + width)) * item + scaled
     dense = 2 * model.intermediate_size * item
     if build.dtype == "float32":

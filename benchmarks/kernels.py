@@ -17,6 +17,7 @@ import command_line
 import torch
 import triton.testing
 from kernel_tiles import arranged_tiles, attention_tiles, plain_tiles
+from random_experts import EXPERTS, HIDDEN, WIDTH, expert_weights
 from rich.console import Console
 from rich.table import Table
 from triton.runtime.errors import OutOfResources
@@ -24,16 +25,15 @@ from triton.runtime.errors import OutOfResources
 from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import Tile as AttentionTile
 from plugins.attention.launch import attention, choose_num_splits
-from plugins.moe import int4_launch, launch, packed_launch
-from plugins.moe.formats import Format, in_format
-from plugins.moe.int4 import from_int4
+from plugins.moe import four_bit_launch, launch, packed_launch
+from plugins.moe.formats import Format
 from plugins.moe.launch import Tile as ExpertsTile
 from plugins.moe.launch import combine, route
 from plugins.moe.packing import ROW_FACTOR
 from plugins.triton_launch import HOPPER_CAPABILITY
 from plugins.vocabulary.launch import vocabulary_pass
 
-HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB, CANVAS = 2816, 704, 128, 8, 262_144, 256
+TOP_K, VOCAB, CANVAS = 8, 262_144, 256
 MAX_RELATIVE_ERROR = 1e-2  # Frobenius norm; bfloat16 operands and one rounding of the result
 
 
@@ -57,21 +57,6 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @cache
-def expert_weights(stored: Format | None) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """gate_up_proj and down_proj in a format, and the bfloat16 numbers that they stand for (of packed ones before packing)."""
-    shapes = {2: (EXPERTS, 2 * WIDTH, HIDDEN), 1: (EXPERTS, HIDDEN, WIDTH)}
-    weights, numbers = [], []
-    for halves, shape in shapes.items():
-        own = torch.randn(shape, dtype=torch.bfloat16, device="cuda") * shape[2] ** -0.5
-        formed = torch.cat([in_format(each, stored, halves) for each in own.split(4)]) if stored else own
-        if stored == "int4":
-            own = torch.cat([from_int4(each, *shape[1:], halves) for each in formed.split(4)])
-        weights.append(formed)
-        numbers.append(own)
-    return tuple(weights), tuple(numbers)
-
-
-@cache
 def experts_problem(rows: int, stored: Format | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The operator's inputs, and what to expect of the first 64 rows."""
     hidden = torch.randn(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
@@ -89,7 +74,7 @@ def experts_problem(rows: int, stored: Format | None) -> tuple[tuple[torch.Tenso
 
 def experts_case(rows: int, stored: Format | None, **options: ExpertsTile) -> Case:
     (hidden, index, weights, *projections), expected = experts_problem(rows, stored)
-    launches = {None: launch, "packed": packed_launch, "int4": int4_launch}[stored]
+    launches = {None: launch, "packed": packed_launch, "int4": four_bit_launch, "nvfp4": four_bit_launch}[stored]
     dtype = () if stored == "packed" else (torch.bfloat16,)
     scaled = hidden * ROW_FACTOR if stored == "packed" else hidden  # rows are made ready where they are normed
     options = {"tile": launches.choose_tile(rows, TOP_K, EXPERTS, *dtype), **options}
@@ -220,7 +205,7 @@ OtherTiles = Callable[[Maker], Iterator[dict[str, object]]]
 def makers() -> Iterator[Maker]:
     """A maker of each case, with the tiles that the product chooses."""
     for rows in (256, 512, 1024, 2048, 4096, 8192, 16384):
-        for stored in (None, "packed", "int4"):
+        for stored in (None, "packed", "int4", "nvfp4"):
             yield partial(experts_case, rows, stored)
     for batch, prefix in ((1, 512), (1, 8192), (1, 65536), (4, 8192), (16, 2048)):
         for hopper in (False, True) if torch.cuda.get_device_capability() == HOPPER_CAPABILITY else (False,):

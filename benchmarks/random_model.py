@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from random_experts import random_rows
 
 from backend.kv_cache import PagedKVCache
 from backend.session import RunProgram, Session, load_program
@@ -13,11 +14,13 @@ from builder.compiling import compile_programs
 from builder.config import read_model_config
 from builder.description import ConfigAlone, describe
 from builder.export import signatures
-from builder.weights import EMBEDDING, binding_shapes, bound_weights, text_weights, weight_dtype
+from builder.quantization import FP8
+from builder.weights import EMBEDDING, NVFP4_STORED, binding_shapes, bound_weights, text_weights, weight_dtype
 from contract.manifest import BuildConfig, Program
 from contract.model_config import ModelConfig
 from plugins.moe.formats import in_format
 from plugins.moe.fp8 import to_fp8
+from plugins.moe.nvfp4 import num_columns
 
 Report = Callable[[str], None]
 
@@ -34,14 +37,12 @@ def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.T
     for name, shape in binding_shapes(shapes).items():
         if name in weights:  # a scale, made with its weight
             continue
-        tensor = torch.empty(shape, dtype=getattr(torch, build.dtype), device=build.device)
-        if len(shape) == 1:
-            tensor.fill_(1.0)
-        elif name.endswith("router.proj.weight"):
-            tensor.normal_()
+        dtype = weight_dtype(name, config, build.dtype)
+        if dtype == NVFP4_STORED:
+            tensor = random_rows((*shape[:2], num_columns(shape[2])), build.device)
         else:
-            tensor.normal_(std=(shape[1] if name == EMBEDDING else shape[-1]) ** -0.5)
-        if weight_dtype(name, config, build.dtype) == "float8_e4m3fn":
+            tensor = _random(name, shape, build)
+        if dtype == FP8:
             tensor, weights[f"{name}_scale"] = to_fp8(tensor)
         if arrangement := bound[name].arrangement:
             arranged = tensor.new_empty(bound[name].shape, dtype=getattr(torch, bound[name].dtype))
@@ -50,6 +51,15 @@ def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.T
             tensor = arranged
         weights[name] = tensor
     return weights
+
+
+def _random(name: str, shape: tuple[int, ...], build: BuildConfig) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=getattr(torch, build.dtype), device=build.device)
+    if len(shape) == 1:
+        return tensor.fill_(1.0)
+    if name.endswith("router.proj.weight"):
+        return tensor.normal_()
+    return tensor.normal_(std=(shape[1] if name == EMBEDDING else shape[-1]) ** -0.5)
 
 
 def random_session(

@@ -24,8 +24,8 @@ from backend.captured_loop import CapturedLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.sampling_config import SamplingConfig
 from backend.scheduler import Scheduler
+from builder.quantization import FP8, NVFP4
 from contract.manifest import BuildConfig
-from plugins.moe.formats import OF_BFLOAT16
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 DEFAULTS = GenerationDefaults.from_json({"eos_token_id": []})
@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.checkpoint = options.checkpoint
-        experts_dtype = "float8_e4m3fn" if options.fp8_experts else None
+        experts_dtype = FP8 if options.fp8_experts else NVFP4 if options.expert_weights == NVFP4 else None
         self.model = read_text_model(self.checkpoint).model_copy(update={"experts_dtype": experts_dtype})
         self.build = BuildConfig(
             target="inductor",
@@ -58,7 +58,7 @@ class Bench:
             max_encode_tokens=options.max_encode_tokens,
             max_sequences=options.max_sequences,
             expert_activations=options.fp8_experts or "full",
-            expert_weights=options.expert_weights or ("plain" if options.fp8_experts else "packed"),
+            expert_weights="plain" if experts_dtype else options.expert_weights or "packed",
         )
         self.results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--transformers", action="store_true", help="also the phase transformers")
     parser.add_argument("--fp8-experts", choices=("full", "float8"), help="FP8 expert weights; the activations that they meet")
     parser.add_argument(
-        "--expert-weights", choices=("plain", "packed", "int4"), help="of bfloat16 experts; packed, as a build chooses"
+        "--expert-weights", choices=("plain", "packed", "int4", NVFP4), help="not FP8 ones; packed, as a build chooses"
     )
     parser.add_argument(
         "--max-encode-tokens", type=command_line.count, default=8192, help="fewer are compiled in less time; %(default)s"
@@ -291,7 +291,7 @@ def main() -> None:
     wanted = {*options.phases.split(","), *(name for name in ("profile", "transformers") if getattr(options, name))}
     if unknown := wanted - set(PHASES):
         parser.error(f"--phases: got {', '.join(sorted(unknown))}, expected some of {', '.join(PHASES)}")
-    if options.fp8_experts and options.expert_weights in OF_BFLOAT16:
+    if options.fp8_experts and options.expert_weights not in (None, "plain"):
         parser.error(f"--expert-weights: got {options.expert_weights}, expected plain with --fp8-experts")
     if options.expert_weights != "plain" and "transformers" in wanted:
         parser.error("phase transformers: it takes the experts as they are, expected --expert-weights plain")

@@ -128,7 +128,8 @@ def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Directory to write; a run that was cut off is continued.")],
 ) -> None:
-    """Write OUTPUT, a checkpoint like CHECKPOINT with the experts' weights in FP8, and print the error of every layer."""
+    """Write OUTPUT, a checkpoint like CHECKPOINT with the experts' weights in FP8, and print the error of every layer. Experts
+    that are in FP8 or NVFP4 keep their numbers."""
     console, started = Console(), time.monotonic()
     try:
         errors = quantize_checkpoint(

@@ -19,6 +19,7 @@ from builder.description import ConfigAlone, checked, describe
 from builder.errors import BuildError
 from builder.existing import check_same_checkpoint, copy_files, damage, existing_engine, programs_can_stay
 from builder.onnx_export import write_onnx
+from builder.quantization import CALLED, FP8
 from builder.staging import real_place, staged, writing
 from builder.targets import choose_device, choose_expert_weights, choose_target
 from builder.targets.cpp_compiler import check_directories, cpp_compiler
@@ -78,7 +79,7 @@ def build_engine(
     _check_encodes_a_canvas(build, model)
     if timing_cache and chosen != "tensorrt":
         raise BuildError(f"timing_cache: got {timing_cache}, expected none: the target is {chosen}, TensorRT alone has timings")
-    if build.expert_activations != "full" and model.experts_dtype is None:
+    if build.expert_activations != "full" and model.experts_dtype != FP8:
         raise BuildError(
             f"expert_activations: got {build.expert_activations!r}, expected 'full': {checkpoint} has no FP8 experts; "
             "write a checkpoint that has with: python -m builder quantize CHECKPOINT OUTPUT"
@@ -173,8 +174,11 @@ def _only_inductor(model: ModelConfig, expert_weights: str, target: str, keep_on
     """
     if model.experts_dtype and (target == "tensorrt" or keep_onnx):
         asked = "target 'tensorrt'" if target == "tensorrt" else "--keep-onnx"
-        raise BuildError(f"{asked}: the experts' weights are FP8, which only the inductor target takes; use --target inductor")
-    stored = "FP8" if model.experts_dtype else expert_weights
+        raise BuildError(
+            f"{asked}: the experts' weights are {CALLED[model.experts_dtype]}, which only the inductor target takes; "
+            "use --target inductor"
+        )
+    stored = CALLED.get(model.experts_dtype, expert_weights)
     return f"the experts' weights are {stored}" if target == "auto" and stored not in ("auto", "plain") else ""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from builder.errors import BuildError
 from builder.fields import FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, TOKEN_ID, TOKEN_IDS, Fields
-from builder.quantization import read_quantization
+from builder.quantization import NVFP4, NVFP4_GROUP, read_quantization
 from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig, VisionConfig
 
 # Keys that do not change what the network computes at inference.
@@ -89,6 +89,9 @@ def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
         problems.append(
             f"text_config.top_k_experts: got {size['top_k_experts']}, expected at most num_experts {size['num_experts']}"
         )
+    for key in ("hidden_size", "moe_intermediate_size") if experts_dtype == NVFP4 else ():
+        if size[key] % NVFP4_GROUP:
+            problems.append(f"text_config.{key}: got {size[key]}, expected a multiple of {NVFP4_GROUP}, the groups of NVFP4")
     ends_of_text = text.take_a(TOKEN_IDS.or_null(), "eos_token_id")
     eos = top.take_a(TOKEN_IDS.or_null(), "eos_token_id") if "eos_token_id" in top else ends_of_text
     pad = text.take_a(TOKEN_ID.or_null(), "pad_token_id", 0)

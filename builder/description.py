@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 
 from builder.errors import BuildError
-from builder.quantization import FP8
-from builder.stored_weights import check_fp8_layout
+from builder.stored_weights import check_layout
 from builder.targets import current_gpu, versions
 from builder.weights import CAST_FROM, VISION_PREFIXES, Bound, all_weights, bindings, bound_weights, weight_dtype
 from contract.checkpoint import Checkpoint
@@ -35,14 +34,15 @@ def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[
         model = model.model_copy(update={"vision": None})
     shapes = all_weights(model)
     if model.experts_dtype:
-        check_fp8_layout(tensors, shapes)
+        check_layout(tensors, shapes, model.experts_dtype)
     tensors.check(shapes, ignored_prefixes=() if model.vision else VISION_PREFIXES)
     _check_dtypes(tensors, model, shapes)
     return model, shapes
 
 
 def _check_dtypes(tensors: Checkpoint, model: ModelConfig, names: Iterable[str]) -> None:
-    expected = {name: (FP8,) if weight_dtype(name, model, model.dtype) == FP8 else CAST_FROM for name in names}
+    dtypes = {name: weight_dtype(name, model, model.dtype) for name in names}
+    expected = {name: CAST_FROM if dtype in CAST_FROM else (dtype,) for name, dtype in dtypes.items()}
     if problems := tensors.of_other_dtypes(expected):
         raise BuildError(in_few_lines(tensors.directory, problems))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from builder.quantization import FP8
 from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix, layer_scalar
 from contract.model_config import LayerType, ModelConfig
 from plugins import attention_op, feed_forward_op, heads_op
@@ -152,7 +153,7 @@ class _Stack(nn.Module):
             weights[layer_scalar(layer, encoder=self.encoder)],
             own("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
             own("router.scale", "router.proj.weight", "router.per_expert_scale"),
-            own(*(_FP8_EXPERTS if self.config.experts_dtype else _EXPERTS)),
+            own(*(_FP8_EXPERTS if self.config.experts_dtype == FP8 else _EXPERTS)),
             self.config.top_k_experts,
             self.config.rms_norm_eps,
             self.fp8_rows,

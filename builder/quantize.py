@@ -1,8 +1,8 @@
-"""`python -m builder quantize`: a checkpoint with the experts' weights in FP8, everything else as it was.
+"""`python -m builder quantize`: a checkpoint with the experts' weights in FP8 or NVFP4, everything else as it was.
 
 Weights become float8_e4m3 with a float32 scale for each output channel; the error is that of blocks of 128 x 128, whose scales
-cost more to apply (docs/fp8.md). What is in FP8 already, by compressed-tensors, keeps its numbers; FP8 weights outside of the
-experts are turned back into the checkpoint's dtype.
+cost more to apply (docs/fp8.md). Experts that are in FP8 already, by compressed-tensors, or in NVFP4, by it or by Model
+Optimizer (docs/nvfp4.md), keep their numbers; such weights elsewhere are turned back into the checkpoint's dtype.
 
 1. Check what headers tell, and plan a file a layer, and one for the rest. 2. Write each that no run before has written, one
 expert after the other: a file at a time is in memory. 3. Write the index and the configuration, check all. 4. Put the finished
@@ -23,22 +23,26 @@ from torch import Tensor
 
 from builder.config import read_model_config
 from builder.errors import BuildError
-from builder.quantization import EXPERTS_ONLY, FP8, SCALE_SUFFIX
+from builder.quantization import CALLED, EXPERTS_ONLY, FP8, NVFP4, SCALE_SUFFIX
 from builder.staging import real_place
+from builder.stored_nvfp4 import StoredNvfp4
 from builder.stored_weights import StoredWeights
 from builder.unfinished import check_is_new, unfinished
 from builder.weights import VISION_PREFIXES, Shapes, layer_prefix, text_weights
 from contract.checkpoint import Checkpoint
-from contract.model_config import ModelConfig
+from contract.model_config import ExpertsDtype, ModelConfig
 from plugins.moe.fp8 import from_fp8, to_fp8
+from plugins.moe.nvfp4 import numbers_of
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 _INDEX = "model.safetensors.index.json"
-_CARRIED = (".json", ".jinja", ".model", ".txt")
-"""Suffixes of the small files that go along."""
+_CARRIED, _NOT_CARRIED = (".json", ".jinja", ".model", ".txt"), ("hf_quant_config.json",)
+"""Suffixes of the small files that go along; one of Model Optimizer's that tells of the tensors as they were."""
 
 Errors = dict[int, dict[str, float]]
-"""Layer → projection → Frobenius norm of the error, relative to that of the weights; 0 where the weights were in FP8."""
+"""Layer → projection → Frobenius norm of the error, relative to that of the weights; 0 where the numbers are kept."""
+
+Stored = StoredWeights | StoredNvfp4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +66,18 @@ def quantize_checkpoint(
     # 1.
     model, tensors, place = read_model_config(checkpoint), Checkpoint(checkpoint), real_place(output)
     check_is_new(place)
-    stored, dtype = StoredWeights(tensors), getattr(torch, model.dtype)
+    stored: Stored = StoredNvfp4(tensors) if model.experts_dtype == NVFP4 else StoredWeights(tensors)
     stored.check(text_weights(model.model_copy(update={"experts_dtype": None})))
-    quantized = model.model_copy(update={"experts_dtype": FP8})
-    files, carried = plan(quantized, stored), _carried(checkpoint)
+    quantized, dtype = model.model_copy(update={"experts_dtype": model.experts_dtype or FP8}), getattr(torch, model.dtype)
+    files, carried = plan(quantized, stored), _carried(checkpoint, quantized.experts_dtype)
     with unfinished(place, _record(model, tensors)) as written:
         found = {name: written.metadata(name, file.shapes) for name, file in files.items()}
         before = sum(metadata is not None for metadata in found.values())
         report(f"{checkpoint}: {len(files)} files to write, {before} of them written before")
+        kept = ", whose numbers are kept" if model.experts_dtype else ""
+        report(f"experts in {CALLED[quantized.experts_dtype]}{kept}")
+        if isinstance(stored, StoredNvfp4) and stored.left_out:
+            report(f"{len(stored.left_out)} scales of activations or the cache are left out: both stay in full precision")
         # 2.
         errors: Errors = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -95,7 +103,7 @@ def quantize_checkpoint(
     return errors
 
 
-def plan(quantized: ModelConfig, stored: StoredWeights) -> dict[str, PlannedFile]:
+def plan(quantized: ModelConfig, stored: Stored) -> dict[str, PlannedFile]:
     """By file name; what belongs to no layer is in the first. `quantized`: the model that is written."""
     rest, shapes = stored.others(), text_weights(quantized)
     layers = {}
@@ -106,13 +114,13 @@ def plan(quantized: ModelConfig, stored: StoredWeights) -> dict[str, PlannedFile
     contents += layers.items()
     files = {}
     for place, (layer, others) in enumerate(contents, 1):
-        experts = [] if layer is None else _experts(layer)
-        of_file = {name: stored.tensors.shape(name) for name in others} | {name: shapes[name] for name in experts}
+        experts = [] if layer is None else [name for name in shapes if name.startswith(f"{layer_prefix(layer)}.experts.")]
+        of_file = {name: stored.shape(name) for name in others} | {name: shapes[name] for name in experts}
         files[f"model-{place:05}-of-{len(contents):05}.safetensors"] = PlannedFile(layer=layer, others=others, shapes=of_file)
     return files
 
 
-def quantize_layer(model: ModelConfig, stored: StoredWeights, layer: int, content: dict[str, Tensor]) -> dict[str, float]:
+def quantize_layer(model: ModelConfig, stored: Stored, layer: int, content: dict[str, Tensor]) -> dict[str, float]:
     """Adds the layer's experts and their scales to `content`; returns the relative error of each projection.
 
     Raises:
@@ -121,6 +129,10 @@ def quantize_layer(model: ModelConfig, stored: StoredWeights, layer: int, conten
     errors, shapes = {}, text_weights(model)
     for projection in PROJECTIONS:
         weights = f"{layer_prefix(layer)}.experts.{projection}"
+        if isinstance(stored, StoredNvfp4):
+            content[weights] = torch.stack([_nvfp4_expert(stored, weights, expert) for expert in range(model.num_experts)])
+            errors[projection] = 0.0
+            continue
         shape = shapes[weights]
         numbers = torch.empty(shape, dtype=torch.float8_e4m3fn)
         scales = torch.empty(shape[:2], dtype=torch.float32)
@@ -132,19 +144,28 @@ def quantize_layer(model: ModelConfig, stored: StoredWeights, layer: int, conten
             if scale is None:
                 difference = rounded - weight.float()
                 error, norm = error + difference.square().sum().item(), norm + weight.float().square().sum().item()
-            if not rounded.isfinite().all():
-                raise BuildError(
-                    f"{weights}: expert {expert} has numbers that are not finite, expected none; download the checkpoint again"
-                )
+            _check_finite(rounded, weights, expert)
         errors[projection] = (error / norm) ** 0.5 if norm else 0.0
         content[weights], content[f"{weights}{SCALE_SUFFIX}"] = numbers, scales
     return errors
 
 
-def _experts(layer: int) -> list[str]:
-    """What is written of a layer's experts."""
-    weights = [f"{layer_prefix(layer)}.experts.{projection}" for projection in PROJECTIONS]
-    return weights + [f"{name}{SCALE_SUFFIX}" for name in weights]
+def _nvfp4_expert(stored: StoredNvfp4, weights: str, expert: int) -> Tensor:
+    rows = stored.expert(weights, expert)
+    numbers, factors = numbers_of(rows)
+    _check_finite(numbers * factors.unsqueeze(-1), weights, expert)
+    return rows
+
+
+def _check_finite(numbers: Tensor, weights: str, expert: int) -> None:
+    """
+    Raises:
+        BuildError: some are not.
+    """
+    if not numbers.isfinite().all():
+        raise BuildError(
+            f"{weights}: expert {expert} has numbers that are not finite, expected none; download the checkpoint again"
+        )
 
 
 def _record(model: ModelConfig, tensors: Checkpoint) -> bytes:
@@ -158,7 +179,7 @@ def _record(model: ModelConfig, tensors: Checkpoint) -> bytes:
     return json.dumps({"model": model.model_dump(mode="json"), "files": files}, sort_keys=True).encode()
 
 
-def _carried(checkpoint: Path) -> dict[str, bytes]:
+def _carried(checkpoint: Path, experts_dtype: ExpertsDtype) -> dict[str, bytes]:
     """The small files of the output but the index.
 
     Raises:
@@ -167,10 +188,11 @@ def _carried(checkpoint: Path) -> dict[str, bytes]:
     files = {}
     with _reading(checkpoint):
         paths = [path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _CARRIED]
+        paths = [path for path in paths if path.name not in _NOT_CARRIED]
     for path in paths:
         with _reading(path):
             files[path.name] = path.read_bytes()
-    config = json.loads(files["config.json"]) | {"quantization_config": EXPERTS_ONLY}
+    config = json.loads(files["config.json"]) | {"quantization_config": EXPERTS_ONLY[experts_dtype]}
     return files | {"config.json": f"{json.dumps(config, indent=2)}\n".encode()}
 
 

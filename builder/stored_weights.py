@@ -17,7 +17,7 @@ from torch import Tensor
 
 from builder.errors import BuildError
 from builder.quantization import FP8, SCALE_SUFFIX
-from builder.weights import CAST_FROM, VISION_PREFIXES, Shapes, is_of_experts
+from builder.weights import CAST_FROM, NVFP4_STORED, VISION_PREFIXES, Shapes, is_of_experts
 from contract.checkpoint import Checkpoint
 from contract.problems import in_few_lines, of_another_model
 from plugins.moe.fp8 import from_fp8
@@ -38,6 +38,9 @@ class StoredWeights:
     def others(self) -> list[str]:
         """Every tensor that is neither part of an expert nor a scale."""
         return sorted(name for name in self.names - self.scales if ".experts." not in name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(name)
 
     def check(self, shapes: Shapes) -> None:
         """Compares what will be read with `shapes`, those of the text model's weights, none in FP8. Reads headers only.
@@ -75,16 +78,16 @@ class StoredWeights:
         for together in _together(name):
             if together in self.names:
                 return self._numbers(together, expert)
-        parts = [self._numbers(part) for part in _by_itself(name, expert)]
+        parts = [self._numbers(part) for part in by_itself(name, expert)]
         scales = [scale for _, scale in parts if scale is not None]
-        return _joined([numbers for numbers, _ in parts]), torch.cat(scales) if scales else None
+        return joined([numbers for numbers, _ in parts]), torch.cat(scales) if scales else None
 
     def _stored_as(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The tensors that the experts' weight `name` is read from, and their shapes; where there are none, itself."""
         for together in _together(name):
             if together in self.names:
                 return {together: shape}
-        experts = [_by_itself(name, expert) for expert in range(shape[0])]
+        experts = [by_itself(name, expert) for expert in range(shape[0])]
         each = {part: (shape[1] // len(parts), shape[2]) for parts in experts for part in parts}
         return each if each.keys() & self.names else {name: shape}
 
@@ -121,7 +124,7 @@ def _together(name: str) -> tuple[str, ...]:
     return name, f"{name}.weight"
 
 
-def _by_itself(name: str, expert: int) -> list[str]:
+def by_itself(name: str, expert: int) -> list[str]:
     """The tensors that hold one expert's part of it."""
     prefix, _, projection = name.rpartition(".")
     return [f"{prefix}.{expert}.{part}.weight" for part in _PARTS[projection]]
@@ -133,24 +136,25 @@ def _unexpected(name: str) -> str:
     return f"{name}: unexpected tensor; quantize does not know what it is for"
 
 
-def check_fp8_layout(tensors: Checkpoint, expected: Iterable[str]) -> None:
-    """Checks that FP8 is where `quantize` writes it; `expected`: the names that the engine binds.
+def check_layout(tensors: Checkpoint, expected: Iterable[str], experts_dtype: str) -> None:
+    """Checks that FP8 or NVFP4 is where `quantize` writes it; `expected`: the names that the engine binds.
 
     Raises:
-        BuildError: FP8 weights elsewhere, or experts in another dtype or layout.
+        BuildError: such weights elsewhere, or experts in another dtype or layout.
     """
+    stored, called = (FP8, "FP8") if experts_dtype == FP8 else (NVFP4_STORED, "NVFP4")
     names, expected = set(tensors.names()), set(expected)
     remedy = "rewrite the checkpoint with: python -m builder quantize CHECKPOINT OUTPUT"
     for name in sorted(expected):
         if name not in names and ".experts." in name:
             raise BuildError(f"{name}: missing, expected the experts of a layer in one tensor; {remedy}")
     for name in sorted(names & expected):
-        if (tensors.dtype(name) == FP8) != is_of_experts(name):
-            wanted = FP8 if is_of_experts(name) else "no FP8 outside of the experts"
+        if (tensors.dtype(name) == stored) != is_of_experts(name):
+            wanted = stored if is_of_experts(name) else f"no {called} outside of the experts"
             raise BuildError(f"{name}: got {tensors.dtype(name)}, expected {wanted}; {remedy}")
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     """torch.cat, which has no FP8 on every device: of bytes."""
     if parts[0].dtype != torch.float8_e4m3fn:
         return torch.cat(parts)

@@ -7,10 +7,12 @@ Every text weight but `layer_scalar` is shared by the encode and the denoise pas
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from builder.quantization import FP8, NVFP4
 from contract.manifest import Arrangement, BuildConfig
 from contract.model_config import ModelConfig
 from plugins.moe.arranging import HALVES
 from plugins.moe.formats import Format, dtype_in_format, shape_in_format
+from plugins.moe.nvfp4 import num_columns, row_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,6 +24,8 @@ VISION_PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
 VISION_PREFIXES = (f"{VISION_TOWER}.", "model.encoder.embed_vision.")
 CAST_FROM = ("float32", "bfloat16", "float16")
 """Dtypes of tensors that the load casts to the engine's."""
+NVFP4_STORED = "uint8"
+"""The dtype of a tensor with NVFP4 numbers."""
 CLIPPING = ("input_min", "input_max", "output_min", "output_max")
 """Scalars of a linear layer that clamps what goes in and what comes out."""
 
@@ -73,10 +77,10 @@ def text_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "router.scale": (hidden,),
             "router.per_expert_scale": (config.num_experts,),
             "router.proj.weight": (config.num_experts, hidden),
-            "experts.gate_up_proj": (config.num_experts, 2 * config.moe_intermediate_size, hidden),
-            "experts.down_proj": (config.num_experts, hidden, config.moe_intermediate_size),
+            "experts.gate_up_proj": (config.num_experts, 2 * config.moe_intermediate_size, _stored_columns(hidden, config)),
+            "experts.down_proj": (config.num_experts, hidden, _stored_columns(config.moe_intermediate_size, config)),
         }
-        if config.experts_dtype:
+        if config.experts_dtype == FP8:
             local["experts.gate_up_proj_scale"] = (config.num_experts, 2 * config.moe_intermediate_size)
             local["experts.down_proj_scale"] = (config.num_experts, hidden)
         if attention.has_v_proj:
@@ -84,6 +88,11 @@ def text_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{layer_prefix(layer)}.{name}": shape for name, shape in local.items()}
         shapes |= {layer_scalar(layer, encoder=encoder): (1,) for encoder in (False, True)}
     return shapes
+
+
+def _stored_columns(columns: int, config: ModelConfig) -> int:
+    """Of a tensor with experts' weights."""
+    return row_bytes(columns) if config.experts_dtype == NVFP4 else columns
 
 
 def vision_layer_prefix(layer: int) -> str:
@@ -167,9 +176,9 @@ def is_of_experts(name: str) -> bool:
 
 
 def weight_dtype(name: str, config: ModelConfig, dtype: str) -> str:
-    """The dtype of a weight that is not stored in fewer bits; `dtype` is the engine's, in which all but FP8 experts are."""
+    """The dtype of a weight that no arrangement changes; `dtype` is the engine's, in which all but quantized experts are."""
     if config.experts_dtype and is_of_experts(name):
-        return config.experts_dtype
+        return NVFP4_STORED if config.experts_dtype == NVFP4 else config.experts_dtype
     return "float32" if name.endswith((f"{_GATE_UP}_scale", f"{_DOWN}_scale")) else dtype
 
 
@@ -187,6 +196,7 @@ def bound_weights(shapes: Shapes, config: ModelConfig, build: BuildConfig) -> di
     for name, shape in binding_shapes(shapes).items():
         if wanted and is_of_experts(name):
             arrangement = Arrangement(format=wanted, halves=HALVES[name.rpartition(".")[2]])
+            shape = (*shape[:2], num_columns(shape[2])) if wanted == "nvfp4" else shape
             arranged = shape_in_format(shape, wanted, arrangement.halves)
             bound[name] = Bound(arranged, dtype_in_format(wanted), arrangement)
         else:
@@ -196,6 +206,8 @@ def bound_weights(shapes: Shapes, config: ModelConfig, build: BuildConfig) -> di
 
 def experts_format(config: ModelConfig, build: BuildConfig) -> Format | None:
     """The format of the experts' weights; None: as the checkpoint has them, which is how a CPU takes those in FP8."""
+    if config.experts_dtype == NVFP4:
+        return "nvfp4"
     if build.expert_weights != "plain":
         return build.expert_weights
     if config.experts_dtype and build.device == "cuda":

@@ -14,6 +14,7 @@ from contract.problems import in_few_lines, of_another_model
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn", "U8": "uint8"}
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 4096
 
@@ -106,7 +107,7 @@ class Checkpoint:
     def dtype(self, name: str) -> str:
         """PyTorch's name of the dtype, "bfloat16" say; the safetensors name where PyTorch has none we use."""
         stored = self._files[self._file_of[name]].get_slice(name).get_dtype()
-        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}.get(stored, stored)
+        return _DTYPES.get(stored, stored)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as a view of the mapped file: no bytes are read until they are used."""

@@ -92,7 +92,7 @@ class Arrangement(Record):
     halves: 1, its rows follow each other; 2, the rows of its two halves do, in turns.
     """
 
-    format: Literal["packed", "int4", "wide", "narrow"]
+    format: Literal["packed", "int4", "nvfp4", "wide", "narrow"]
     halves: Literal[1, 2]
 
 

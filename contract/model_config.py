@@ -11,6 +11,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+ExpertsDtype = Literal["float8_e4m3fn", "nvfp4"]
 LayerType = Literal["sliding_attention", "full_attention"]
 
 
@@ -63,7 +64,8 @@ class VisionConfig(Record):
 
 
 class ModelConfig(Record):
-    """Sizes and constants of one checkpoint of the family; vision is None where it reads text alone.
+    """Sizes and constants of one checkpoint of the family; vision is None where it reads text alone. experts_dtype: of the
+    experts' weights, where it is not the dtype of the others.
 
     Source of the meanings: transformers' `DiffusionGemmaTextConfig` and `DiffusionGemmaConfig`.
     """
@@ -90,7 +92,7 @@ class ModelConfig(Record):
     eoi_token_id: int | None = None
     vision: VisionConfig | None = None
     dtype: str
-    experts_dtype: Literal["float8_e4m3fn"] | None = None
+    experts_dtype: ExpertsDtype | None = None
 
     @property
     def num_layers(self) -> int:

@@ -1,5 +1,5 @@
 """The cases of `test_moe_packed_kernels.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1): experts whose
-bfloat16 weights are stored in fewer bits, 12 (packed) or 4.
+weights are bfloat16 numbers in fewer bits, 12 (packed) or 4.
 
 Memory that a kernel must not read is NaN: every output before its kernel runs (PyTorch's deterministic mode fills new
 tensors with NaN, or the largest integer) and the scales of experts that no row chose.
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from nvfp4_weights import rounded_rows
 from tolerances import assert_close
 from triton_interpreter import (
     let_assembly_scale_pairs,
@@ -19,11 +20,13 @@ from triton_interpreter import (
     save_the_interpreters_time,
 )
 
-from plugins.moe import alignment, int4_launch, launch, packed_launch
+from plugins.moe import alignment, four_bit_launch, launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile
 from plugins.moe.arranging import BLOCK
+from plugins.moe.fp8_reference import experts_fp8_reference
 from plugins.moe.int4 import HALFWORDS, SCALES, from_int4, to_int4
 from plugins.moe.kinds import experts
+from plugins.moe.nvfp4 import GROUP, from_nvfp4, numbers_of, to_nvfp4
 from plugins.moe.packing import ROW_FACTOR, pack, unpack
 from plugins.moe.reference import experts_reference
 
@@ -40,21 +43,38 @@ pytestmark = [
 ]
 
 EXPERTS, TOP_K = 6, 2
+FACTOR = 2.0**-9
+"""Of NVFP4 weights: a power of two, so that with it, too, they are bfloat16 numbers."""
+
 BLOCKS = {1: arranged_tile(16, 64, 4, 2), 2: packed_launch.FEW_ROWS, 4: arranged_tile(32, 256, 8, 2)}
 SIZES = [(128, 64), (96, 32), (70, 40), (40, 20), (200, 100)]
 
 
+def with_factors(weight: torch.Tensor, *sizes: int, halves: int = 1) -> torch.Tensor:
+    numbers, factors = from_nvfp4(weight, *sizes, halves)
+    return numbers * factors.bfloat16().unsqueeze(-1)
+
+
 class Stored(NamedTuple):
-    """A format: to it and back, what the rows of the products are times."""
+    """A format: to it and back, what the rows of the products are times, and what sizes are multiples of."""
 
     to: Callable
     back: Callable
-    row_factor: float
+    row_factor: float = 1.0
+    multiple: int = 1
+
+    def filled(self, *sizes: int) -> list[int]:
+        return [-(-size // self.multiple) * self.multiple for size in sizes]
+
+
+def to_rows(weight: torch.Tensor, halves: int = 1) -> torch.Tensor:
+    return to_nvfp4(rounded_rows(weight, halves, FACTOR), halves)
 
 
 FORMATS = {
     "packed": Stored(pack, unpack, ROW_FACTOR),
-    "int4": Stored(to_int4, from_int4, 1.0),
+    "int4": Stored(to_int4, from_int4),
+    "nvfp4": Stored(to_rows, with_factors, multiple=GROUP),
 }
 
 
@@ -74,7 +94,7 @@ def operands(stored: str, rows: int, hidden_size: int, width: int) -> tuple[list
 
 def scales_of(stored: str, expert: torch.Tensor) -> torch.Tensor:
     """A view of the scales in an expert's weight [blocks, items]."""
-    if stored == "packed":
+    if stored != "int4":
         return expert.view(torch.float32)[:, -BLOCK:]
     return expert.view(torch.bfloat16).view(len(expert), -1, HALFWORDS)[..., -SCALES:]
 
@@ -83,6 +103,7 @@ def scales_of(stored: str, expert: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("hidden_size", "width"), SIZES)
 def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, blocks, stored):
+    hidden_size, width = FORMATS[stored].filled(hidden_size, width)
     (hidden, index, weights, gate_up, down), (plain_gate_up, plain_down) = operands(stored, 17, hidden_size, width)
     tile, factor = BLOCKS[blocks], FORMATS[stored].row_factor
     routing = alignment.align(index, EXPERTS, tile.rows).run()
@@ -99,16 +120,26 @@ def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, bloc
     assert torch.equal(weighted, expected)
 
 
+def test_factors_of_nvfp4_weights_are_applied_to_sums():
+    """Those of experts and of their halves are their own, and no powers of two."""
+    (hidden, index, weights, *_), _ = operands("nvfp4", 17, 80, 48)
+    rows = [rounded_rows(torch.randn(EXPERTS, 96, 80) * 80**-0.5, 2), rounded_rows(torch.randn(EXPERTS, 80, 48) * 48**-0.5)]
+    numbers = [part for each in rows for part in numbers_of(each)]
+    actual = experts(hidden, index, weights, to_nvfp4(rows[0], halves=2), to_nvfp4(rows[1]))
+    assert_close(actual, experts_fp8_reference(hidden, index, weights, *numbers, False), torch.bfloat16)
+
+
 @pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("rows", [1, 63])
 def test_the_kernels_together_are_the_operator(rows, stored):
-    inputs, numbers = operands(stored, rows, 70, 40)
+    inputs, numbers = operands(stored, rows, *FORMATS[stored].filled(70, 40))
     actual = experts(*inputs)
     assert_close(actual, experts_reference(*inputs[:3], *numbers), torch.bfloat16)
 
 
-def test_float32_rows_meet_the_numbers_of_4_bits():
-    (hidden, *others), numbers = operands("int4", 17, 70, 40)
+@pytest.mark.parametrize("stored", ["int4", "nvfp4"])
+def test_float32_rows_meet_the_numbers_of_4_bits(stored):
+    (hidden, *others), numbers = operands(stored, 17, *FORMATS[stored].filled(70, 40))
     actual = experts(hidden.float(), *others)
     assert actual.dtype == torch.float32
     assert_close(actual, experts_reference(hidden.float(), *others[:2], *(each.float() for each in numbers)), torch.float32)
@@ -131,11 +162,11 @@ def test_what_is_not_in_the_format_is_refused():
     with pytest.raises(ValueError, match=r"down_proj is \[6, 2, 1600\] torch\.int32 .* expected \[6, 1, 1600\]"):
         packed_launch.weighted_rows(hidden, routing, gate_up, torch.cat([down, down], dim=1), tile=tile)
     with pytest.raises(ValueError, match=r"gate_up_proj is .* torch\.int32 .* expected \[6, 1, 1152\] torch\.int16"):
-        int4_launch.weighted_rows(hidden, routing, gate_up, down, tile=tile)
+        four_bit_launch.weighted_rows(hidden, routing, gate_up, down, tile=tile)
 
 
 def test_the_tile_follows_the_rows_of_an_expert():
-    for module, dtype in ((packed_launch, ()), (int4_launch, (torch.bfloat16,))):
+    for module, dtype in ((packed_launch, ()), (four_bit_launch, (torch.bfloat16,))):
         tiles = (module.FEW_ROWS, module.SOME_ROWS, module.MANY_ROWS)
         assert tuple(module.choose_tile(rows, 8, 128, *dtype) for rows in (511, 512, 2048)) == tiles
         assert all(module.choose_down_tile(tile).rows == tile.rows for tile in tiles)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nvfp4_weights import nvfp4_checkpoint
 from small_checkpoints import TINY, network_session, random_image
 from tokenizers import Tokenizer
 from tolerances import assert_close
@@ -17,6 +18,7 @@ from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
 from backend.session import Session
 from builder.build import build_engine
+from builder.quantize import quantize_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SAMPLING = {"max_tokens": 96}
@@ -29,9 +31,13 @@ def engine(tmp_path_factory):
 
     @cache
     def built(dtype: str, expert_weights: str = "auto") -> Path:
-        directory, stored = tmp_path_factory.mktemp("engines") / dtype, {"expert_weights": expert_weights}
-        build_engine(TINY, directory, target="inductor", dtype=dtype, device="cuda", report=print, **stored)
-        return directory
+        place, checkpoint = tmp_path_factory.mktemp("engines"), TINY
+        if expert_weights == "nvfp4":  # which a checkpoint has or has not
+            checkpoint, expert_weights = place / "checkpoint", "auto"
+            quantize_checkpoint(nvfp4_checkpoint(TINY, place / "published"), checkpoint)
+        choices = {"target": "inductor", "dtype": dtype, "device": "cuda", "expert_weights": expert_weights}
+        build_engine(checkpoint, place / dtype, report=print, **choices)
+        return place / dtype
 
     return built
 
@@ -86,7 +92,7 @@ def test_float32_image_features_are_those_of_the_network_on_the_cpu(engine):
         assert_close(session.vision(image).cpu(), network.vision(image), torch.float32)
 
 
-@pytest.mark.parametrize("expert_weights", ["packed", "int4"])
+@pytest.mark.parametrize("expert_weights", ["packed", "int4", "nvfp4"])
 def test_bfloat16_answers_are_right(engine, render, held_out, expert_weights):
     prompts = [render(question) for question in held_out]
     results = LLM(engine("bfloat16", expert_weights)).generate(
@@ -101,7 +107,9 @@ def test_bfloat16_answers_are_right(engine, render, held_out, expert_weights):
     assert len(wrong) <= len(held_out) // 20, wrong
 
 
-@pytest.mark.parametrize("stored", [("float32",), ("bfloat16", "packed"), ("bfloat16", "int4")], ids=" ".join)
+@pytest.mark.parametrize(
+    "stored", [("float32",), *(("bfloat16", stored) for stored in ("packed", "int4", "nvfp4"))], ids=" ".join
+)
 def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, stored):
     """Three rows in a bucket of four, then one alone; every state tensor after each step."""
     from backend.captured_loop import CapturedLoop

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from nvfp4_weights import rounded_rows
 from test_plugins import attention_inputs
 from test_sampler import ENTROPY_TOLERANCE
 from tolerances import assert_close
@@ -18,7 +19,9 @@ from contract.stored_file import StoredFile
 from plugins import attention_op, moe_op, vocabulary_op
 from plugins.attention.reference import paged_attention_reference
 from plugins.cpu import load_operators
+from plugins.moe.fp8 import from_fp8
 from plugins.moe.int4 import from_int4, to_int4
+from plugins.moe.nvfp4 import numbers_of, to_nvfp4
 from plugins.moe.reference import experts_reference
 from plugins.vocabulary.tables import Bias, Filters, LogprobTables
 
@@ -101,6 +104,22 @@ def test_experts_in_4_bits_are_the_numbers_that_they_stand_for(sizes):
         each[8].view(torch.bfloat16).fill_(float("nan"))
     inputs = (torch.randn(300, hidden_size), index, torch.rand(index.shape))
     expected = moe_op.experts_cpu(*inputs, *(each.float() for each in numbers))
+    assert torch.equal(moe_op.experts_cpu(*inputs, *weights), expected)
+    assert_close(moe_op.experts(*inputs, *weights), expected, torch.float32)
+
+
+@pytest.mark.parametrize("sizes", [(128, 64), (96, 32), (80, 48), (16, 16)], ids=str)
+def test_nvfp4_experts_are_the_numbers_that_they_stand_for(sizes):
+    """To the bit, as above."""
+    hidden_size, width = sizes
+    index = torch.stack([torch.randperm(8)[:2] for _ in range(300)])
+    rows = [rounded_rows(torch.randn(9, 2 * width, hidden_size), halves=2), rounded_rows(torch.randn(9, hidden_size, width))]
+    numbers = [from_fp8(*numbers_of(each)) for each in rows]
+    weights = [to_nvfp4(rows[0], halves=2), to_nvfp4(rows[1])]
+    for each in weights:
+        each[8].fill_(0xFF)  # no numbers
+    inputs = (torch.randn(300, hidden_size), index, torch.rand(index.shape))
+    expected = moe_op.experts_cpu(*inputs, *numbers)
     assert torch.equal(moe_op.experts_cpu(*inputs, *weights), expected)
     assert_close(moe_op.experts(*inputs, *weights), expected, torch.float32)
 

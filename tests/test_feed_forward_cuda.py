@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from expert_formats import FORMATS, arranged, is_fp8  # noqa: E402
+from expert_formats import FORMATS, arranged, arranged_empty, is_fp8, representable  # noqa: E402
 from hopper import HopperDriver  # noqa: E402
 
 from plugins import feed_forward_op  # noqa: E402
@@ -20,7 +20,6 @@ from plugins.feed_forward.reference import feed_forward_reference  # noqa: E402
 from plugins.moe.alignment import MANY_ROUTED  # noqa: E402
 from plugins.moe.formats import Format  # noqa: E402
 from plugins.moe.fp8 import to_fp8  # noqa: E402
-from plugins.moe.int4 import from_int4, to_int4  # noqa: E402
 
 TOP_K, EPS = 8, 1e-6
 
@@ -55,16 +54,11 @@ def operands(rows: int, columns: int = 64, width: int = 32, num_experts: int = 1
     return tensor(rows, columns), tensor(rows, columns), norms, tensor(1), dense, router, experts
 
 
-def representable(experts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The numbers that experts in 4 bits stand for."""
-    return [from_int4(to_int4(each, halves), *each.shape[1:], halves) for each, halves in zip(experts, (2, 1), strict=True)]
-
-
 def exported(device: str, least_rows: int = 2, wanted: Format | None = None) -> torch.export.ExportedProgram:
     """The operator as a program, traced for any number of rows from `least_rows` on."""
     with FakeTensorMode(shape_env=ShapeEnv()), torch.device(device):
         *inputs, experts = operands(least_rows + 38, fp8=is_fp8(wanted))
-        inputs = (*inputs, arranged(experts, wanted))
+        inputs = (*inputs, arranged_empty(experts, wanted))
     rows = {0: torch.export.Dim("rows", min=least_rows, max=16384)}
     unchanging = [[None] * 7, None, [None] * 2, [None] * 3, [None] * len(inputs[-1])]
     return torch.export.export(Layer(wanted == "narrow"), inputs, dynamic_shapes={"inputs": (rows, rows, *unchanging)})
@@ -139,8 +133,7 @@ def test_a_gpu_gives_what_the_definition_gives(rows, wanted):
     torch.manual_seed(0)
     fp8_rows = wanted == "narrow"
     given = operands(rows, 256, 64, 128, fp8=is_fp8(wanted))
-    if wanted == "int4":
-        given = (*given[:-1], representable(given[-1]))
+    given = (*given[:-1], representable(given[-1], wanted))
     wide = [[each.float() for each in part] if isinstance(part, list) else part.float() for part in given[:-1]]
     experts = given[-1] if is_fp8(wanted) else [each.float() for each in given[-1]]
     exact = feed_forward_reference(*wide, experts, TOP_K, EPS, False)

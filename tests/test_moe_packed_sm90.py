@@ -18,7 +18,7 @@ from hopper import (
     check_weights_stay_in_their_threads,
 )
 
-from plugins.moe import alignment, int4_launch, packed_launch
+from plugins.moe import alignment, four_bit_launch, packed_launch
 from plugins.moe.arranged_launch import hopper_tile
 from plugins.moe.formats import dtype_in_format, shape_in_format
 from plugins.moe.hopper_down_kernel import hopper_down_packed_kernel
@@ -30,7 +30,8 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
 
 FORMATS = {
     "packed": (packed_launch.choose_tile, packed_launch.choose_down_tile, ROW_FACTOR),
-    "int4": (partial(int4_launch.choose_tile, dtype=torch.bfloat16), int4_launch.choose_down_tile, 1.0),
+    "int4": (partial(four_bit_launch.choose_tile, dtype=torch.bfloat16), four_bit_launch.choose_down_tile, 1.0),
+    "nvfp4": (partial(four_bit_launch.choose_tile, dtype=torch.bfloat16), four_bit_launch.choose_down_tile, 1.0),
 }
 """Their tiles, and what rows are times."""
 

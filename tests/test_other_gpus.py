@@ -40,7 +40,7 @@ def test_attention_fits(layer, gpu):
     check_fits(attention.split_launch(inputs, False, window, 4), gpu)
 
 
-@pytest.mark.parametrize("stored", ["packed", "int4"])
+@pytest.mark.parametrize("stored", ["packed", "int4", "nvfp4"])
 @pytest.mark.parametrize("product", ["gate_up", "down"])
 def test_experts_fit(product, stored, gpu):
     check_fits(launches(16384, stored)[product], gpu)

@@ -236,7 +236,8 @@ def rewritten(original: Path, directory: Path, tensors: dict[str, torch.Tensor],
     """A checkpoint of these tensors that says it is compressed-tensors'."""
     directory.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
-    config = json.loads((original / "config.json").read_text()) | {"quantization_config": EXPERTS_ONLY | quantization}
+    config = json.loads((original / "config.json").read_text())
+    config["quantization_config"] = EXPERTS_ONLY["float8_e4m3fn"] | quantization
     (directory / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "generation_config.json"):
         os.link(original / name, directory / name)
@@ -366,8 +367,9 @@ def test_dense_layers_in_fp8_are_turned_back(strategy, original, quantized, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "gptq"}, r"quant_method: got 'gptq', expected 'compressed-tensors'"),
-        ({"format": "nvfp4-pack-quantized"}, r"group_0\.format: got 'nvfp4-pack-quantized', expected one of float-quantized"),
+        ({"quant_method": "gptq"}, r"quant_method: got 'gptq', expected 'compressed-tensors' or 'modelopt'"),
+        ({"format": "pack-quantized"}, r"group_0\.format: got 'pack-quantized', expected one of float-quantized"),
+        ({"format": "nvfp4-pack-quantized"}, r"group_0\.weights\.num_bits: got 8, expected 4"),
         ({"kv_cache_scheme": {"num_bits": 8}}, r"kv_cache_scheme: got .*, expected nothing; it is not supported"),
         ({"config_groups": {}}, r"config_groups: got {}, expected at least one group"),
         (
@@ -378,7 +380,7 @@ def test_dense_layers_in_fp8_are_turned_back(strategy, original, quantized, tmp_
             {"config_groups": {"a": {"weights": {"strategy": "block"}}}},
             r"a\.weights\.strategy: got 'block', expected one of channel",
         ),
-        ({"config_groups": {"a": {}}}, r"a\.weights: got None, expected a description of FP8 weights"),
+        ({"config_groups": {"a": {}}}, r"a\.weights: got None, expected a description of FP8 or NVFP4 weights"),
         (
             {"config_groups": {"a": {"weights": {"strategy": "channel"}, "input_activations": {"dynamic": False}}}},
             r"a\.input_activations\.dynamic: got False, expected true or no input_activations",

@@ -121,7 +121,7 @@ def let_assembly_scale_pairs() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from plugins.moe.numbers_kernel import OFFSET_OF, SCALED_PAIR, SPREAD
+    from plugins.moe.numbers_kernel import E2M1_PAIR, LAST_E2M1_PAIR, OFFSET_OF, SCALED_PAIR, SCALES_OF, SPREAD
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
         return values.bfloat16().view(torch.int32)
@@ -139,7 +139,18 @@ def let_assembly_scale_pairs() -> None:
     def numbers(word: torch.Tensor) -> torch.Tensor:
         return word.view(torch.bfloat16).double()
 
-    plain, known = InterpreterBuilder.create_inline_asm, {SPREAD: spread, OFFSET_OF: offset_of, SCALED_PAIR: scaled_pair}
+    def scales_of(word: torch.Tensor) -> list[torch.Tensor]:
+        return [(word >> 8 * byte & 0xFF) * 0x00100010 + 0x70007000 for byte in range(4)]
+
+    def e2m1_pair(word: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        return [rounded(numbers(word & 0x81C081C0 - (1 << 32)) * numbers(scale))]
+
+    def last_e2m1_pair(word: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        return e2m1_pair(word << 1 & 0x80008000 - (1 << 32) | word >> 4 & 0x00C000C0 | word >> 5 & 0x01000100, scale)
+
+    plain = InterpreterBuilder.create_inline_asm
+    known = {SPREAD: spread, OFFSET_OF: offset_of, SCALED_PAIR: scaled_pair}
+    known |= {SCALES_OF: scales_of, E2M1_PAIR: e2m1_pair, LAST_E2M1_PAIR: last_e2m1_pair}
 
     def create_inline_asm(self, assembly, constraints, values, *others):
         if assembly not in known:

@@ -11,7 +11,14 @@ converts there (`plugins.moe.numbers_kernel`).
 import triton
 import triton.language as tl
 
-from plugins.moe.numbers_kernel import int4_numbers, items_of, narrow_numbers, packed_numbers, wide_numbers
+from plugins.moe.numbers_kernel import (
+    int4_numbers,
+    items_of,
+    narrow_numbers,
+    nvfp4_numbers,
+    packed_numbers,
+    wide_numbers,
+)
 from plugins.moe.product_kernel import gelu_tanh
 
 
@@ -182,9 +189,11 @@ def wide_product(
     """[BLOCKS * 64, TILE_ROWS] float32: the weight's rows from block `first_block` on, times the tile's rows.
 
     rows: pointers to the tile's rows [TILE_ROWS, 1], wider than FP8. weights: pointer to the expert's first block; int32 are
-    packed numbers, which come with their scale, and int16 numbers of 4 bits with theirs."""
+    packed numbers, int16 whole numbers of 4 bits, uint8 NVFP4 numbers. All three come with their scales, of which the first and
+    the last have one for each row at a block's end."""
     PACKED: tl.constexpr = weights.dtype.element_ty == tl.int32
     INT4: tl.constexpr = weights.dtype.element_ty == tl.int16
+    NVFP4: tl.constexpr = weights.dtype.element_ty == tl.uint8
     ITEMS: tl.constexpr = items_of(weights.dtype.element_ty, BLOCK)
     blocks = first_block + tl.arange(0, BLOCKS)
     blocks = blocks if NUM_BLOCKS % BLOCKS == 0 else tl.minimum(blocks, NUM_BLOCKS - 1)
@@ -201,17 +210,20 @@ def wide_product(
             weight = packed_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
         elif INT4:
             weight = int4_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
+        elif NVFP4:
+            weight = nvfp4_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
         else:
             weight = wide_numbers(weights_at + step * ITEMS, BLOCKS, BLOCK)
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
         product = waited_for(tl.dot(weight, x.T, product, input_precision="ieee"))
-    if PACKED:
+    if PACKED or NVFP4:
+        ROW_ITEMS: tl.constexpr = 4 if NVFP4 else 1
         row = tl.arange(0, BLOCKS * BLOCK)
         row_block = first_block + row // BLOCK
         row_block = row_block if NUM_BLOCKS % BLOCKS == 0 else tl.minimum(row_block, NUM_BLOCKS - 1)
-        scale = tl.load(weights + row_block.to(tl.int64) * STRIDE + (STRIDE - BLOCK) + row % BLOCK)
-        product *= scale.to(tl.float32, bitcast=True)[:, None]
+        scale_at = weights + row_block.to(tl.int64) * STRIDE + (STRIDE - ROW_ITEMS * BLOCK) + row % BLOCK * ROW_ITEMS
+        product *= tl.load(scale_at.to(tl.pointer_type(tl.float32), bitcast=True))[:, None]
     return product
 
 

@@ -1,5 +1,5 @@
 // `diffusiongemma::experts_cpu`: the experts operator for float32 tensors on the CPU, with weights in float32 or in 4 bits
-// (`plugins/moe/int4.py`). See the package's docstring for arguments.
+// (`plugins/moe/int4.py`, `plugins/moe/nvfp4.py`). See the package's docstring for arguments.
 //
 // 1. Sort the N * k routed rows by expert.
 // 2. Units of work, one expert and some of its rows each: gate and up products, activation, down product.
@@ -14,14 +14,15 @@
 #include <vector>
 
 #include "plugins/cpu/vector.h"
-#include "plugins/moe/int4.h"
+#include "plugins/moe/four_bits.h"
+#include "plugins/moe/stored_rows.h"
 
 namespace diffusiongemma {
 namespace {
 
 using torch::stable::Tensor;
 
-static_assert(8 % TILE_COLUMNS == 0, "a tile's columns of weights in 4 bits are of one block");
+static_assert(8 % TILE_COLUMNS == 0, "a tile's columns of weights in blocks are of one block");
 constexpr int64_t UNIT_ROWS = 64;  // rows whose products stay in a core's cache
 
 // x / (1 + exp(-2 u)), which is x * (1 + tanh(u)) / 2, with u = sqrt(2 / pi) * (x + 0.044715 x^3).
@@ -51,19 +52,21 @@ class PlainExpert {
   const float *gate_up_, *down_;
 };
 
-// The same of weights in 4 bits, a block of which is unpacked when one of its rows is asked for and another's was before.
-class Int4Expert {
+// The same of weights in a format, a block of which is unpacked when one of its rows is asked for and another's was before.
+template <class Format>
+class StoredExpert {
  public:
-  Int4Expert(const Sizes& sizes, const int16_t* gate_up, const int16_t* down, int64_t expert)
-      : gate_up_(expert * int4::num_blocks(2 * sizes.width), sizes.hidden, gate_up),
-        down_(expert * int4::num_blocks(sizes.hidden), sizes.width, down) {}
+  StoredExpert(
+      const Sizes& sizes, const typename Format::Item* gate_up, const typename Format::Item* down, int64_t expert)
+      : gate_up_(expert * num_blocks(2 * sizes.width), sizes.hidden, gate_up),
+        down_(expert * num_blocks(sizes.hidden), sizes.width, down) {}
 
   const float* gate(int64_t row) { return gate_up_.row(row / 8 * 16 + row % 8); }  // the halves in turns of 8 rows
   const float* up(int64_t row) { return gate_up_.row(row / 8 * 16 + row % 8 + 8); }
   const float* down(int64_t row) { return down_.row(row); }
 
  private:
-  int4::Rows gate_up_, down_;
+  StoredRows<Format> gate_up_, down_;
 };
 
 struct Unit {
@@ -163,10 +166,20 @@ Tensor experts_of(
   return output;
 }
 
+template <class Format>
+Tensor stored_experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj) {
+  const Sizes sizes{hidden.size(1), gate_up_proj.size(1) * (BLOCK / 2)};
+  return experts_of<StoredExpert<Format>, typename Format::Item>(
+      sizes, hidden, top_k_index, top_k_weights, gate_up_proj, down_proj);
+}
+
 Tensor experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj) {
-  if (gate_up_proj.scalar_type() == torch::headeronly::ScalarType::Short) {
-    const Sizes sizes{hidden.size(1), gate_up_proj.size(1) * (int4::BLOCK / 2)};
-    return experts_of<Int4Expert, int16_t>(sizes, hidden, top_k_index, top_k_weights, gate_up_proj, down_proj);
+  const auto stored = gate_up_proj.scalar_type();
+  if (stored == torch::headeronly::ScalarType::Short) {
+    return stored_experts<Int4>(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj);
+  }
+  if (stored == torch::headeronly::ScalarType::Byte) {
+    return stored_experts<Nvfp4>(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj);
   }
   const Sizes sizes{hidden.size(1), down_proj.size(2)};
   return experts_of<PlainExpert, float>(sizes, hidden, top_k_index, top_k_weights, gate_up_proj, down_proj);

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, pad
 
 from plugins.moe.arranging import BLOCK
+from plugins.moe.fp8 import from_fp8
 from plugins.moe.int4 import from_int4, is_int4
+from plugins.moe.nvfp4 import from_nvfp4, is_nvfp4
 from plugins.moe.packing import is_packed, unpack
 
 # A matrix product takes a multiple of so many rows. With few others MKL rounds differently (EPYC: 1 to 3, with two threads 5 to
@@ -16,18 +18,26 @@ ROW_MULTIPLE = 16
 
 
 def experts_cpu(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """See the package's docstring."""
-    numbers = unpack if is_packed(gate_up_proj) else from_int4 if is_int4(gate_up_proj) else None
+    """See the package's docstring. Products with NVFP4 weights are in float32: their factors make them numbers of no other
+    dtype."""
     width, hidden_size = gate_up_proj.shape[1] * BLOCK // 2, hidden.shape[1]
+    in_float32 = is_nvfp4(gate_up_proj)
+
+    def numbers(weight: Tensor, *sizes: int, halves: int) -> Tensor:
+        if is_packed(weight):
+            return unpack(weight[None], *sizes, halves)[0]
+        if is_int4(weight):
+            return from_int4(weight[None], *sizes, halves)[0]
+        return from_fp8(*from_nvfp4(weight[None], *sizes, halves))[0] if is_nvfp4(weight) else weight
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
-        first, second = gate_up_proj[expert], down_proj[expert]
-        if numbers:
-            first = numbers(first[None], 2 * width, hidden_size, halves=2)[0].to(rows.dtype)
-            second = numbers(second[None], hidden_size, width)[0].to(rows.dtype)
-        return torch.mm(gated(torch.mm(rows, first.t())), second.t())
+        first = numbers(gate_up_proj[expert], 2 * width, hidden_size, halves=2).to(rows.dtype)
+        activated = gated(torch.mm(rows, first.t())).to(hidden.dtype)
+        second = numbers(down_proj[expert], hidden_size, width, halves=1).to(rows.dtype)
+        return torch.mm(activated.to(rows.dtype), second.t())
 
-    return by_expert(mlp, hidden, top_k_index, top_k_weights, gate_up_proj.shape[0]).to(hidden.dtype)
+    read = hidden.float() if in_float32 else hidden
+    return by_expert(mlp, read, top_k_index, top_k_weights, gate_up_proj.shape[0]).to(hidden.dtype)
 
 
 def by_expert(

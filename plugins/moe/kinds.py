@@ -4,7 +4,7 @@
 |---|---|---|
 | `Plain` | gate_up_proj, down_proj in the rows' dtype | as they are |
 | `Packed` | the same two, packed (`plugins.moe.packing`) | times `ROW_FACTOR` |
-| `Int4` | the same two, in 4 bits (`plugins.moe.int4`) | as they are |
+| `FourBits` | the same two, in 4 bits (`plugins.moe.int4`, `plugins.moe.nvfp4`) | as they are |
 | `Fp8` | each followed by its scales | with a scale of their own, see `plugins.moe.fp8_kernel` |
 """
 
@@ -15,9 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from plugins.moe import fp8_launch, int4_launch, launch, packed_launch
+from plugins.moe import four_bit_launch, fp8_launch, launch, packed_launch
 from plugins.moe.int4 import is_int4
 from plugins.moe.launch import Routing, Tile
+from plugins.moe.nvfp4 import is_nvfp4
 from plugins.moe.packing import ROW_FACTOR, is_packed
 from plugins.triton_launch import Wrap, unwrapped
 
@@ -75,15 +76,15 @@ class Packed:
         return packed_launch.weighted_rows(rows[0], routing, *experts, tile=tile, wrap=wrap)
 
 
-class Int4:
+class FourBits:
     def rows_form(self, dtype: torch.dtype) -> RowsForm:
         return RowsForm(dtype)
 
     def choose_tile(self, num_rows: int, top_k: int, num_experts: int, dtype: torch.dtype) -> Tile:
-        return int4_launch.choose_tile(num_rows, top_k, num_experts, dtype)
+        return four_bit_launch.choose_tile(num_rows, top_k, num_experts, dtype)
 
     def weighted_rows(self, rows, routing, experts, dtype, *, tile: Tile, wrap: Wrap) -> Tensor:
-        return int4_launch.weighted_rows(rows[0], routing, *experts, tile=tile, wrap=wrap)
+        return four_bit_launch.weighted_rows(rows[0], routing, *experts, tile=tile, wrap=wrap)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def kind_of(experts: Sequence[Tensor], fp8_rows: bool) -> Kind:
     """The kind of a layer's weights, as the feed-forward operator gets them."""
     if len(experts) == 4:
         return Fp8(fp8_rows)
-    return Packed() if is_packed(experts[0]) else Int4() if is_int4(experts[0]) else Plain()
+    if is_packed(experts[0]):
+        return Packed()
+    return FourBits() if is_int4(experts[0]) or is_nvfp4(experts[0]) else Plain()
 
 
 def experts(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Triton-language kernels of the experts whose bfloat16 weights are stored in fewer bits, 12 (`plugins.moe.packing`) or 4
-(`plugins.moe.int4`): the two grouped products.
+"""Triton-language kernels of the experts whose weights are bfloat16 numbers in fewer bits, 12 (`plugins.moe.packing`) or 4
+(`plugins.moe.int4`, `plugins.moe.nvfp4`): the two grouped products.
 
 See `plugins.moe.kernel` for the shape legend and the other stages, which are the same.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from plugins.moe import launch, packed_launch
 from plugins.moe.arranged_launch import arranged_tile, check_weights
 from plugins.moe.launch import Routing, Tile
+from plugins.moe.nvfp4 import is_nvfp4
 from plugins.triton_launch import Wrap, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 5), arranged_tile(32, 128, 4, 4)
@@ -59,7 +60,8 @@ def weighted_rows(
     Raises:
         ValueError: weights that are not in 4 bits or not contiguous.
     """
-    check_weights("experts_int4", "int4", gate_up_proj, down_proj, rows.shape[1])
+    stored = "nvfp4" if is_nvfp4(gate_up_proj) else "int4"
+    check_weights(f"experts_{stored}", stored, gate_up_proj, down_proj, rows.shape[1])
     row_order, tile_expert, top_k_weights = routing
     to_experts = (row_order, tile_expert, top_k_weights.shape[1])
     (activated,) = packed_launch.gate_up(rows, gate_up_proj, *to_experts, tile, factor=1.0).run(wrap)
