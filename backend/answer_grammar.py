@@ -12,6 +12,7 @@ canvas; every canvas adds at least one token.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import takewhile
 
 import numpy as np
@@ -19,8 +20,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from backend.errors import RequestError
+from backend.grammar import Grammar
 from backend.grammar_check import told
 from backend.sampling_config import ResolvedSampling
+from backend.text_stream import special_tokens
+
+_KEPT_MATCHERS = 32
+"""Of grammars as requests bring them. One may take half a second to make, and microseconds to copy."""
 
 
 class Grammars:
@@ -31,6 +37,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._vocab_size = vocab_size
+        self._special = np.array([token for token in sorted(special_tokens(tokenizer)) if token < vocab_size], dtype=np.int64)
+        self._matcher = lru_cache(_KEPT_MATCHERS)(self._new_matcher)
         thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._tokenizer = thread.submit(lambda: LLTokenizer(tokenizer.to_str()))
         thread.shutdown(wait=False)
@@ -41,19 +49,27 @@ class Grammars:
 
     def answer(self, sampling: ResolvedSampling) -> "AnswerGrammar":
         """Of a request with a grammar. Raises RequestError INVALID_ARGUMENT for what only the tokenizer shows to be wrong."""
-        return AnswerGrammar(self._tokenizer.result(), sampling, self._vocab_size)
+        return AnswerGrammar(
+            self._matcher(sampling.grammar).deep_copy(), self._tokenizer.result(), sampling, self._special, self._vocab_size
+        )
+
+    def _new_matcher(self, grammar: Grammar) -> LLMatcher:
+        limits = LLParserLimits(max_items_in_row=grammar.max_readings, verbose_errors=False)
+        return LLMatcher(self._tokenizer.result(), grammar.text, log_level=0, limits=limits)
 
 
 class AnswerGrammar:
-    """How far one answer is in its grammar."""
+    """How far one answer is in its grammar. `special`: the tokenizer's special tokens that the model has."""
 
-    def __init__(self, tokenizer: LLTokenizer, sampling: ResolvedSampling, vocab_size: int):
+    def __init__(
+        self, matcher: LLMatcher, tokenizer: LLTokenizer, sampling: ResolvedSampling, special: np.ndarray, vocab_size: int
+    ):
+        self._matcher, self._special = matcher, special
         self._eos_token_ids, self._vocab_size = frozenset(sampling.eos_token_ids), vocab_size
+        self._num_known = tokenizer.vocab_size
         self._stop_token_ids = frozenset(sampling.stop_token_ids) - self._eos_token_ids
         self._ends_of_tokenizer = frozenset(tokenizer.eos_tokens)  # llguidance's, which the request may ignore
         self._grammar = sampling.grammar
-        limits = LLParserLimits(max_items_in_row=self._grammar.max_readings, verbose_errors=False)
-        self._matcher = LLMatcher(tokenizer, self._grammar.text, log_level=0, limits=limits)
         self._check(self._matcher)
 
     def allowed(self) -> np.ndarray:
@@ -65,6 +81,9 @@ class AnswerGrammar:
         allowed = np.zeros(self._vocab_size, dtype=bool)
         known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         allowed[: len(known)] = known
+        for token in self._special[allowed[self._special]].tolist():
+            # llguidance makes special tokens of texts that look like them, and accepts no such token.
+            allowed[token] = self._matcher.deep_copy().try_consume_tokens([token]) == 1
         may_end = self._matcher.is_accepting()
         for tokens, value in ((self._ends_of_tokenizer, False), (self._eos_token_ids, may_end)):
             allowed[[token for token in tokens if token < self._vocab_size]] = value
@@ -80,12 +99,11 @@ class AnswerGrammar:
         end_token: the end-of-sequence or stop token behind them; the latter ends an answer wherever it stands.
         """
         matcher = self._matcher.deep_copy()
-        count = matcher.try_consume_tokens(list(takewhile(lambda token: token not in self._ends_of_tokenizer, tokens)))
+        count = matcher.try_consume_tokens(list(takewhile(self._is_text, tokens)))
         is_end = end_token in self._stop_token_ids or (end_token in self._eos_token_ids and matcher.is_accepting())
         if count == len(tokens) and is_end:
             return tokens, [], "stop"
         added = [] if matcher.is_stopped() else self._within_vocabulary(matcher.compute_ff_tokens())
-        # llguidance makes special tokens of texts that look like them, and accepts no such token: the text ends before it.
         added = added[: matcher.deep_copy().try_consume_tokens(added)]
         matcher.try_consume_tokens(added)
         self._check(matcher)
@@ -94,6 +112,10 @@ class AnswerGrammar:
         is_complete = matcher.is_stopped() and count + len(added) <= room
         reason = "stop" if is_complete else "length" if count + len(added) >= room else None
         return tokens[:count], added[: room - count], reason
+
+    def _is_text(self, token: int) -> bool:
+        """Whether llguidance may look at it: it has no end, and a model may have more tokens than its tokenizer."""
+        return token < self._num_known and token not in self._ends_of_tokenizer
 
     def _within_vocabulary(self, tokens: list[int]) -> list[int]:
         """The first of them, that the model has: a tokenizer may have more."""

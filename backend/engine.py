@@ -16,7 +16,7 @@ from backend.planner import EngineLimits, check_free, pass_rows, plan_memory
 from backend.prompt_tokens import PromptTokenizer
 from backend.scheduler import Scheduler
 from backend.session import Session
-from contract.manifest import ManifestError
+from contract.manifest import ManifestError, read_manifest
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -68,11 +68,13 @@ class Engine:
 
     @classmethod
     def load(cls, engine_dir: Path, limits: EngineLimits, checkpoint_dir: Path | None = None) -> "Engine":
-        """Loads an engine directory.
+        """Loads an engine directory. What the limits come to is known before the weights are read.
 
         Raises:
             ManifestError, CheckpointError: see `Session.load`; also for a generation_config.json that is not understood.
         """
+        manifest = read_manifest(engine_dir)
+        plan_memory(manifest, limits, device_type=manifest.build.device)
         session = Session.load(engine_dir, checkpoint_dir)
         path = engine_dir / "generation_config.json"
         try:

@@ -149,7 +149,7 @@ class LLM:
         """The result of one prompt, piece by piece: one a canvas, and with draft_interval_s drafts of canvases that are not
         finished, at most one in this time. Leaving the iteration early ends the request.
 
-        Raises RequestError as `generate`, when called.
+        Raises RequestError as `generate`, when called; for a grammar that the tokenizer has no tokens for, at the first piece.
         """
         given = local_images(images, self._images.limits)
         [config] = _one_each(sampling, 1)

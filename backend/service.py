@@ -108,6 +108,12 @@ class Service:
             self._check_room()
             self._announced[owner] = arrived_at_s
 
+    def overdue(self, owner: Hashable) -> RequestError | None:
+        """DEADLINE_EXCEEDED for a request that was announced too long ago and is not submitted yet, which may be withdrawn."""
+        with self._lock:
+            arrived_at_s = self._announced.get(owner)
+        return None if arrived_at_s is None else self._limits.overdue(time.monotonic() - arrived_at_s)
+
     def withdraw(self, owner: Hashable) -> None:
         """It will not be submitted; nothing happens if it has been."""
         with self._lock:
@@ -286,17 +292,12 @@ class Service:
 
     def _expire(self, now_s: float) -> None:
         """Fails what has waited too long for a place in the batch."""
-        allowed_s = self._limits.queue_timeout_s
         with self._lock:
-            expired = [
-                (handle, now_s - request.queued_at_s)
-                for handle, request in self._requests.items()
-                if not request.started and now_s - request.queued_at_s > allowed_s
-            ]
-            ended = [(self._forget(handle), waited_s) for handle, waited_s in expired]
-        for request, waited_s in ended:
-            line = f"queue: waited {waited_s:.0f} s, at most {allowed_s:g} s; try again later"
-            request.call(RequestError("DEADLINE_EXCEEDED", line))
+            waiting = [(handle, request.queued_at_s) for handle, request in self._requests.items() if not request.started]
+            errors = {handle: self._limits.overdue(now_s - queued_at_s) for handle, queued_at_s in waiting}
+            ended = [(self._forget(handle), error) for handle, error in errors.items() if error]
+        for request, error in ended:
+            request.call(error)
 
     def _measure_queue(self) -> None:
         """Only here all that waits is known, also while there is no worker."""

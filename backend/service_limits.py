@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from backend.errors import RequestError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceLimits:
@@ -19,3 +21,10 @@ class ServiceLimits:
     progress_timeout_s: float = 120.0
     max_deaths: int = 3
     deaths_window_s: float = 600.0
+
+    def overdue(self, waited_s: float) -> RequestError | None:
+        """The error of a request that has waited too long for its place."""
+        if waited_s <= self.queue_timeout_s:
+            return None
+        line = f"queue: waited {waited_s:.0f} s, at most {self.queue_timeout_s:g} s; try again later"
+        return RequestError("DEADLINE_EXCEEDED", line)

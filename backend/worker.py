@@ -30,6 +30,7 @@ from contract.manifest import ManifestError
 
 _logger = logging.getLogger("engine worker")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TAKING_S = 0.05
 _MAX_FAILED_STEPS = 3
 
 
@@ -89,14 +90,12 @@ class Inbox:
         self._arrived = threading.Condition()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def take(self, timeout_s: float) -> list[Submit | Cancel]:
-        """All that has come; waits for the first one at most `timeout_s`."""
+    def take(self, timeout_s: float) -> Submit | Cancel | None:
+        """The next one; waits for it at most `timeout_s`."""
         with self._arrived:
             if not self._messages and timeout_s > 0:
                 self._arrived.wait(timeout_s)
-            taken = list(self._messages)
-            self._messages.clear()
-        return taken
+            return self._messages.popleft() if self._messages else None
 
     def _read(self) -> None:
         exit_code = 1
@@ -128,8 +127,7 @@ class Loop:
     def run(self) -> None:
         """Until the process ends. At each turn: 1. take messages, waiting only when idle, 2. tick, 3. report."""
         while True:
-            for message in self._inbox.take(BEAT_INTERVAL_S if self._scheduler.is_idle else 0.0):  # 1.
-                self._apply(message)
+            self._take()  # 1.
             try:
                 self._scheduler.tick()  # 2.
             except Exception:
@@ -140,6 +138,16 @@ class Loop:
             self._num_failed += self._scheduler.num_failed_steps > 0
             if self._num_failed == _MAX_FAILED_STEPS:
                 sys.exit(f"{_MAX_FAILED_STEPS} device steps failed and none succeeded; a new process may start clean")
+
+    def _take(self) -> None:
+        """Takes what has come. What takes longer than a step, grammars that have to be made, waits for the next turn, so that
+        other requests go on and the parent hears of this process."""
+        timeout_s, until_s = BEAT_INTERVAL_S if self._scheduler.is_idle else 0.0, None
+        while (message := self._inbox.take(timeout_s)) is not None:
+            until_s, timeout_s = until_s or time.monotonic() + _TAKING_S, 0.0
+            self._apply(message)
+            if time.monotonic() > until_s:
+                return
 
     def _apply(self, message: Submit | Cancel) -> None:
         if isinstance(message, Cancel):

@@ -65,9 +65,9 @@ def server_model(monkeypatch):
 def answering(server_model):
     """A model whose answering thread runs; `cancelled` are the handles that the service was told to end, `released` the answers
     whose images are no longer held, `submitted` the images that the service got; it refuses those of "bad"; `announced` are
-    the answers that have a place in its queue, which has two."""
+    the answers that have a place in its queue, which has two; those that are `overdue` have had it for too long."""
     model = server_model.DiffusionGemmaModel()
-    model.cancelled, model.released, model.submitted, model.announced = [], [], [], {}
+    model.cancelled, model.released, model.submitted, model.announced, model.overdue = [], [], [], {}, []
 
     def submit(prompt, sampling, on_output, *, images=(), **choices):
         if images == ("bad",):
@@ -89,7 +89,17 @@ def answering(server_model):
             raise RequestError("INVALID_ARGUMENT", "prompt: got half of a surrogate pair")
         return [len(prompt), threading.get_ident()]
 
-    queued = {"submit": submit, "announce": announce, "withdraw": withdraw, "cancel": model.cancelled.append}
+    def overdue(owner):
+        return late if owner in model.overdue else None
+
+    late = RequestError("DEADLINE_EXCEEDED", "queue: waited 61 s, at most 60 s; try again later")
+    queued = {
+        "submit": submit,
+        "announce": announce,
+        "withdraw": withdraw,
+        "cancel": model.cancelled.append,
+        "overdue": overdue,
+    }
     model._service = SimpleNamespace(**queued, tokens=tokens, tokenizer=None)
     model._closing, model._template, model._settings = False, None, SimpleNamespace(default_max_tokens=0)
     model._images = SimpleNamespace(release=model.released.append)
@@ -204,6 +214,23 @@ def test_what_is_made_ready_has_a_place_in_the_queue_from_its_arrival(server_mod
         release.set()
     wait_until(lambda: len(answering.submitted) == 2)
     assert not answering.announced
+
+
+def test_what_is_made_ready_for_too_long_ends(server_model, answering):
+    """What comes of it later is dropped. One that Triton's thread is just submitting is not looked at."""
+    slow, other = Sender(), Sender()
+    answer = accepted(server_model, answering, slow, None, images=("a",))
+    being_submitted = accepted(server_model, answering, other, None)
+    answering.overdue += [answer, being_submitted]
+    wait_until(lambda: answer.finished)
+    line = "[request id: 7] [DEADLINE_EXCEEDED] queue: waited 61 s, at most 60 s; try again later"
+    assert slow.sent == [(line, 1)]
+    wait_until(lambda: answer in answering.released)
+    answering._events.put((answer, server_model._Ready([1], ())))
+    being_submitted.handle = 8
+    answering._events.put((being_submitted, canvas("stop")))
+    wait_until(lambda: being_submitted.finished)
+    assert not answering.submitted and [flags for _, flags in other.sent] == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,44 @@ def test_what_follows_is_added_as_far_as_it_is_text(begin, ids):
     assert begin({"choice": ["ab<eos>cd"]}).fitted(ids("ax"), None, 99) == (ids("a"), ids("b"), None)
 
 
+@pytest.mark.parametrize(
+    ("structure", "given"),
+    [
+        ({"choice": ["<|channel>"]}, ""),
+        ({"json": {"const": "<|channel>"}}, '"'),
+        ({"regex": "a<pad>b"}, "a"),
+        ({"json": {"type": "object", "properties": {"<bos>": {}}, "required": ["<bos>"]}}, '{"'),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_text_that_would_have_to_be_a_special_token_is_refused_as_such(structure, given, begin, ids):
+    """llguidance offers that token, and accepts it not."""
+    grammar = begin(structure)
+    grammar.take(ids(given))
+    with pytest.raises(RequestError, match=r"no token of the vocabulary can follow") as raised:
+        grammar.allowed()
+    assert raised.value.code == "INVALID_ARGUMENT"
+
+
+def test_special_tokens_that_a_grammar_names_are_allowed(begin, tokenizer):
+    assert names(tokenizer, begin({"grammar": 'start: <|channel> "a"'}).allowed()) == {"<|channel>"}
+
+
+def test_a_token_that_the_tokenizer_does_not_have_ends_what_is_kept(tokenizer, ids):
+    """A model may have more tokens than its tokenizer."""
+    config = SamplingConfig(structured_outputs={"regex": r"(.|\n)*"}).resolve(DEFAULTS)
+    grammar = Grammars(tokenizer, tokenizer.get_vocab_size() + 30).answer(config)
+    assert grammar.fitted([*ids("ab"), tokenizer.get_vocab_size() + 5, *ids("c")], None, 99) == (ids("ab"), [], None)
+
+
+def test_a_grammar_is_made_once_for_all_requests_that_bring_it(begin, ids, monkeypatch):
+    first = begin({"regex": "made once"})
+    monkeypatch.setattr("backend.answer_grammar.LLMatcher", None)
+    second = begin({"regex": "made once"})
+    first.take(ids("made"))
+    assert second.fitted(ids("made once"), EOS, 99) == (ids("made once"), [], "stop")
+
+
 def test_what_no_token_can_follow_is_refused(tokenizer):
     """The model has fewer tokens than its tokenizer, and not that of the letter a."""
     config = SamplingConfig(structured_outputs={"regex": "a+"}).resolve(DEFAULTS)

@@ -14,7 +14,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from backend.errors import RequestError
-from backend.images.decode import decode_base64, open_file, upright_rgb, whole_file
+from backend.images.decode import decode_base64, decoding_bytes, open_file, upright_rgb, whole_file
 from backend.images.limits import FORMATS, ImageLimits
 
 LIMITS = ImageLimits()
@@ -117,6 +117,15 @@ def test_a_transparent_value_of_sixteen_bits_is_white():
     row = struct.pack(">3H", 0x1234, 0x1235, 0x1234)
     image = decoded(png(3, 1, depth=16, color=0, data=b"\0" + row, tRNS=struct.pack(">H", 0x1234)))
     assert image[0, :, 0].tolist() == [255, 0x12, 255]
+
+
+def test_of_a_jpeg_with_further_pictures_the_first_is_read():
+    """As many cameras write them; Pillow calls them MPO."""
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green")]
+    data = file_of(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    image = open_file("image[0]", data, LIMITS)
+    assert image.format == "MPO" and decoding_bytes(image) > 10 * 16 * 16
+    assert (abs(decoded(data).astype(int) - (255, 0, 0)) < 3).all()
 
 
 def test_of_an_animation_the_first_frame_is_read():

@@ -4,6 +4,7 @@ import base64
 import io
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from small_checkpoints import TINY
 from waiting import wait_until
 
 from backend.errors import RequestError
+from backend.images.decode import open_file
 from backend.images.limits import ImageLimits
 from backend.images.loading import ImageLoader
 from backend.images.local import local_images
@@ -183,6 +185,34 @@ def test_what_is_wrong_with_an_image_comes_the_same_way(held, gate):
     assert isinstance(arrived[0], RequestError) and "no image" in str(arrived[0])
     with pytest.raises(RequestError, match="at most 7"):
         held.submit("b", [PNG] * 8, arrived.append)
+
+
+def test_what_is_released_is_not_kept_and_not_read_on(held, gate):
+    """Neither what waits for a thread nor further images of what has one."""
+
+    class Text(str):
+        """base64 that can be watched."""
+
+    opened, arrived = [], []
+    waiting = Text(BASE64)
+    kept = weakref.ref(waiting)
+    held.submit("b", [waiting], arrived.append)
+    del waiting
+    held.release("b")
+    assert kept() is None
+    held.submit("a", [PNG, PNG], arrived.append)
+
+    def released(name, *others):
+        opened.append(name)
+        held.release("a")
+        return open_file(name, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("backend.images.loading.open_file", released)
+        gate.set()
+        wait_until(lambda: opened)
+        held._threads.shutdown(wait=True)
+    assert (opened, arrived) == (["image[0]"], [])
 
 
 def test_memory_is_bounded_until_requests_end(held, gate):

@@ -8,6 +8,7 @@ import torch
 from small_checkpoints import network_session, random_checkpoint
 
 from backend.canvas_loop import CanvasLoop
+from backend.engine import Engine
 from backend.kv_cache import PagedKVCache
 from backend.pass_memory import denoise_bytes, encode_bytes
 from backend.planner import EngineLimits, check_free, check_weights_fit, plan_memory
@@ -31,6 +32,14 @@ def test_sizes_by_hand(session):
     assert made.num_pages == {"full_attention": 13, "sliding_attention": 13}
     assert made.kv_bytes == 13 * (4096 + 2048)
     assert (made.num_sequences(20), made.num_sequences(50), made.num_sequences(105)) == (3, 1, 0)
+
+
+def test_what_cannot_hold_is_told_before_weights_are_read(engine_dir, monkeypatch):
+    monkeypatch.setattr(Session, "load", None)
+    with pytest.raises(ManifestError, match=r"max_sequences: got 65, expected 1 to 64"):
+        Engine.load(engine_dir, EngineLimits(max_sequences=65))
+    with pytest.raises(ManifestError, match=r"memory_bytes: got 0\.00 GB, expected at least"):
+        Engine.load(engine_dir, EngineLimits(memory_bytes=1000))
 
 
 def test_the_plan_is_what_is_allocated(session):

@@ -111,6 +111,8 @@ def test_drafts_come_between_and_add_nothing(server):
     texts = [event["text_output"] for event in rest]
     assert all(set(draft) == {"model_name", "model_version", *DRAFT} for draft in drafts)
     assert drafts[-1]["draft_text"] == texts[drafts[-1]["canvas_index"]]
+    without = events(server, {**body, "return_drafts": True, "return_finish_reason": False})
+    assert any("draft_text" in event for event in without) and not any("finish_reason" in event for event in without)
 
 
 DRAFT = {"text_output", "finish_reason", "draft_text", "canvas_index", "num_steps"}

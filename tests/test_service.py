@@ -288,6 +288,7 @@ def test_a_request_that_is_made_ready_has_its_place_from_its_arrival(engine_dir)
         with pytest.raises(RequestError, match="got 1 waiting requests, at most 1") as caught:
             ask()
         assert caught.value.code == "UNAVAILABLE"
+    assert watched.service.overdue("a") is watched.service.overdue("unknown") is None
     for owner in ("b", "b", "unknown"):
         watched.service.withdraw(owner)
     outputs = [queue.Queue(), queue.Queue()]
@@ -298,6 +299,16 @@ def test_a_request_that_is_made_ready_has_its_place_from_its_arrival(engine_dir)
     for name in ("queue_seconds", "first_canvas_seconds"):
         wait_until(lambda name=name: watched.histogram(name))
         assert watched.histogram(name).sum >= 100
+    watched.service.close()
+
+
+def test_a_request_that_is_made_ready_for_too_long_is_overdue(engine_dir):
+    watched = Watched(engine_dir, queue_timeout_s=50)
+    watched.service.announce("a", time.monotonic() - 100)
+    error = watched.service.overdue("a")
+    assert (error.code, str(error)) == ("DEADLINE_EXCEEDED", "queue: waited 100 s, at most 50 s; try again later")
+    watched.service.withdraw("a")
+    assert watched.service.overdue("a") is None
     watched.service.close()
 
 

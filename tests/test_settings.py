@@ -11,7 +11,7 @@ from backend.__main__ import app
 from backend.engine import EngineLimits
 from backend.images.limits import ImageLimits
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY
-from backend.triton_server.model_config import Instances, ModelConfigError, changed_config, config_pbtxt
+from backend.triton_server.model_config import Instances, ModelConfigError, changed_config, config_pbtxt, seconds_to_load
 from backend.triton_server.request import READERS
 from backend.triton_server.settings import Settings
 from backend.triton_server.signature import INPUTS, OUTPUTS
@@ -100,6 +100,8 @@ def test_parameters_of_the_python_backend_are_not_ours():
             {"max_image_pixels": "89478486"},
             "parameter max_image_pixels: got '89478486', expected a whole number of at least 1 of at most 89478485",
         ),
+        ({"image_soft_tokens": "100"}, "parameter image_soft_tokens: got '100', expected 0 or one of 70, 140, 280, 560, 1120"),
+        ({"image_soft_tokens": "a"}, "parameter image_soft_tokens: got 'a', expected a whole number"),
         ({"engine_dir": ""}, "parameter engine_dir: got '', expected a path"),
         ({"nonsense": "1"}, "got the unknown parameter nonsense, expected some of engine_dir, max_sequences"),
     ],
@@ -117,6 +119,23 @@ def test_settings_are_read_back_as_they_were_written():
     settings = Settings(load_timeout_s=1234567.0, progress_timeout_s=1.1, queue_timeout_s=30.0)
     assert settings.parameters()["queue_timeout_s"] == "30"
     assert Settings.from_parameters(settings.parameters()) == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "instances", "seconds"),
+    [
+        (Settings(), Instances(), 1800),
+        (Settings(load_timeout_s=7200), Instances(count=2), 14400),
+        (Settings(load_timeout_s=60), Instances(count=2, gpus=(0, 1, 3)), 360),
+    ],
+)
+def test_a_server_waits_for_as_long_as_its_model_may_take_to_load(settings, instances, seconds):
+    assert seconds_to_load(config_pbtxt(settings, instances)) == seconds
+
+
+def test_a_wrong_time_is_told_by_the_model():
+    text = config_pbtxt(Settings(), Instances()).replace('"1800"', '"never"')
+    assert seconds_to_load(text) == 1800
 
 
 def test_a_config_that_cannot_be_written(tmp_path):

@@ -1,5 +1,6 @@
 """The engine worker's loop around a scheduler that fails, and workers that do not start."""
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -60,8 +61,8 @@ def run(steps: list, prompt_ids: list[int]) -> Reports:
     asked = {"handle": 7, "prompt_ids": prompt_ids, "images": (), "sampling": None, "stop_scope": None}
     messages = [Submit(**asked, draft_interval_s=None, queued_at_s=0.0)]
 
-    def take(timeout_s: float) -> list[Submit]:
-        return [messages.pop()] if messages else []
+    def take(timeout_s: float) -> Submit | None:
+        return messages.pop() if messages else None
 
     reports = Reports()
     with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
@@ -82,6 +83,33 @@ def test_outputs_are_reported_with_the_requests_handle():
     reports = run([canvas(), canvas("stop")], [1])
     assert outputs(reports) == [(7, canvas()), (7, canvas("stop"))]
     assert [report.started for report in reports if report.started] == [(7,)]
+
+
+def test_requests_that_take_long_to_be_taken_leave_others_their_steps(monkeypatch):
+    """A turn takes no more of them once the first has taken its time, and reports."""
+    asked = {
+        "prompt_ids": [1],
+        "images": (),
+        "sampling": None,
+        "stop_scope": None,
+        "draft_interval_s": None,
+        "queued_at_s": 0.0,
+    }
+    messages, ticks = [Submit(handle=handle, **asked) for handle in range(3)], []
+    scheduler = FakeScheduler([])
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr("backend.worker.time.monotonic", lambda: next(clock))
+
+    def tick() -> None:
+        ticks.append(len(messages))
+        if not messages:
+            raise KeyboardInterrupt
+
+    scheduler.tick = tick
+    inbox = SimpleNamespace(take=lambda timeout_s: messages.pop(0) if messages else None)
+    with pytest.raises(KeyboardInterrupt):
+        Loop(SimpleNamespace(scheduler=scheduler), inbox, Reports()).run()
+    assert ticks == [2, 1, 0]
 
 
 def test_a_prompt_that_cannot_be_served_fails_alone():

@@ -26,7 +26,7 @@ _DAMAGED = (
 )  # fmt: skip
 # The peak from 3. to 5. and of scaling after it, measured with Pillow 12.3: the pixels twice, 4 bytes each; of a JPEG in
 # several scans once, with 2 bytes a color; of a WebP four times, for its decoder keeps two frames and gives a third.
-_BYTES_PER_PIXEL = {"PNG": 8, "JPEG": 10, "WEBP": 16, "GIF": 8}
+_BYTES_PER_PIXEL = {"PNG": 8, "JPEG": 10, "MPO": 10, "WEBP": 16, "GIF": 8}  # MPO: a JPEG with further pictures in it
 _BYTES_PER_CMYK_PIXEL = 12
 _BYTES_PER_LINE = 40  # and column: weights of bicubic scaling, rows of PNG; more than the pixels of a long and narrow image
 _TILE = 512

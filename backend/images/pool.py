@@ -38,6 +38,7 @@ class ImagePool:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="images")
         self._lock = threading.Lock()
         self._held: dict[Hashable, int] = {}
+        self._sources: dict[Hashable, Sequence[ImageSource]] = {}  # not with the threads' work, which outlives a release
         self._turn = threading.Lock()
         self._decoded = threading.Condition()
         self._decoding_bytes = 0
@@ -69,23 +70,24 @@ class ImagePool:
                     f"images: got {num_bytes} bytes beside {held} of other requests, at most {self._half_bytes} in all; "
                     "try again later",
                 )
-            self._held[owner] = num_bytes
-        self._threads.submit(self._load, owner, sources, on_loaded)
+            self._held[owner], self._sources[owner] = num_bytes, sources
+        self._threads.submit(self._load, owner, on_loaded)
 
     def release(self, owner: Hashable) -> None:
         """The request has ended; nothing happens if it had no images."""
         with self._lock:
             self._held.pop(owner, None)
+            self._sources.pop(owner, None)
 
     def close(self) -> None:
         """What is not begun is dropped without a word."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, owner: Hashable, sources: Sequence[ImageSource], on_loaded: Callable) -> None:
-        if not self._is_wanted(owner):
-            return
+    def _load(self, owner: Hashable, on_loaded: Callable) -> None:
         try:
-            loaded: tuple[ImagePatches, ...] | RequestError = self._loader.load(sources, self._room)
+            loaded: tuple[ImagePatches, ...] | RequestError = self._loader.load(_Wanted(self, owner), self._room)
+        except _Released:
+            return
         except RequestError as error:
             loaded = error
         except Exception:  # a thread of the pool has nobody to tell but the request
@@ -96,6 +98,7 @@ class ImagePool:
                 return
             if isinstance(loaded, tuple):
                 self._held[owner] = sum(image.patches.nbytes + image.positions.nbytes for image in loaded)
+            del self._sources[owner]
         on_loaded(loaded)
 
     @contextmanager
@@ -114,6 +117,26 @@ class ImagePool:
                 self._decoding_bytes -= num_bytes
                 self._decoded.notify()
 
-    def _is_wanted(self, owner: Hashable) -> bool:
+    def sources(self, owner: Hashable) -> Sequence[ImageSource]:
+        """Those of a request that has not ended. Raises _Released for one that has."""
         with self._lock:
-            return owner in self._held
+            if owner not in self._sources:
+                raise _Released
+            return self._sources[owner]
+
+
+class _Released(Exception):
+    """Nobody waits for the images any longer."""
+
+
+class _Wanted(Sequence):
+    """The sources of a request while they are read, image by image: none that is released is read on."""
+
+    def __init__(self, pool: ImagePool, owner: Hashable):
+        self._pool, self._owner = pool, owner
+
+    def __len__(self) -> int:
+        return len(self._pool.sources(self._owner))
+
+    def __getitem__(self, index):
+        return self._pool.sources(self._owner)[index]

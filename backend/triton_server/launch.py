@@ -22,7 +22,7 @@ from pathlib import Path
 
 from backend.addresses import AddressError, free_ports, ipv4_address
 from backend.triton_server.errors import ServerError
-from backend.triton_server.model_config import Instances
+from backend.triton_server.model_config import Instances, seconds_to_load
 from backend.triton_server.server_log import LogNews, failure_reason
 from backend.triton_server.staging import (
     MODEL_NAME,
@@ -34,6 +34,7 @@ from backend.triton_server.staging import (
 )
 
 _POLL_INTERVAL_S = 0.1
+_START_S = 60.0  # of the server itself
 _KILL_TIMEOUT_S = 2.0  # after exit_timeout_s; a server with an open gRPC stream gives up then, but does not exit
 
 
@@ -41,9 +42,9 @@ class TritonServer:
     """A running server with one model, stopped when the `with` block ends. Entering waits until the model is ready.
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
-    parameters, `instances` its instance group. A model may take `start_timeout_s` to load; a request may go on for
-    `exit_timeout_s` after the stop began. `report` is called with what is told, a line at a time: where the log is, how far
-    loading is, and, when `check_alive` is called, that a worker died or the model unloads itself.
+    parameters, `instances` its instance group. A model may take its load_timeout_s to load, one instance after the other; a
+    request may go on for `exit_timeout_s` after the stop began. `report` is called with what is told, a line at a time: where
+    the log is, how far loading is, and, when `check_alive` is called, that a worker died or the model unloads itself.
     """
 
     def __init__(
@@ -57,7 +58,6 @@ class TritonServer:
         metrics_port: int = 8002,
         parameters: Mapping[str, str] | None = None,
         instances: Instances | None = None,
-        start_timeout_s: float = 1800.0,
         exit_timeout_s: int = 10,
         report: Callable[[str], None] = lambda line: None,
     ):
@@ -68,7 +68,6 @@ class TritonServer:
             self._parameters["engine_dir"] = str(Path(engine_dir).resolve())
         self._host = host
         self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
-        self._start_timeout_s = start_timeout_s
         self._exit_timeout_s = exit_timeout_s
         self._report = report
         self._process: subprocess.Popen | None = None
@@ -109,11 +108,11 @@ class TritonServer:
             self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
             self._news = LogNews(self.log_path)
             stage_backend(self._staging / "backends" / "python")
-            stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
+            config = stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
             self._choose_addresses()
             self._start()
             self._report(f"starting  log {self.log_path}")
-            self._wait_until_ready()
+            self._wait_until_ready(seconds_to_load(config) + _START_S)
         except BaseException as error:
             self.stop(keep_logs=isinstance(error, Exception))
             raise
@@ -183,15 +182,15 @@ class TritonServer:
         for line in self._news.next():
             self._report(line)
 
-    def _wait_until_ready(self) -> None:
-        deadline_s = time.monotonic() + self._start_timeout_s
+    def _wait_until_ready(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
         ready = False
         while not ready:
             self.check_alive()
             ready = self._is_ready()
             if not ready and time.monotonic() > deadline_s:
                 line = self.log_path.read_text().strip().rpartition("\n")[2]
-                late = f"model {MODEL_NAME}: not ready after {self._start_timeout_s:g} s"
+                late = f"model {MODEL_NAME}: not ready after {timeout_s:g} s"
                 raise ServerError(f"{late}; its log {self.log_path} ends with: {line}")
             time.sleep(0 if ready else _POLL_INTERVAL_S)
         self.check_alive()

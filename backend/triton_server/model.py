@@ -219,6 +219,8 @@ class DiffusionGemmaModel:
         try:
             if isinstance(event, _Ready):
                 event = self._submitted(answer, event)
+            elif event is None and answer.handle is None and answer.is_cancellable:  # its images or its text are being read
+                event = self._service.overdue(answer)
             abandoned = answer.abandoned()
             if abandoned and answer.is_cancellable:
                 if answer.handle is not None:

@@ -80,6 +80,17 @@ def changed_config(path: Path, parameters: Mapping[str, str], instances: Instanc
     return text_format.MessageToString(config)
 
 
+def seconds_to_load(text: str) -> float:
+    """That the model of a config.pbtxt may take, one instance after the other; of one that is wrong, what it may by default."""
+    config = text_format.Parse(text, ModelConfig())
+    each = config.parameters["load_timeout_s"].string_value
+    try:
+        limits = Settings.from_parameters({"load_timeout_s": each} if each else {})
+    except ValueError:
+        limits = Settings()
+    return limits.load_timeout_s * max(1, sum(max(1, group.count) * max(1, len(group.gpus)) for group in config.instance_group))
+
+
 def _tensors(specs: Iterable[TensorSpec], suffix: str) -> list[str]:
     lines = [f'  {{ name: "{spec.name}" data_type: TYPE_{spec.datatype} dims: [ {spec.dims[0]} ]{suffix} }}' for spec in specs]
     return [f"{line}," for line in lines[:-1]] + lines[-1:]

@@ -6,8 +6,7 @@
 |                    |              | tool call                                                                       |
 | reasoning_output   | STRING [1]   | new text of a chat's thought                                                    |
 | tool_calls         | STRING [1]   | JSON list: a chat's tool calls that became complete, as in OpenAI's messages    |
-| finish_reason      | STRING [1]   | empty until the last response with data; then stop, length, tool_calls or       |
-|                    |              | cancelled                                                                       |
+| finish_reason      | STRING [1]   | empty until the last response with data; then stop, length or tool_calls        |
 | num_input_tokens   | UINT32 [1]   | tokens of the prompt                                                            |
 | num_output_tokens  | UINT32 [1]   | new tokens in this response                                                     |
 | num_reasoning_tokens | UINT32 [1] | of these, the tokens of a chat's thought                                        |
@@ -151,6 +150,10 @@ class Answer:
         }
         if self.request.sampling.logprobs:
             values |= self._logprobs(outputs)
+        return self._wanted(values)
+
+    def _wanted(self, values: dict[str, str | np.ndarray]) -> list:
+        """The tensors that the client has not declined."""
         return [
             _string(name, value) if isinstance(value, str) else pb_utils.Tensor(name, value)
             for name, value in values.items()
@@ -162,13 +165,15 @@ class Answer:
         if self._parser:
             delta = self._parser.preview(draft.text)
             text = delta.reasoning + delta.text
-        return [
-            _string("text_output", ""),
-            _string("finish_reason", ""),
-            _string("draft_text", text),
-            pb_utils.Tensor("canvas_index", np.array([draft.canvas_index], np.int32)),
-            pb_utils.Tensor("num_steps", np.array([draft.step], np.int32)),
-        ]
+        return self._wanted(
+            {
+                "text_output": "",
+                "finish_reason": "",
+                "draft_text": text,
+                "canvas_index": np.array([draft.canvas_index], np.int32),
+                "num_steps": np.array([draft.step], np.int32),
+            }
+        )
 
     def _num_thought_tokens(self, token_ids: list[int]) -> int:
         return self._thought_tokens.count(token_ids) if self._thought_tokens else 0

@@ -7,14 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from backend.images.limits import MAX_IMAGES, ImageLimits
 from backend.parameters import INT32_MAX
 from backend.service_limits import ServiceLimits
 from backend.worker_process import WorkerConfig
+from contract.model_config import SOFT_TOKEN_BUDGETS
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _one_of_the_budgets(value: int) -> int:
+    if value not in (0, *SOFT_TOKEN_BUDGETS):
+        raise ValueError("none of the budgets")
+    return value
+
+
+SoftTokens = Annotated[int, AfterValidator(_one_of_the_budgets)]
 Limit = Annotated[float, Field(ge=1, allow_inf_nan=False)]  # seconds; what is healthy is silent for part of one
 
 
@@ -45,8 +55,8 @@ class Settings(BaseModel):
     max_queued: int = Field(256, ge=0, description="requests that may wait for a place among these sequences")
     queue_timeout_s: Limit = Field(60.0, description="seconds that a request may wait for its place")
     draft_interval_s: Seconds = Field(0.05, description="seconds between drafts, for requests that ask for them")
-    image_soft_tokens: int = Field(
-        0, ge=0, description="tokens of an image: 70, 140, 280, 560, 1120; 0: what the checkpoint says"
+    image_soft_tokens: SoftTokens = Field(
+        0, description="tokens of an image: 70, 140, 280, 560, 1120; 0: what the checkpoint says"
     )
     max_images: int = Field(MAX_IMAGES, ge=0, le=MAX_IMAGES, description="images of a request")
     max_image_bytes: int = Field(20 * 1024**2, ge=1, description="bytes of an image as it is sent")
@@ -127,6 +137,8 @@ def _line(error: Mapping[str, Any]) -> str:
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         return f"got the unknown parameter {name}, expected some of {', '.join(Settings.model_fields)}; remove it"
+    if error["type"] == "value_error":
+        return f"parameter {name}: got {error['input']!r}, expected 0 or one of {', '.join(map(str, SOFT_TOKEN_BUDGETS))}"
     return f"parameter {name}: got {error['input']!r}, expected {_EXPECTED[Settings.model_fields[name].annotation]}" + "".join(
         f" of at {word} {getattr(limit, bound)}"
         for bound, word in (("ge", "least"), ("le", "most"))

@@ -39,9 +39,9 @@ def stage_backend(directory: Path) -> None:
         )
 
 
-def stage_model(source: Path, target: Path, parameters: Mapping[str, str], instances: Instances | None = None) -> None:
-    """Makes `target` the model in `source` with other `parameters` and `instances`. A relative engine_dir still starts at
-    `source`.
+def stage_model(source: Path, target: Path, parameters: Mapping[str, str], instances: Instances | None = None) -> str:
+    """Makes `target` the model in `source` with other `parameters` and `instances`, and returns its config.pbtxt. A relative
+    engine_dir still starts at `source`.
 
     Raises ServerError if `source` is no model or has no such parameter.
     """
@@ -58,6 +58,7 @@ def stage_model(source: Path, target: Path, parameters: Mapping[str, str], insta
     for version in source.iterdir():
         if version.is_dir() and version.name.isdecimal():
             (target / version.name).symlink_to(version)
+    return text
 
 
 def bundled(path: str) -> Path:
