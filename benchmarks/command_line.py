@@ -16,6 +16,14 @@ def count(text: str) -> int:
     return value
 
 
+def positive(text: str) -> float:
+    """An option of argparse: a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+    return value
+
+
 def directory(text: str, *, holding: str = "") -> Path:
     """An option of argparse: a directory that is there, with the file `holding` in it."""
     path = Path(text)
@@ -27,7 +35,14 @@ def directory(text: str, *, holding: str = "") -> Path:
 
 
 checkpoint = partial(directory, holding="config.json")
-engine = partial(directory, holding="manifest.json")
+
+
+def engine(text: str) -> Path:
+    """An option of argparse: an engine with its programs."""
+    path = directory(text, holding="manifest.json")
+    if not any(path.glob("denoise.*")):
+        raise argparse.ArgumentTypeError(f"got {text}, which has no programs, expected an engine; build it with --force")
+    return path
 
 
 def need_cuda() -> None:

@@ -41,6 +41,8 @@ SMALL = {
     "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention", "full_attention"],
 }
 CANVAS_LENGTH = 256
+FILES = frozenset(("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"))
+"""What is written."""
 # What is small for tests is chaotic here: with 128 experts, 256 rows and 8 layers some row is always so near to another
 # expert that a rounding decides, and what it decides spreads to all rows. So that two correct implementations give the same
 # tokens, the random weights are scaled once more: experts that matter less (by their norm) and are chosen more clearly, and a
@@ -55,8 +57,13 @@ TAMED = {
 
 
 def make_small_checkpoint(directory: Path, *, seed: int = 0, canvas_length: int = CANVAS_LENGTH, **text) -> Path:
-    """Writes the checkpoint into `directory`, whole or not at all; `text` replaces sizes of its text model."""
-    sizes = SMALL | text
+    """Writes the checkpoint into `directory`, whole or not at all; `text` replaces sizes of its text model.
+
+    Raises ValueError for a directory with other files than such a checkpoint's.
+    """
+    sizes, directory = SMALL | text, directory.resolve()
+    if directory.exists() and (not directory.is_dir() or {each.name for each in directory.iterdir()} - FILES):
+        raise ValueError(f"{directory}: there is something else, expected a new name or such a checkpoint; choose another")
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -95,7 +102,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started_s = time.perf_counter()
-    make_small_checkpoint(options.directory, seed=options.seed)
+    try:
+        make_small_checkpoint(options.directory, seed=options.seed)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     size_bytes = (options.directory / "model.safetensors").stat().st_size
     print(f"{options.directory}: {size_bytes / 1e9:.2f} GB, {time.perf_counter() - started_s:.0f} s")
 

@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=command_line.directory, help="where the files are written, for the run; default: a temporary one"
     )
-    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--gigabytes", type=command_line.positive, default=1.0)
     parser.add_argument("--files", type=command_line.count, default=2)
     parser.add_argument("--rounds", type=command_line.count, default=7)
     parser.add_argument("--readers", type=command_line.count, default=default_num_readers())

@@ -6,6 +6,7 @@ anything long. 5. Compile the CPU operators, which needs a new compiler, then tr
 manifest, with a record of every file. 7. Put the finished directory in place.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,8 @@ def build_engine(
     if not existing and chosen == "inductor":
         cpp_compiler()
         check_directories()
+    if not existing and timing_cache and not os.access(timing_cache.parent, os.W_OK):
+        raise BuildError(f"timing_cache: got {timing_cache}, expected a file in a directory that can be written; name another")
     onnx = {path.name for path in place.glob("*.onnx")} | {name for name in damaged if name.endswith(".onnx")}
     if not keep_onnx and (lost := sorted(onnx - kept.keys())):
         report(f"{', '.join(lost)} will not be in {engine}; --keep-onnx writes them again")
@@ -151,6 +154,8 @@ def build_engine(
         manifest = manifest.model_copy(update=made)
         with writing(place):
             manifest.write(directory)
+        if not force:  # another build may have written it meanwhile
+            check_same_checkpoint(place, manifest)
     report(f"engine {engine} written")
     return manifest
 

@@ -43,7 +43,7 @@ def compile_programs(
     # What is being written when the build is stopped may be there a little longer.
     with tempfile.TemporaryDirectory(prefix="compile-", ignore_cleanup_errors=True) as caches:
         tasks = [(name, minimum) for name, least in wanted.items() for minimum in least]
-        at_once = min(len(tasks), os.cpu_count() or 1) if build.device == "cuda" else 1
+        at_once = min(len(tasks), len(os.sched_getaffinity(0))) if build.device == "cuda" else 1
         if at_once == 1:
             with own_cache(caches):
                 done = {task: _compile(model, build, *task, directory) for task in tasks}

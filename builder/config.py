@@ -39,6 +39,10 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     """
     path = checkpoint / "config.json"
     try:
+        str(checkpoint.resolve()).encode()
+    except UnicodeEncodeError:  # the reader of safetensors takes no other path, nor does a manifest
+        raise BuildError(f"{str(checkpoint)!r}: got a path that is not UTF-8, expected one that is; rename it") from None
+    try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise BuildError(f"{path}: no such file; expected the directory of a Hugging Face checkpoint") from None

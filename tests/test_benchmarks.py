@@ -1,5 +1,6 @@
 """The benchmarks' commands at sizes for every day, what they refuse to time, and what they count."""
 
+import argparse
 import asyncio
 import contextlib
 import importlib
@@ -17,6 +18,7 @@ from small_checkpoints import TINY
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import command_line  # noqa: E402
 from measuring import Goal, Report, Timing, in_turns  # noqa: E402
 from plot import plot  # noqa: E402
 from records import log_entry, prepend  # noqa: E402
@@ -84,6 +86,8 @@ REFUSALS = {
     "expert_quality --checkpoint {empty}": "argument --checkpoint: got {empty}, expected a directory with a config.json",
     "weight_loading --directory /nowhere": "argument --directory: got /nowhere, expected a directory that is there",
     "weight_loading --device cuda": "PyTorch finds no CUDA device here, expected one; run this on a machine with a GPU",
+    "weight_loading --gigabytes 0": "argument --gigabytes: got 0, expected a number above 0",
+    "weight_loading --gigabytes nan": "argument --gigabytes: got nan, expected a number above 0",
     "step": "PyTorch finds no CUDA device here, expected one; run this on a machine with a GPU",
 }
 
@@ -209,6 +213,26 @@ def test_the_small_checkpoint_is_made_from_its_seed(tmp_path):
     assert sorted(tokenizer["model"]["vocab"].values()) == list(range(500))
     assert read_model_config(first).vocab_size == 500
     assert Checkpoint(first).dtype("model.decoder.embed_tokens.weight") == "float32"
+
+
+@pytest.mark.parametrize("content", ["thesis.txt", "src/main.py"])
+def test_the_small_checkpoint_takes_no_other_directorys_place(content, tmp_path, monkeypatch):
+    file = tmp_path / "mine" / content
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    monkeypatch.chdir(tmp_path / "mine")
+    for directory in (Path("."), tmp_path / "mine", file):
+        with pytest.raises(ValueError, match=r"there is something else, expected a new name or such a checkpoint"):
+            make_small_checkpoint(directory, canvas_length=8, **LITTLE)
+    assert file.read_text() == "years of work"
+    for _ in range(2):
+        make_small_checkpoint(tmp_path / "new", canvas_length=8, **LITTLE)
+
+
+def test_engines_without_programs_are_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(argparse.ArgumentTypeError, match="which has no programs, expected an engine"):
+        command_line.engine(str(tmp_path))
 
 
 def test_a_steps_cost_equals_a_count_by_hand(tmp_path):

@@ -20,6 +20,7 @@ from small_checkpoints import LEAST_VISION, TINY, random_checkpoint
 from sparse_checkpoint import sparse_checkpoint
 from typer.testing import CliRunner
 
+from builder import build as building
 from builder.__main__ import app, main
 from builder.build import build_engine, write_manifest
 from builder.config import read_model_config
@@ -133,6 +134,10 @@ def test_real_tensor_names_and_shapes():
         (
             lambda c: c["text_config"].update(rms_norm_eps=None),
             "text_config.rms_norm_eps: got None, expected a positive number",
+        ),
+        (
+            lambda c: c["text_config"].update(rms_norm_eps=10**400),
+            "text_config.rms_norm_eps: got 1000000",
         ),
         (lambda c: c["text_config"].update(final_logit_softcapping="x"), "softcapping: got 'x', expected a positive number or"),
         (lambda c: c["text_config"].update(layer_types=5), "text_config.layer_types: got 5, expected a list or null"),
@@ -411,6 +416,30 @@ def test_an_engine_of_another_checkpoint_is_replaced_only_by_force(quick, checkp
     assert moved.checkpoint.path == read_manifest(engine).checkpoint.path == "../moved"
     assert (engine / "encode.pt2").read_bytes() == programs
     assert not any("compiling" in line for line in lines)
+
+
+def test_an_engine_that_another_build_has_written_meanwhile_is_protected(quick, checkpoint, tmp_path, monkeypatch):
+    engine, other = tmp_path / "e", random_checkpoint(tmp_path / "other", seed=1)
+    compile_operators, builds = building.compile_operators, []
+
+    def beside(directory):
+        if not builds:
+            builds.append(None)
+            builds[0] = build_engine(other, engine)
+        return compile_operators(directory)
+
+    monkeypatch.setattr(building, "compile_operators", beside)
+    with pytest.raises(BuildError, match=rf"{engine}: was built from {other}, asked for {checkpoint}; choose another"):
+        build_engine(checkpoint, engine)
+    assert read_manifest(engine) == builds[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "e", "other"]
+
+
+def test_a_path_that_is_not_utf8_is_refused(checkpoint, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff"))
+    shutil.copytree(checkpoint, odd)
+    with pytest.raises(BuildError, match=r"/bad\\udcff': got a path that is not UTF-8, expected one that is; rename it$"):
+        build_engine(odd, tmp_path / "e")
 
 
 def _of_an_older_format(manifest: dict) -> None:

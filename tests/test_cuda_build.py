@@ -158,7 +158,7 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
 
 def test_variants_are_compiled_and_recorded(monkeypatch, tmp_path):
     model = read_model_config(TINY).model_copy(update={"canvas_length": 256})
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # in this process, where the compiler is replaced
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})  # in this process, where the compiler is replaced
     monkeypatch.setattr("builder.compiling.compiler", lambda *_: lambda program, _: Compiled(file=f"{program.name}.pt2"))
     programs = compile_programs(model, build_config(max_encode_tokens=8192), tmp_path, lambda line: None)
     assert programs["encode"].file == "encode.pt2"

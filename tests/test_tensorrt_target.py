@@ -272,6 +272,13 @@ def test_progress_is_shown_and_goes(plans, head, fake, tmp_path):
 # -- The command's way to it
 
 
+def test_a_timing_cache_that_cannot_be_written_is_refused_before_anything_long(hopper, plans, tmp_path, monkeypatch):
+    monkeypatch.setattr("builder.build.compile_plans", None)
+    cache = tmp_path / "missing" / "cache"
+    with pytest.raises(BuildError, match=rf"timing_cache: got {cache}, expected a file in a directory that can be written"):
+        build_engine(plans.checkpoint, tmp_path / "engine", dtype="float32", timing_cache=cache)
+
+
 @pytest.fixture
 def hopper(fake, monkeypatch):
     """A machine with TensorRT and an H200, as far as the builder asks."""
