@@ -32,7 +32,7 @@ from builder.weights import VISION_PREFIXES, Shapes, layer_prefix, text_weights
 from contract.checkpoint import Checkpoint
 from contract.model_config import ExpertsDtype, ModelConfig
 from plugins.moe.fp8 import from_fp8, to_fp8
-from plugins.moe.nvfp4 import numbers_of
+from plugins.moe.nvfp4 import all_finite
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 _INDEX = "model.safetensors.index.json"
@@ -144,7 +144,8 @@ def quantize_layer(model: ModelConfig, stored: Stored, layer: int, content: dict
             if scale is None:
                 difference = rounded - weight.float()
                 error, norm = error + difference.square().sum().item(), norm + weight.float().square().sum().item()
-            _check_finite(rounded, weights, expert)
+            if not rounded.isfinite().all():
+                raise _not_finite(weights, expert)
         errors[projection] = (error / norm) ** 0.5 if norm else 0.0
         content[weights], content[f"{weights}{SCALE_SUFFIX}"] = numbers, scales
     return errors
@@ -152,20 +153,15 @@ def quantize_layer(model: ModelConfig, stored: Stored, layer: int, content: dict
 
 def _nvfp4_expert(stored: StoredNvfp4, weights: str, expert: int) -> Tensor:
     rows = stored.expert(weights, expert)
-    numbers, factors = numbers_of(rows)
-    _check_finite(numbers * factors.unsqueeze(-1), weights, expert)
+    if not all_finite(rows):
+        raise _not_finite(weights, expert)
     return rows
 
 
-def _check_finite(numbers: Tensor, weights: str, expert: int) -> None:
-    """
-    Raises:
-        BuildError: some are not.
-    """
-    if not numbers.isfinite().all():
-        raise BuildError(
-            f"{weights}: expert {expert} has numbers that are not finite, expected none; download the checkpoint again"
-        )
+def _not_finite(weights: str, expert: int) -> BuildError:
+    return BuildError(
+        f"{weights}: expert {expert} has numbers that are not finite, expected none; download the checkpoint again"
+    )
 
 
 def _record(model: ModelConfig, tensors: Checkpoint) -> bytes:

@@ -1,11 +1,14 @@
 """Weights rounded to NVFP4 as Model Optimizer does: parts as published checkpoints have them, rows, and whole checkpoints."""
 
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from sparse_checkpoint import Headers
 
 from builder.weights import is_of_experts
 from contract.checkpoint import Checkpoint
@@ -64,6 +67,34 @@ def stored_as(name: str, weight: torch.Tensor, packed: bool) -> dict[str, torch.
         factors = {f"{name}_global_scale": 1 / factor.view(1), f"{name[:-7]}.input_global_scale": torch.ones(1)}
         return {f"{name}_packed": numbers, f"{name}_scale": scales} | factors
     return {name: numbers, f"{name}_scale": scales, f"{name}_scale_2": factor, f"{name[:-7]}.input_scale": torch.tensor(0.5)}
+
+
+def nvfp4_headers(original: Headers, *, packed: bool = False) -> Headers:
+    """As `nvfp4_checkpoint`; packed ones have their attention and dense layers in NVFP4, too."""
+    headers: dict[str, tuple[str, list[int]]] = {}
+    for name, (dtype, shape) in original.items():
+        if is_of_experts(name):
+            prefix, _, projection = name.rpartition(".")
+            names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
+            for expert, part in itertools.product(range(shape[0]), names):
+                weight = f"{prefix}.{expert}.{part}.weight"
+                headers |= _headers_of(weight, shape[1] // len(names), shape[2], packed)
+        elif packed and re.search(r"decoder\.layers\.\d+\.(mlp|self_attn)\.\w+_proj\.weight$", name):
+            headers |= _headers_of(name, *shape, packed)
+        else:
+            headers[name] = dtype, shape
+    return headers
+
+
+def _headers_of(name: str, rows: int, columns: int, packed: bool) -> Headers:
+    of_activations = f"{name.removesuffix('.weight')}.input{'_global' if packed else ''}_scale"
+    factors = {f"{name}_global_scale": ("F32", [1])} if packed else {f"{name}_scale_2": ("F32", [])}
+    return {
+        f"{name}_packed" if packed else name: ("U8", [rows, columns // 2]),
+        f"{name}_scale": ("F8_E4M3", [rows, columns // GROUP]),
+        **factors,
+        of_activations: ("F32", [1] if packed else []),
+    }
 
 
 def with_numbers(original: Path, rewritten: Path, directory: Path) -> Path:

@@ -4,29 +4,43 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 SHAPE_26B = Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B"
 SHARD_BYTES = 5_000_000_000
-_ITEM_BYTES = 2  # bfloat16, as the checkpoint's
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+
+Headers = Mapping[str, tuple[str, list[int]]]
+"""Tensor → safetensors' name of its dtype, and its shape."""
 
 
-def sparse_checkpoint(directory: Path) -> Path:
-    """Writes shards of at most 5 GB, as Hugging Face does, whose zeros take no blocks of the disk, and their index."""
+def headers_26b() -> Headers:
+    return {name: ("BF16", shape) for name, shape in json.loads((SHAPE_26B / "tensors.json").read_text()).items()}
+
+
+def sparse_checkpoint(directory: Path, headers: Headers | None = None, **config: object) -> Path:
+    """Writes shards of at most 5 GB, as Hugging Face does, whose zeros take no blocks of the disk, and their index. headers: of
+    other tensors than the original's; config: what config.json has, too."""
     shutil.copytree(SHAPE_26B, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.md", "tensors.json"))
-    shapes = json.loads((SHAPE_26B / "tensors.json").read_text())
+    path, headers = directory / "config.json", headers or headers_26b()
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
     shards: list[dict[str, int]] = [{}]
-    for name, shape in shapes.items():
-        num_bytes = math.prod(shape) * _ITEM_BYTES
-        if sum(shards[-1].values()) + num_bytes > SHARD_BYTES:
+    room = SHARD_BYTES
+    for name, (dtype, shape) in headers.items():
+        num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+        if num_bytes > room:
             shards.append({})
+            room = SHARD_BYTES
         shards[-1][name] = num_bytes
+        room -= num_bytes
     index = {}
     for number, sizes in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         header, end = {}, 0
         for name, num_bytes in sizes.items():
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + num_bytes]}
+            dtype, shape = headers[name]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + num_bytes]}
             end += num_bytes
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -34,6 +48,6 @@ def sparse_checkpoint(directory: Path) -> Path:
             opened.write(len(text).to_bytes(8, "little") + text)
             os.truncate(opened.fileno(), 8 + len(text) + end)
         index |= dict.fromkeys(sizes, file)
-    total = {"total_size": sum(math.prod(shape) for shape in shapes.values()) * _ITEM_BYTES}
+    total = {"total_size": sum(sum(sizes.values()) for sizes in shards)}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": total, "weight_map": index}))
     return directory

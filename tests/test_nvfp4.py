@@ -9,6 +9,7 @@ from plugins.moe.nvfp4 import (
     BYTES,
     GROUP,
     WORDS,
+    all_finite,
     from_nvfp4,
     is_nvfp4,
     num_columns,
@@ -79,6 +80,7 @@ def test_what_is_no_number_stays_none(bad):
         rows[0, 5, BLOCK // 2 + 1] = 0x7F
     else:
         rows[0, 5, -4:] = torch.tensor([float("nan")]).view(torch.uint8)
+    assert not all_finite(rows) and all_finite(rows[:, :5])
     stored = to_nvfp4(rows)[0, 0]
     if bad == "scale":
         scale = stored[4 * WORDS + 8 * 5 + 1].int()  # warp 0, lane_row 5, upper 0, far 0, next 1

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_weights import CONFIGS, nvfp4_checkpoint, rounded_rows, with_numbers
+from nvfp4_weights import CONFIGS, nvfp4_checkpoint, nvfp4_headers, rounded_rows, with_numbers
 from safetensors.torch import load_file, save_file
 from small_checkpoints import TINY, network_session, random_checkpoint
+from sparse_checkpoint import headers_26b, sparse_checkpoint
 from test_generation import RANDOM, WINDOW, prompt_of
 from test_stored_experts import llm_of
 from tiny_tasks import questions
@@ -20,8 +21,10 @@ from builder.__main__ import app
 from builder.build import build_engine, write_manifest
 from builder.config import read_model_config
 from builder.errors import BuildError
-from builder.quantize import quantize_checkpoint
-from builder.weights import experts_format, is_of_experts
+from builder.quantize import plan, quantize_checkpoint
+from builder.stored_nvfp4 import StoredNvfp4
+from builder.weights import all_weights, experts_format, is_of_experts, text_weights
+from contract.checkpoint import Checkpoint
 from contract.manifest import Arrangement, BuildConfig
 from plugins.moe.arranging import HALVES
 from plugins.moe.formats import in_format
@@ -199,6 +202,23 @@ def test_what_model_optimizer_does_otherwise_is_refused(change, message, origina
     said_to_be(source, CONFIGS[False] | change)
     with pytest.raises(BuildError, match=message):
         read_model_config(source)
+
+
+@pytest.mark.parametrize(("packed", "gigabytes"), [(False, 18.8), (True, 16.5)], ids=["modelopt", "compressed-tensors"])
+def test_the_real_checkpoints_headers_are_understood(packed, gigabytes, tmp_path):
+    """35,000 tensors in no space; NVIDIA's takes 18.8 GB. What is written has the experts of a layer in two tensors."""
+    headers = nvfp4_headers(headers_26b(), packed=packed)
+    checkpoint = sparse_checkpoint(tmp_path / "26b", headers, quantization_config=CONFIGS[packed])
+    assert sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    model, stored = read_model_config(checkpoint), StoredNvfp4(Checkpoint(checkpoint))
+    stored.check(text_weights(model.model_copy(update={"experts_dtype": None})))
+    files = plan(model, stored)
+    shapes = {name: shape for file in files.values() for name, shape in file.shapes.items()}
+    assert shapes[GATE_UP] == (128, 1408, 1588) and shapes[DOWN] == (128, 2816, 400)
+    assert shapes == all_weights(model)
+    assert stored.expert(GATE_UP, 127).shape == (1408, 1588)
+    with pytest.raises(BuildError, match=r"expected the experts of a layer in one tensor; rewrite the checkpoint with"):
+        build_engine(checkpoint, tmp_path / "engine", target="inductor", device="cpu")
 
 
 def test_memory_is_that_of_4_and_a_half_bits(rewritten, original, tmp_path):

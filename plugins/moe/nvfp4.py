@@ -87,6 +87,12 @@ def numbers_of(rows: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.flatten(-2), factors
 
 
+def all_finite(rows: Tensor) -> bool:
+    """Whether all that rows stand for is."""
+    _, scales, factors = _parts(rows)
+    return bool(scales.isfinite().all() and (factors * (_VALUES[-1] * torch.finfo(torch.float8_e4m3fn).max)).isfinite().all())
+
+
 def nvfp4_shape(shape: tuple[int, int, int], halves: int) -> tuple[int, int, int]:
     """[E, blocks, bytes] of a weight of [E, R, C] numbers; see `to_nvfp4`."""
     num_experts, rows, columns = shape
