@@ -58,6 +58,7 @@ class CompiledLoop(TableLoop):
             passes.append(passed)
             soft = torch.mm(weights, self._session.embedding, out=soft_embeds[chunk])
             soft.mul_((self._embed_scale / total).unsqueeze(1))
+            del weights  # before the next chunk's
         self._soft_embeds[rows] = soft_embeds.view(batch, length, -1)
         argmax, sampled, entropy = (torch.cat(parts).view(batch, length) for parts in zip(*passes, strict=True))
         return argmax, sampled, entropy

@@ -4,6 +4,9 @@ import torch
 
 from backend.job import TokenLogprob
 
+_IMPOSSIBLE = -1e5
+"""`FORBIDDEN`, divided by any temperature, is below it; what is above has a probability of 0 in every format."""
+
 
 class CanvasLogprobs:
     """One canvas's, overwritten at every step. C canvas length, K alternatives (at most V).
@@ -28,8 +31,11 @@ class CanvasLogprobs:
 
 
 def token_logprobs(logprob: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor) -> list[TokenLogprob]:
-    """Of each position of a canvas: [C], and the K alternatives' [C, K]."""
-    alternatives = [list(zip(*each, strict=True)) for each in zip(token_ids.tolist(), values.tolist(), strict=True)]
+    """Of each position of a canvas: [C], and the K alternatives' [C, K], of which those that a grammar forbids are left out."""
+    alternatives = [
+        [(token_id, value) for token_id, value in zip(*each, strict=True) if value > _IMPOSSIBLE]
+        for each in zip(token_ids.tolist(), values.tolist(), strict=True)
+    ]
     return [TokenLogprob(*each) for each in zip(logprob.tolist(), alternatives, strict=True)]
 
 

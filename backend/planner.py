@@ -19,6 +19,7 @@ as many pages again where memory allows, for windows of prefixes that no sequenc
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,8 @@ _FEWEST_SEQUENCES = 4  # that the default counts with
 _RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 1_000_000_000}
 """cpu: resident with PyTorch 2.13, 240 MB once the engine's modules are imported, 390 with compiled programs loaded. cuda: an
 estimate."""
+_TENSORRT_ELEMENTS = 2**31 - 1
+"""Of one tensor of a plan at most, see `builder.targets.tensorrt_profiles`."""
 _REPORTED_LENGTHS = (1024, 4096, 8192, 16_384, 65_536, 262_144)
 _GB = 1e9
 
@@ -191,7 +194,16 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
             )
     else:  # 3.
         plan = with_pages(min(longest, _DEFAULT_SEQUENCE_TOKENS), max(limits.max_sequences, _FEWEST_SEQUENCES))
-    return _with_kept_windows(plan, limits) if limits.prefix_cache else plan
+    plan = _with_kept_windows(plan, limits) if limits.prefix_cache else plan
+    return replace(plan, num_pages={kind: min(count, _most_pages(manifest, kind)) for kind, count in plan.num_pages.items()})
+
+
+def _most_pages(manifest: Manifest, kind: LayerType) -> int:
+    """That programs take of layers of a kind."""
+    attention, build = manifest.model.attention[kind], manifest.build
+    if build.target != "tensorrt":
+        return sys.maxsize
+    return _TENSORRT_ELEMENTS // (build.page_size * 2 * attention.num_kv_heads * attention.head_dim)
 
 
 def weights_bytes(manifest: Manifest) -> int:

@@ -17,6 +17,7 @@ from backend.infill import Part, checked_parts, infill_tokens
 from backend.parameters import LOGIT_BIAS, NUMBERS, TOKEN_ID, checked_flag, coerced_flag, shown
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # every text is searched for every one, while the others wait
+MAX_LOGIT_BIASES = 10_000  # they are set anew for every canvas, while other requests wait
 MAX_STOP_TOKEN_IDS = 1024
 _FLAGS = ("ignore_eos", "skip_special_tokens", "logprobs")
 _NEVER_NONE = ("temperature", "top_k", "top_p", "min_p", "top_logprobs")
@@ -227,6 +228,8 @@ def _checked_logit_bias(bias: object) -> tuple[tuple[int, float], ...]:
     pairs = tuple(bias.items()) if isinstance(bias, Mapping) else bias
     if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"logit_bias: got {shown(bias)}, expected an object of token ids and numbers")
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise ValueError(f"logit_bias: got {len(pairs)} token ids, expected at most {MAX_LOGIT_BIASES}")
     checked = {}
     for token_id, number in pairs:
         token_id = TOKEN_ID.checked("logit_bias", token_id)
@@ -244,7 +247,7 @@ def _coerced(name: str, value: object) -> object:
         return coerced_flag(value)
     if name == "stop_token_ids" and isinstance(value, list | tuple) and len(value) <= MAX_STOP_TOKEN_IDS:
         return [TOKEN_ID.coerced(token_id) for token_id in value]
-    if name == "logit_bias" and isinstance(value, Mapping):
+    if name == "logit_bias" and isinstance(value, Mapping) and len(value) <= MAX_LOGIT_BIASES:
         return tuple((TOKEN_ID.coerced(token_id), LOGIT_BIAS.coerced(number)) for token_id, number in value.items())
     return value
 

@@ -19,6 +19,7 @@ _INERT = frozenset(
     "is_encoder_decoder label2id model_type output_attentions output_hidden_states problem_type return_dict torch_dtype "
     "transformers_version use_cache".split()
 )
+_OF_MODEL_OPTIMIZER = "hf_quant_config.json"
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 _DEFAULT_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -53,6 +54,11 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
         raise BuildError(f"{path}: not valid JSON ({error}); download the checkpoint's config.json again") from None
     if not isinstance(values, dict):
         raise BuildError(f"{path}: got a JSON {type(values).__name__}, expected an object")
+    if "quantization_config" not in values and (checkpoint / _OF_MODEL_OPTIMIZER).exists():
+        raise BuildError(
+            f"{path}: got no quantization_config, but {_OF_MODEL_OPTIMIZER} is there; copy what it says into config.json as "
+            'quantization_config, with "quant_method": "modelopt"'
+        )
     problems: list[str] = []
     config = _parse(values, problems)
     if problems or config is None:

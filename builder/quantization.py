@@ -21,7 +21,8 @@ _FP8_FORMATS = ("float-quantized", "naive-quantized")
 _NVFP4_ROWS = "nvfp4-rows"  # as `quantize` writes them, see `plugins.moe.nvfp4`
 _NVFP4_FORMATS = ("nvfp4-pack-quantized", _NVFP4_ROWS)
 _STRATEGIES = ("channel", "tensor")
-_OTHER_FEATURES = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config")
+_CACHE, _OTHER_FEATURES = "kv_cache_scheme", ("sparsity_config", "transform_config", "moe_sparsity_config")
+_NVFP4_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")  # with and without scales for activations
 
 
 def _experts_only(stored: str, weights: dict[str, Any]) -> dict[str, Any]:
@@ -61,26 +62,32 @@ def read_quantization(values: Any, problems: list[str]) -> ExpertsDtype | None:
         return None
     if method == "modelopt":
         return _of_model_optimizer(values, where, problems)
-    for feature in _OTHER_FEATURES:
-        if values.get(feature):
-            problems.append(f"{where}.{feature}: got {values[feature]!r}, expected nothing; it is not supported")
     groups = values.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         problems.append(f"{where}.config_groups: got {groups!r}, expected at least one group")
         return None
-    stored, where = values.get("format"), f"{where}.config_groups"
-    kinds = {_read_group(group, stored, f"{where}.{name}", problems) for name, group in groups.items()}
+    stored = values.get("format")
+    kinds = {_read_group(group, stored, f"{where}.config_groups.{name}", problems) for name, group in groups.items()}
+    features = _OTHER_FEATURES if kinds == {NVFP4} else (_CACHE, *_OTHER_FEATURES)
+    for feature in features:
+        if values.get(feature):
+            problems.append(f"{where}.{feature}: got {values[feature]!r}, expected nothing; it is not supported")
     if len(kinds) > 1 and None not in kinds:
-        problems.append(f"{where}: got groups in FP8 and in NVFP4, expected one of the two")
+        problems.append(f"{where}.config_groups: got groups in FP8 and in NVFP4, expected one of the two")
     return kinds.pop()
 
 
 def _of_model_optimizer(values: dict[str, Any], where: str, problems: list[str]) -> ExpertsDtype:
-    if values.get("quant_algo") != "NVFP4":
+    if isinstance(values.get("quantization"), dict):  # as its own file, hf_quant_config.json, has it
+        values, where = values["quantization"], f"{where}.quantization"
+    algorithm = values.get("quant_algo")
+    if str(algorithm).upper() not in _NVFP4_ALGORITHMS:
         problems.append(
-            f"{where}.quant_algo: got {values.get('quant_algo')!r}, expected 'NVFP4'; quantize the original checkpoint with: "
-            "python -m builder quantize"
+            f"{where}.quant_algo: got {algorithm!r}, expected one of {', '.join(_NVFP4_ALGORITHMS)}; quantize the original "
+            "checkpoint with: python -m builder quantize"
         )
+    if values.get("group_size", NVFP4_GROUP) != NVFP4_GROUP:
+        problems.append(f"{where}.group_size: got {values['group_size']!r}, expected {NVFP4_GROUP}; no other is supported")
     groups, expected = values.get("config_groups") or {}, {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
     for name, group in groups.items() if isinstance(groups, dict) else ():
         _check_weights(group, expected, f"{where}.config_groups.{name}", problems)

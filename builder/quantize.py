@@ -32,7 +32,6 @@ from builder.weights import VISION_PREFIXES, Shapes, layer_prefix, text_weights
 from contract.checkpoint import Checkpoint
 from contract.model_config import ExpertsDtype, ModelConfig
 from plugins.moe.fp8 import from_fp8, to_fp8
-from plugins.moe.nvfp4 import all_finite
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 _INDEX = "model.safetensors.index.json"
@@ -76,8 +75,9 @@ def quantize_checkpoint(
         report(f"{checkpoint}: {len(files)} files to write, {before} of them written before")
         kept = ", whose numbers are kept" if model.experts_dtype else ""
         report(f"experts in {CALLED[quantized.experts_dtype]}{kept}")
-        if isinstance(stored, StoredNvfp4) and stored.left_out:
-            report(f"{len(stored.left_out)} scales of activations or the cache are left out: both stay in full precision")
+        if isinstance(stored, StoredNvfp4):
+            report(f"other weights in NVFP4: {len(stored.turned_back)}, which become {model.dtype}")
+            report(f"scales of activations and of the cache: {len(stored.left_out)}, left out; both stay in full precision")
         # 2.
         errors: Errors = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -130,7 +130,7 @@ def quantize_layer(model: ModelConfig, stored: Stored, layer: int, content: dict
     for projection in PROJECTIONS:
         weights = f"{layer_prefix(layer)}.experts.{projection}"
         if isinstance(stored, StoredNvfp4):
-            content[weights] = torch.stack([_nvfp4_expert(stored, weights, expert) for expert in range(model.num_experts)])
+            content[weights] = torch.stack([stored.expert(weights, expert) for expert in range(model.num_experts)])
             errors[projection] = 0.0
             continue
         shape = shapes[weights]
@@ -145,23 +145,12 @@ def quantize_layer(model: ModelConfig, stored: Stored, layer: int, content: dict
                 difference = rounded - weight.float()
                 error, norm = error + difference.square().sum().item(), norm + weight.float().square().sum().item()
             if not rounded.isfinite().all():
-                raise _not_finite(weights, expert)
+                raise BuildError(
+                    f"{weights}: expert {expert} has numbers that are not finite, expected none; download the checkpoint again"
+                )
         errors[projection] = (error / norm) ** 0.5 if norm else 0.0
         content[weights], content[f"{weights}{SCALE_SUFFIX}"] = numbers, scales
     return errors
-
-
-def _nvfp4_expert(stored: StoredNvfp4, weights: str, expert: int) -> Tensor:
-    rows = stored.expert(weights, expert)
-    if not all_finite(rows):
-        raise _not_finite(weights, expert)
-    return rows
-
-
-def _not_finite(weights: str, expert: int) -> BuildError:
-    return BuildError(
-        f"{weights}: expert {expert} has numbers that are not finite, expected none; download the checkpoint again"
-    )
 
 
 def _record(model: ModelConfig, tensors: Checkpoint) -> bytes:

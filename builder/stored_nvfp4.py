@@ -22,7 +22,7 @@ from builder.stored_weights import by_itself, joined
 from builder.weights import CAST_FROM, NVFP4_STORED, VISION_PREFIXES, Shapes, is_of_experts
 from contract.checkpoint import Checkpoint
 from contract.problems import in_few_lines, of_another_model
-from plugins.moe.nvfp4 import GROUP, numbers_of, rows_of
+from plugins.moe.nvfp4 import GROUP, all_finite, numbers_of, row_bytes, rows_of
 
 _PACKED, _LEFT_OUT = "_packed", ("input_scale", "input_global_scale", "k_scale", "v_scale", "k_global_scale", "v_global_scale")
 
@@ -46,7 +46,10 @@ class _Parts(NamedTuple):
 
 
 class StoredNvfp4:
-    """Reads one expert's projection or one other tensor at a time, of weights that were checked."""
+    """Reads one expert's projection or one other tensor at a time, of weights that were checked.
+
+    turned_back: weights in NVFP4 outside of the experts. left_out: scales that are not used.
+    """
 
     def __init__(self, tensors: Checkpoint):
         self.tensors = tensors
@@ -54,6 +57,7 @@ class StoredNvfp4:
         numbers = [name for name in self.names if tensors.dtype(name) == NVFP4_STORED]
         found = [_Parts.of(name.removesuffix(_PACKED), name.endswith(_PACKED)) for name in numbers]
         self._parts = {each.scales.removesuffix("_scale"): each for each in found}
+        self.turned_back = sorted(name for name in self._parts if ".experts." not in name)
         self.left_out = sorted(name for name in self.names if name.endswith(_LEFT_OUT))
 
     def others(self) -> list[str]:
@@ -75,25 +79,25 @@ class StoredNvfp4:
             BuildError: tensors that are missing, unexpected, or of another shape or dtype, a line for each of the first of a
                 kind.
         """
-        if together := [name for name in shapes if is_of_experts(name) and name in self.names]:
-            raise BuildError(
-                f"{self.tensors.directory}: {together[0]}: got the experts of a layer in one tensor, expected each by itself; "
-                "quantize has written this checkpoint, give it to build"
-            )
+        for name in shapes:
+            if is_of_experts(name) and name in self.names:
+                raise BuildError(f"{self.tensors.directory}: {name}: {self._not_by_itself(name, shapes[name])}")
         packed, read, dtypes = any(each.inverse for each in self._parts.values()), {}, {}
         for name, shape in shapes.items():
-            in_nvfp4 = {name: shape} if name in self._parts else {}
+            in_nvfp4 = {name: shape} if name in self._parts and len(shape) == 2 else {}
             if is_of_experts(name):
                 experts = [by_itself(name, expert) for expert in range(shape[0])]
                 in_nvfp4 = {part: (shape[1] // len(parts), shape[2]) for parts in experts for part in parts}
             for weight, (rows, columns) in in_nvfp4.items():
                 parts = self._parts.get(weight) or _Parts.of(weight, packed)
                 read |= {parts.numbers: (rows, columns // 2), parts.scales: (rows, columns // GROUP)}
-                read[parts.factor] = (1,) if self._has_shape(parts.factor, (1,)) else ()
+                read[parts.factor] = (1,) if self._shape_of(parts.factor) == (1,) else ()
                 dtypes |= {parts.numbers: (NVFP4_STORED,), parts.scales: (FP8,), parts.factor: ("float32",)}
             if not in_nvfp4:
                 read[name], dtypes[name] = shape, CAST_FROM
         vision = {name for name in self.names if name.startswith(VISION_PREFIXES)}
+        of_vision = [parts for name, parts in self._parts.items() if name.startswith(VISION_PREFIXES)]
+        read |= {part: self._shape_of(part) for parts in of_vision for part in parts}
         unexpected = sorted(self.names - read.keys() - vision - set(self.left_out))
         missing, misshapen = self.tensors.missing(read), self.tensors.misshapen(read)
         problems = (
@@ -107,21 +111,38 @@ class StoredNvfp4:
             raise BuildError(in_few_lines(self.tensors.directory, *problems))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Any weight but an expert's, NVFP4 turned back into `dtype`."""
+        """Any weight but an expert's, NVFP4 turned back into `dtype`. Raises as `expert`."""
         if name not in self._parts:
             return self.tensors.tensor(name)
         numbers, factors = numbers_of(self._rows(name))
         return (numbers * factors.unsqueeze(-1)).to(dtype)
 
     def expert(self, name: str, expert: int) -> Tensor:
-        """One expert's part of the experts' weight `name`, row by row (`plugins.moe.nvfp4`)."""
+        """One expert's part of the experts' weight `name`, row by row (`plugins.moe.nvfp4`).
+
+        Raises:
+            BuildError: some of its numbers are not finite.
+        """
         return joined([self._rows(part) for part in by_itself(name, expert)])
 
     def _rows(self, name: str) -> Tensor:
         parts = self._parts[name]
         factor = self.tensors.tensor(parts.factor).float()
         factor = 1 / factor if parts.inverse else factor
-        return rows_of(self.tensors.tensor(parts.numbers), self.tensors.tensor(parts.scales), factor)
+        rows = rows_of(self.tensors.tensor(parts.numbers), self.tensors.tensor(parts.scales), factor)
+        if not all_finite(rows):
+            raise BuildError(f"{name}: has numbers that are not finite, expected none; download the checkpoint again")
+        return rows
 
-    def _has_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        return name in self.names and self.tensors.shape(name) == shape
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        """(): of one that is not there."""
+        return self.tensors.shape(name) if name in self.names else ()
+
+    def _not_by_itself(self, name: str, shape: tuple[int, ...]) -> str:
+        """What is wrong with experts that are in one tensor."""
+        if name in self._parts and self._shape_of(name)[-1] == row_bytes(shape[-1]):
+            return "has the experts as quantize writes them; give this checkpoint to build"
+        return (
+            f"got the experts of a layer in one tensor of {self.tensors.dtype(name)}, expected each by itself in NVFP4; "
+            "the tool that made the checkpoint left them out: give quantize the original"
+        )

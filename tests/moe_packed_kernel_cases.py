@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from nvfp4_weights import rounded_rows
+from nvfp4_weights import random_rows, rounded_rows
 from tolerances import assert_close
 from triton_interpreter import (
     let_assembly_scale_pairs,
@@ -120,10 +120,12 @@ def test_products_are_those_of_plain_weights_to_the_bit(hidden_size, width, bloc
     assert torch.equal(weighted, expected)
 
 
-def test_factors_of_nvfp4_weights_are_applied_to_sums():
+@pytest.mark.parametrize("made", [rounded_rows, None], ids=["rounded", "any numbers and scales"])
+def test_factors_of_nvfp4_weights_are_applied_to_sums(made):
     """Those of experts and of their halves are their own, and no powers of two."""
     (hidden, index, weights, *_), _ = operands("nvfp4", 17, 80, 48)
-    rows = [rounded_rows(torch.randn(EXPERTS, 96, 80) * 80**-0.5, 2), rounded_rows(torch.randn(EXPERTS, 80, 48) * 48**-0.5)]
+    shapes = (EXPERTS, 96, 80), (EXPERTS, 80, 48)
+    rows = [made(torch.randn(shape) * shape[2] ** -0.5) if made else random_rows(shape) for shape in shapes]
     numbers = [part for each in rows for part in numbers_of(each)]
     actual = experts(hidden, index, weights, to_nvfp4(rows[0], halves=2), to_nvfp4(rows[1]))
     assert_close(actual, experts_fp8_reference(hidden, index, weights, *numbers, False), torch.bfloat16)

@@ -31,6 +31,15 @@ def parts_of(weight: torch.Tensor, factor: float | None = None) -> tuple[torch.T
     return even | odd << 4, scales, factor
 
 
+def random_rows(shape: tuple[int, int, int]) -> torch.Tensor:
+    """Of all numbers and all finite scales, negative ones and 0, too, with a factor of 1e-3 for each row."""
+    num_experts, rows, columns = shape
+    numbers = torch.randint(256, (num_experts, rows, columns // 2), dtype=torch.uint8)
+    scales = torch.randint(256, (num_experts, rows, columns // GROUP), dtype=torch.uint8)
+    scales = torch.where(scales & 0x7F == 0x7F, 0x80, scales)
+    return torch.cat([numbers, scales, (torch.randn(num_experts, rows, 1) * 1e-3).view(torch.uint8)], dim=-1)
+
+
 def rounded_rows(weight: torch.Tensor, halves: int = 1, factor: float | None = None) -> torch.Tensor:
     """[E, R, bytes] of a weight [E, R, C], with a factor for each expert and each of its halves."""
     experts = [[rows_of(*parts_of(half, factor)) for half in expert.chunk(halves)] for expert in weight]
@@ -61,16 +70,17 @@ def nvfp4_checkpoint(original: Path, directory: Path, *, packed: bool = False, d
 
 
 def stored_as(name: str, weight: torch.Tensor, packed: bool) -> dict[str, torch.Tensor]:
-    """The tensors of one weight, with a scale for activations, of which nothing is to be used."""
+    """The tensors of one weight, with a scale for activations, of which nothing is to be used. With the shapes that NVIDIA's
+    and RedHatAI's checkpoints have."""
     numbers, scales, factor = parts_of(weight)
     if packed:
-        factors = {f"{name}_global_scale": 1 / factor.view(1), f"{name[:-7]}.input_global_scale": torch.ones(1)}
+        factors = {f"{name}_global_scale": 1 / factor.view(1), f"{name[:-7]}.input_global_scale": torch.tensor(1.0)}
         return {f"{name}_packed": numbers, f"{name}_scale": scales} | factors
     return {name: numbers, f"{name}_scale": scales, f"{name}_scale_2": factor, f"{name[:-7]}.input_scale": torch.tensor(0.5)}
 
 
 def nvfp4_headers(original: Headers, *, packed: bool = False) -> Headers:
-    """As `nvfp4_checkpoint`; packed ones have their attention and dense layers in NVFP4, too."""
+    """As `nvfp4_checkpoint`; packed ones have their dense layers in NVFP4, too, as RedHatAI's."""
     headers: dict[str, tuple[str, list[int]]] = {}
     for name, (dtype, shape) in original.items():
         if is_of_experts(name):
@@ -79,7 +89,7 @@ def nvfp4_headers(original: Headers, *, packed: bool = False) -> Headers:
             for expert, part in itertools.product(range(shape[0]), names):
                 weight = f"{prefix}.{expert}.{part}.weight"
                 headers |= _headers_of(weight, shape[1] // len(names), shape[2], packed)
-        elif packed and re.search(r"decoder\.layers\.\d+\.(mlp|self_attn)\.\w+_proj\.weight$", name):
+        elif packed and re.search(r"decoder\.layers\.\d+\.mlp\.\w+_proj\.weight$", name):
             headers |= _headers_of(name, *shape, packed)
         else:
             headers[name] = dtype, shape
@@ -93,7 +103,7 @@ def _headers_of(name: str, rows: int, columns: int, packed: bool) -> Headers:
         f"{name}_packed" if packed else name: ("U8", [rows, columns // 2]),
         f"{name}_scale": ("F8_E4M3", [rows, columns // GROUP]),
         **factors,
-        of_activations: ("F32", [1] if packed else []),
+        of_activations: ("F32", []),
     }
 
 
@@ -128,6 +138,7 @@ CONFIGS = {
             }
         },
         "ignore": ["lm_head"],
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
     },
 }
 """By whether weights are packed as compressed-tensors has them."""

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from nvfp4_weights import rounded_rows
+from nvfp4_weights import random_rows, rounded_rows
 from test_plugins import attention_inputs
 from test_sampler import ENTROPY_TOLERANCE
 from tolerances import assert_close
@@ -108,12 +108,14 @@ def test_experts_in_4_bits_are_the_numbers_that_they_stand_for(sizes):
     assert_close(moe_op.experts(*inputs, *weights), expected, torch.float32)
 
 
+@pytest.mark.parametrize("made", [rounded_rows, None], ids=["rounded", "any numbers and scales"])
 @pytest.mark.parametrize("sizes", [(128, 64), (96, 32), (80, 48), (16, 16)], ids=str)
-def test_nvfp4_experts_are_the_numbers_that_they_stand_for(sizes):
+def test_nvfp4_experts_are_the_numbers_that_they_stand_for(sizes, made):
     """To the bit, as above."""
     hidden_size, width = sizes
     index = torch.stack([torch.randperm(8)[:2] for _ in range(300)])
-    rows = [rounded_rows(torch.randn(9, 2 * width, hidden_size), halves=2), rounded_rows(torch.randn(9, hidden_size, width))]
+    shapes = (9, 2 * width, hidden_size), (9, hidden_size, width)
+    rows = [made(torch.randn(shape)) if made else random_rows(shape) for shape in shapes]
     numbers = [from_fp8(*numbers_of(each)) for each in rows]
     weights = [to_nvfp4(rows[0], halves=2), to_nvfp4(rows[1])]
     for each in weights:

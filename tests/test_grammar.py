@@ -338,6 +338,8 @@ def test_max_tokens_cuts_an_answer_in_the_middle(llm):
 def test_log_probabilities_are_those_of_what_was_allowed(llm):
     """The model, sure of 42, must choose among others; what can only follow is certain."""
     answer = ask(llm, SUM, {"choice": ["70 miles", "90 miles"]}, logprobs=True, top_logprobs=2)
+    more = ask(llm, SUM, {"choice": ["70 miles", "90 miles"]}, logprobs=True, top_logprobs=20)
+    assert {llm.tokenizer.id_to_token(token) for token, _ in more.top_logprobs[0]} == {"7", "9", "<0x37>", "<0x39>"}
     assert answer.text in ("70 miles", "90 miles")
     assert len(answer.logprobs) == len(answer.top_logprobs) == len(answer.token_ids)
     best, other = (llm.tokenizer.id_to_token(token) for token, _ in answer.top_logprobs[0])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nvfp4_weights import VALUES, parts_of
+from nvfp4_weights import VALUES, parts_of, random_rows
 
 from plugins.moe.arranging import BLOCK
 from plugins.moe.nvfp4 import (
@@ -21,15 +21,6 @@ from plugins.moe.nvfp4 import (
 )
 
 SHAPES = [((2, 128, 192), 1), ((3, 64, 96), 2), ((1, 1408, 704), 2), ((2, 30, 80), 2), ((1, 1, 16), 1)]
-
-
-def random_rows(shape: tuple[int, int, int]) -> torch.Tensor:
-    """Of all numbers and all finite scales, negative ones and 0, too."""
-    num_experts, rows, columns = shape
-    numbers = torch.randint(256, (num_experts, rows, columns // 2), dtype=torch.uint8)
-    scales = torch.randint(256, (num_experts, rows, columns // GROUP), dtype=torch.uint8)
-    scales = torch.where(scales & 0x7F == 0x7F, 0x80, scales)
-    return torch.cat([numbers, scales, torch.randn(num_experts, rows, 1).view(torch.uint8)], dim=-1)
 
 
 @pytest.mark.parametrize(("shape", "halves"), SHAPES)

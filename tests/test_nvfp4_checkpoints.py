@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,8 @@ def test_what_a_run_says(published, tmp_path):
     result = CliRunner().invoke(app, ["quantize", str(published), str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "experts in NVFP4, whose numbers are kept" in result.stdout
-    assert "scales of activations or the cache are left out: both stay in full precision" in result.stdout
+    assert "other weights in NVFP4: 2, which become float32" in result.stdout
+    assert re.search(r"scales of activations and of the cache: \d+, left out; both stay in full precision", result.stdout)
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 
 
@@ -97,7 +99,7 @@ def test_a_build_of_one_that_is_not_rewritten_says_what_to_do(published, tmp_pat
 
 
 def test_what_is_rewritten_is_not_rewritten_again(rewritten, tmp_path):
-    with pytest.raises(BuildError, match=r"quantize has written this checkpoint, give it to build$"):
+    with pytest.raises(BuildError, match=r"has the experts as quantize writes them; give this checkpoint to build$"):
         quantize_checkpoint(rewritten, tmp_path / "out")
 
 
@@ -173,7 +175,7 @@ def test_damaged_ones_are_refused(original, tmp_path):
     refused("f", r"up_proj\.other: unexpected tensor", up_proj__other=torch.zeros(2))
     refused(
         "g",
-        r"layers\.1\.experts\.down_proj: expert 3 has numbers that are not finite",
+        r"experts\.3\.down_proj\.weight: has numbers that are not finite, expected none; download",
         down_proj__weight_scale_2=torch.tensor(float("inf")),
     )
 
@@ -193,7 +195,10 @@ def test_sizes_that_are_no_whole_groups_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_algo": "FP8"}, r"quant_algo: got 'FP8', expected 'NVFP4'"),
+        ({"quant_algo": "FP8"}, r"quant_algo: got 'FP8', expected one of NVFP4, W4A16_NVFP4"),
+        ({"quant_algo": "NVFP4_AWQ"}, r"quant_algo: got 'NVFP4_AWQ', expected one of NVFP4, W4A16_NVFP4"),
+        ({"quantization": {"quant_algo": "FP8"}}, r"quantization\.quant_algo: got 'FP8', expected one of NVFP4"),
+        ({"quantization": {"quant_algo": "NVFP4", "group_size": 32}}, r"quantization\.group_size: got 32, expected 16"),
         ({"config_groups": {"a": {"weights": {"group_size": 32}}}}, r"a\.weights\.group_size: got 32, expected 16"),
     ],
 )
@@ -204,21 +209,74 @@ def test_what_model_optimizer_does_otherwise_is_refused(change, message, origina
         read_model_config(source)
 
 
-@pytest.mark.parametrize(("packed", "gigabytes"), [(False, 18.8), (True, 16.5)], ids=["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize(("packed", "gigabytes"), [(False, 18.8), (True, 18.1)], ids=["modelopt", "compressed-tensors"])
 def test_the_real_checkpoints_headers_are_understood(packed, gigabytes, tmp_path):
-    """35,000 tensors in no space; NVIDIA's takes 18.8 GB. What is written has the experts of a layer in two tensors."""
+    """47,000 tensors in no space; NVIDIA's takes 18.8 GB, RedHatAI's has 897 that are in bfloat16. What is written has the
+    experts of a layer in two tensors."""
     headers = nvfp4_headers(headers_26b(), packed=packed)
     checkpoint = sparse_checkpoint(tmp_path / "26b", headers, quantization_config=CONFIGS[packed])
     assert sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    assert sum(dtype == "BF16" for dtype, _ in headers.values()) == (897 if packed else 987)
     model, stored = read_model_config(checkpoint), StoredNvfp4(Checkpoint(checkpoint))
     stored.check(text_weights(model.model_copy(update={"experts_dtype": None})))
     files = plan(model, stored)
     shapes = {name: shape for file in files.values() for name, shape in file.shapes.items()}
     assert shapes[GATE_UP] == (128, 1408, 1588) and shapes[DOWN] == (128, 2816, 400)
     assert shapes == all_weights(model)
-    assert stored.expert(GATE_UP, 127).shape == (1408, 1588)
     with pytest.raises(BuildError, match=r"expected the experts of a layer in one tensor; rewrite the checkpoint with"):
         build_engine(checkpoint, tmp_path / "engine", target="inductor", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "said", [{"quant_algo": "w4a16_nvfp4"}, {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}], ids=str
+)
+def test_other_ways_to_say_nvfp4(said, original, tmp_path):
+    said_to_be(nvfp4_checkpoint(original, tmp_path / "source"), {"quant_method": "modelopt"} | said)
+    assert read_model_config(tmp_path / "source").experts_dtype == "nvfp4"
+
+
+def test_a_quantization_that_another_file_tells_of_is_asked_for(original, tmp_path):
+    source = nvfp4_checkpoint(original, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BuildError, match=r"got no quantization_config, but hf_quant_config\.json is there; copy"):
+        read_model_config(source)
+
+
+def changed(source: Path, **tensors: torch.Tensor) -> Path:
+    """Tensors are named with two underscores for a dot."""
+    content = load_file(source / "model.safetensors")
+    content |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(content, source / "model.safetensors")
+    return source
+
+
+def test_experts_that_the_tool_left_out_are_named(original, tmp_path):
+    """Dense layers alone are in NVFP4; or the experts are in one tensor, which no tool is known to write so."""
+    source = nvfp4_checkpoint(original, tmp_path / "source", dense=DENSE)
+    fused = {name: tensor for name, tensor in load_file(original / "model.safetensors").items() if is_of_experts(name)}
+    with pytest.raises(BuildError, match=r"got the experts of a layer in one tensor of float32, expected each by itself in"):
+        quantize_checkpoint(changed(source, **{name: tensor.contiguous() for name, tensor in fused.items()}), tmp_path / "out")
+
+
+def test_dense_weights_that_are_not_finite_are_refused(original, tmp_path):
+    source = nvfp4_checkpoint(original, tmp_path / "source", dense=DENSE)
+    with pytest.raises(BuildError, match=r"layers\.0\.mlp\.up_proj\.weight: has numbers that are not finite"):
+        quantize_checkpoint(changed(source, **{f"{DENSE[0]}_scale_2": torch.tensor(float("nan"))}), tmp_path / "out")
+
+
+def test_odd_tensors_of_bytes_are_refused(original, tmp_path):
+    vision = "model.encoder.vision_tower.odd.weight"
+    for number, (name, words) in enumerate(
+        {
+            vision: rf"{vision}_scale: missing",
+            "model.decoder.norm.weight": r"model\.decoder\.norm\.weight: got uint8, expected one of float32",
+        }.items()
+    ):
+        source = nvfp4_checkpoint(original, tmp_path / str(number))
+        with pytest.raises(BuildError, match=words):
+            quantize_checkpoint(changed(source, **{name: torch.zeros(48, dtype=torch.uint8)}), tmp_path / "out")
 
 
 def test_memory_is_that_of_4_and_a_half_bits(rewritten, original, tmp_path):

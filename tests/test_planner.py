@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from small_checkpoints import network_session, random_checkpoint
+from sparse_checkpoint import SHAPE_26B
 
 from backend.canvas_loop import CanvasLoop
 from backend.engine import Engine
@@ -13,6 +14,7 @@ from backend.kv_cache import PagedKVCache
 from backend.pass_memory import denoise_bytes, encode_bytes
 from backend.planner import EngineLimits, check_free, check_weights_fit, plan_memory
 from backend.session import Session
+from builder.build import write_manifest
 from contract.manifest import ManifestError
 
 
@@ -32,6 +34,15 @@ def test_sizes_by_hand(session):
     assert made.num_pages == {"full_attention": 13, "sliding_attention": 13}
     assert made.kv_bytes == 13 * (4096 + 2048)
     assert (made.num_sequences(20), made.num_sequences(50), made.num_sequences(105)) == (3, 1, 0)
+
+
+def test_plans_of_tensorrt_have_no_more_pages_than_a_tensor_may(tmp_path):
+    manifest = write_manifest(SHAPE_26B, tmp_path / "26b")
+    for_plans = manifest.model_copy(update={"build": manifest.build.model_copy(update={"target": "tensorrt"})})
+    for limits in (EngineLimits(memory_bytes=139 * 10**9), EngineLimits(max_cached_tokens=4_000_000)):
+        many, bounded = (plan_memory(each, limits, device_type="cuda").num_pages for each in (manifest, for_plans))
+        assert many["full_attention"] > bounded["full_attention"] == (2**31 - 1) // (32 * 2 * 2 * 512)
+        assert bounded["sliding_attention"] <= (2**31 - 1) // (32 * 2 * 8 * 256)
 
 
 def test_what_cannot_hold_is_told_before_weights_are_read(engine_dir, monkeypatch):

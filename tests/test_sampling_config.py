@@ -154,6 +154,7 @@ def test_refused_stop_token_ids(value, message):
         ({5: -math.inf}, "logit_bias of token id 5: got -inf, expected a finite number from -100 to 100"),
         ({5: None}, "logit_bias of token id 5: got None, expected a finite number from -100 to 100"),
         (((5, 1), (5, 2)), "logit_bias: got token id 5 twice, expected once"),
+        (dict.fromkeys(range(10_001), 1), "logit_bias: got 10001 token ids, expected at most 10000"),
     ],
 )
 def test_refused_logit_bias(value, message):
