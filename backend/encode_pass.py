@@ -71,3 +71,24 @@ def _image_inputs(
         index[1, tokens] = number
         num_rows += image.num_soft_tokens
     return torch.cat([session.vision(image) for _, image in placed]), index
+
+
+def warm_up(session: Session, cache: PagedKVCache) -> None:
+    """Runs a pass of every kind once, so that no request waits for what is made when it is first used: kernels that are called
+    by a program are compiled then, on Hopper four of attention, 4 s each. Nothing is cached, and what the passes give is
+    dropped.
+
+    Kinds: each variant of the program at its fewest tokens, and at its most; where few tokens see a long prefix, several
+    programs share the keys.
+    """
+    encode, most = session.manifest.programs["encode"], session.manifest.build.max_encode_tokens
+    sizes = sorted({1, *(variant.minimum for variant in encode.variants), most})
+    int32 = {"dtype": torch.int32}
+    for num_tokens, columns in [(1, 1), *((size, None) for size in sizes)]:
+        session.encode(
+            torch.zeros(num_tokens, **int32),
+            torch.arange(num_tokens, **int32),
+            torch.tensor([0, num_tokens], **int32),
+            torch.zeros(1, **int32),
+            {kind: table[-1:, :columns].clone() for kind, table in cache.device_tables.items()},  # of no slot
+        )

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from backend.answer_grammar import Grammars
 from backend.canvas_loop import CanvasLoop
 from backend.compiled_loop import CompiledLoop
+from backend.encode_pass import warm_up
 from backend.generation_defaults import GenerationDefaults
 from backend.gpu_memory import free_bytes
 from backend.kv_cache import PagedKVCache
@@ -64,6 +65,8 @@ class Engine:
             max_pass_rows=max_pass_rows,
         )
         loop.prepare()
+        if session.device.type == "cuda" and build.target == "inductor":  # plans have their kernels inside
+            warm_up(session, cache)
         grammars.prepare()
 
     @classmethod

@@ -9,13 +9,14 @@ from small_checkpoints import network_session, random_checkpoint
 from sparse_checkpoint import SHAPE_26B
 
 from backend.canvas_loop import CanvasLoop
+from backend.encode_pass import warm_up
 from backend.engine import Engine
 from backend.kv_cache import PagedKVCache
 from backend.pass_memory import denoise_bytes, encode_bytes
 from backend.planner import EngineLimits, check_free, check_weights_fit, plan_memory
 from backend.session import Session
 from builder.build import write_manifest
-from contract.manifest import ManifestError
+from contract.manifest import ManifestError, Variant
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,38 @@ def test_sizes_by_hand(session):
     assert made.num_pages == {"full_attention": 13, "sliding_attention": 13}
     assert made.kv_bytes == 13 * (4096 + 2048)
     assert (made.num_sequences(20), made.num_sequences(50), made.num_sequences(105)) == (3, 1, 0)
+
+
+def test_a_pass_of_every_kind_warms_an_engine_up(engine_dir, monkeypatch):
+    """Each variant at its fewest tokens, the last at its most, too; one token with a page table of one column, and a wide one
+    with all."""
+    session = Session.load(engine_dir)
+    cache = PagedKVCache(
+        session.manifest.model,
+        page_size=session.manifest.build.page_size,
+        num_pages=dict.fromkeys(session.manifest.model.attention, 4),
+        max_sequences=2,
+        max_tokens=session.manifest.model.max_position_embeddings,
+        dtype=session.dtype,
+        device=session.device,
+    )
+    session.bind_pages(cache.pages)
+    encode = session.manifest.programs["encode"].model_copy(update={"variants": (Variant(minimum=64, file=""),)})
+    programs = session.manifest.programs | {"encode": encode}
+    monkeypatch.setattr(session, "manifest", session.manifest.model_copy(update={"programs": programs}))
+    ran, run = [], session.encode
+
+    def recorded(token_ids, positions, starts, prefix_lengths, tables):
+        ran.append((len(token_ids), tables["full_attention"].shape[1]))
+        return run(token_ids, positions, starts, prefix_lengths, tables)
+
+    monkeypatch.setattr(session, "encode", recorded)
+    before = [pages.clone() for pages in cache.pages]
+    warm_up(session, cache)
+    most, wide = session.manifest.build.max_encode_tokens, cache.device_tables["full_attention"].shape[1]
+    assert ran == [(1, 1), (1, wide), (64, wide), (most, wide)]
+    assert all(torch.equal(*each) for each in zip(before, cache.pages, strict=True))
+    assert cache.length == [0, 0]
 
 
 def test_plans_of_tensorrt_have_no_more_pages_than_a_tensor_may(tmp_path):
