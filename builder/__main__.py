@@ -140,10 +140,11 @@ def quantize(
         )
     except (BuildError, CheckpointError) as error:
         _fail(error)
-    table = Table("layer", *PROJECTIONS, title="error of the weights, relative to their norm", title_justify="left")
-    for layer, of_layer in sorted(errors.items()):
-        table.add_row(str(layer), *(f"{of_layer[projection]:.4f}" for projection in PROJECTIONS))
-    console.print(table)
+    if any(error for of_layer in errors.values() for error in of_layer.values()):
+        table = Table("layer", *PROJECTIONS, title="error of the weights, relative to their norm", title_justify="left")
+        for layer, of_layer in sorted(errors.items()):
+            table.add_row(str(layer), *(f"{of_layer[projection]:.4f}" for projection in PROJECTIONS))
+        console.print(table)
     console.print(f"{time.monotonic() - started:.1f} s", highlight=False)
 
 
