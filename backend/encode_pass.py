@@ -82,9 +82,10 @@ def warm_up(session: Session, cache: PagedKVCache) -> None:
     programs share the keys.
     """
     encode, most = session.manifest.programs["encode"], session.manifest.build.max_encode_tokens
-    sizes = sorted({1, *(variant.minimum for variant in encode.variants), most})
+    fewest = min(ROW_MULTIPLE, most)
+    sizes = sorted({fewest, *(variant.minimum for variant in encode.variants), most})
     int32 = {"dtype": torch.int32}
-    for num_tokens, columns in [(1, 1), *((size, None) for size in sizes)]:
+    for num_tokens, columns in [(fewest, 1), *((size, None) for size in sizes)]:
         session.encode(
             torch.zeros(num_tokens, **int32),
             torch.arange(num_tokens, **int32),

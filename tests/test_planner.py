@@ -38,8 +38,7 @@ def test_sizes_by_hand(session):
 
 
 def test_a_pass_of_every_kind_warms_an_engine_up(engine_dir, monkeypatch):
-    """Each variant at its fewest tokens, the last at its most, too; one token with a page table of one column, and a wide one
-    with all."""
+    """Each variant at its fewest tokens, the last at its most, too; few tokens with a page table of one column, and of all."""
     session = Session.load(engine_dir)
     cache = PagedKVCache(
         session.manifest.model,
@@ -64,7 +63,7 @@ def test_a_pass_of_every_kind_warms_an_engine_up(engine_dir, monkeypatch):
     before = [pages.clone() for pages in cache.pages]
     warm_up(session, cache)
     most, wide = session.manifest.build.max_encode_tokens, cache.device_tables["full_attention"].shape[1]
-    assert ran == [(1, 1), (1, wide), (64, wide), (most, wide)]
+    assert ran == [(16, 1), (16, wide), (64, wide), (most, wide)]
     assert all(torch.equal(*each) for each in zip(before, cache.pages, strict=True))
     assert cache.length == [0, 0]
 
