@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from plugins.moe.formats import Format, in_format
+from plugins.moe.fp8 import from_fp8
 from plugins.moe.int4 import from_int4
 from plugins.moe.nvfp4 import GROUP, numbers_of
 
@@ -48,6 +49,5 @@ def expert_weights(stored: Format | None) -> tuple[tuple[torch.Tensor, ...], tup
 def _numbers_of(own: torch.Tensor, formed: torch.Tensor, stored: Format | None, halves: int) -> torch.Tensor:
     """In bfloat16: what a weight, and what became of it in a format, stands for."""
     if stored == "nvfp4":
-        numbers, factors = numbers_of(own)
-        return (numbers * factors.unsqueeze(-1)).bfloat16()
+        return from_fp8(*numbers_of(own)).bfloat16()
     return from_int4(formed, *own.shape[1:], halves) if stored == "int4" else own

@@ -15,12 +15,12 @@ from builder.config import read_model_config
 from builder.description import ConfigAlone, describe
 from builder.export import signatures
 from builder.quantization import FP8
-from builder.weights import EMBEDDING, NVFP4_STORED, binding_shapes, bound_weights, text_weights, weight_dtype
+from builder.weights import EMBEDDING, binding_shapes, bound_weights, text_weights, weight_dtype
 from contract.manifest import BuildConfig, Program
 from contract.model_config import ModelConfig
 from plugins.moe.formats import in_format
 from plugins.moe.fp8 import to_fp8
-from plugins.moe.nvfp4 import num_columns
+from plugins.moe.nvfp4 import NVFP4_DTYPE, num_columns
 
 Report = Callable[[str], None]
 
@@ -38,7 +38,7 @@ def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.T
         if name in weights:  # a scale, made with its weight
             continue
         dtype = weight_dtype(name, config, build.dtype)
-        if dtype == NVFP4_STORED:
+        if dtype == NVFP4_DTYPE:
             tensor = random_rows((*shape[:2], num_columns(shape[2])), build.device)
         else:
             tensor = _random(name, shape, build)

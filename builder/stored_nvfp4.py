@@ -18,11 +18,11 @@ from torch import Tensor
 
 from builder.errors import BuildError
 from builder.quantization import FP8
-from builder.stored_weights import by_itself, joined
-from builder.weights import CAST_FROM, NVFP4_STORED, VISION_PREFIXES, Shapes, is_of_experts
+from builder.stored_weights import by_itself, joined, unexpected_line
+from builder.weights import CAST_FROM, VISION_PREFIXES, Shapes, is_of_experts
 from contract.checkpoint import Checkpoint
-from contract.problems import in_few_lines, of_another_model
-from plugins.moe.nvfp4 import GROUP, all_finite, numbers_of, row_bytes, rows_of
+from plugins.moe.fp8 import from_fp8
+from plugins.moe.nvfp4 import GROUP, NVFP4_DTYPE, all_finite, numbers_of, row_bytes, rows_of
 
 _PACKED, _LEFT_OUT = "_packed", ("input_scale", "input_global_scale", "k_scale", "v_scale", "k_global_scale", "v_global_scale")
 
@@ -54,7 +54,7 @@ class StoredNvfp4:
     def __init__(self, tensors: Checkpoint):
         self.tensors = tensors
         self.names = set(tensors.names())
-        numbers = [name for name in self.names if tensors.dtype(name) == NVFP4_STORED]
+        numbers = [name for name in self.names if tensors.dtype(name) == NVFP4_DTYPE]
         found = [_Parts.of(name.removesuffix(_PACKED), name.endswith(_PACKED)) for name in numbers]
         self._parts = {each.scales.removesuffix("_scale"): each for each in found}
         self.turned_back = sorted(name for name in self._parts if ".experts." not in name)
@@ -92,30 +92,22 @@ class StoredNvfp4:
                 parts = self._parts.get(weight) or _Parts.of(weight, packed)
                 read |= {parts.numbers: (rows, columns // 2), parts.scales: (rows, columns // GROUP)}
                 read[parts.factor] = (1,) if self._shape_of(parts.factor) == (1,) else ()
-                dtypes |= {parts.numbers: (NVFP4_STORED,), parts.scales: (FP8,), parts.factor: ("float32",)}
+                dtypes |= {parts.numbers: (NVFP4_DTYPE,), parts.scales: (FP8,), parts.factor: ("float32",)}
             if not in_nvfp4:
                 read[name], dtypes[name] = shape, CAST_FROM
         vision = {name for name in self.names if name.startswith(VISION_PREFIXES)}
         of_vision = [parts for name, parts in self._parts.items() if name.startswith(VISION_PREFIXES)]
         read |= {part: self._shape_of(part) for parts in of_vision for part in parts}
-        unexpected = sorted(self.names - read.keys() - vision - set(self.left_out))
-        missing, misshapen = self.tensors.missing(read), self.tensors.misshapen(read)
-        problems = (
-            of_another_model(len(missing) + len(misshapen), len(read)),
-            missing,
-            [f"{name}: unexpected tensor; quantize does not know what it is for" for name in unexpected],
-            misshapen,
-            self.tensors.of_other_dtypes({name: dtypes[name] for name in dtypes.keys() & self.names}),
-        )
-        if any(problems):
-            raise BuildError(in_few_lines(self.tensors.directory, *problems))
+        unexpected = [unexpected_line(name) for name in sorted(self.names - read.keys() - vision - set(self.left_out))]
+        others = self.tensors.of_other_dtypes({name: dtypes[name] for name in dtypes.keys() & self.names})
+        if problems := self.tensors.problems(read, unexpected, others):
+            raise BuildError(problems)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Any weight but an expert's, NVFP4 turned back into `dtype`. Raises as `expert`."""
         if name not in self._parts:
             return self.tensors.tensor(name)
-        numbers, factors = numbers_of(self._rows(name))
-        return (numbers * factors.unsqueeze(-1)).to(dtype)
+        return from_fp8(*numbers_of(self._rows(name))).to(dtype)
 
     def expert(self, name: str, expert: int) -> Tensor:
         """One expert's part of the experts' weight `name`, row by row (`plugins.moe.nvfp4`).

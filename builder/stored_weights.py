@@ -17,10 +17,10 @@ from torch import Tensor
 
 from builder.errors import BuildError
 from builder.quantization import FP8, SCALE_SUFFIX
-from builder.weights import CAST_FROM, NVFP4_STORED, VISION_PREFIXES, Shapes, is_of_experts
+from builder.weights import CAST_FROM, VISION_PREFIXES, Shapes, is_of_experts
 from contract.checkpoint import Checkpoint
-from contract.problems import in_few_lines, of_another_model
 from plugins.moe.fp8 import from_fp8
+from plugins.moe.nvfp4 import NVFP4_DTYPE
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _SCALES_OF_ACTIVATIONS = ("input_scale", "output_scale", "k_scale", "v_scale")
@@ -56,17 +56,10 @@ class StoredWeights:
         known = self.names & (read.keys() | vision) - self.scales
         dtypes = dict.fromkeys(known, (*CAST_FROM, FP8)) | dict.fromkeys(self.scales, CAST_FROM)
         of_missing = {name + SCALE_SUFFIX for name in read.keys() - self.names}
-        missing, misshapen = self.tensors.missing(read), self.tensors.misshapen(read)
-        problems = (
-            of_another_model(len(missing) + len(misshapen), len(read)),
-            missing,
-            [_unexpected(name) for name in sorted(self.names - known - self.scales - of_missing)],
-            misshapen,
-            self.tensors.of_other_dtypes(dtypes),
-            self._of_other_scales(read),
-        )
-        if any(problems):
-            raise BuildError(in_few_lines(self.tensors.directory, *problems))
+        unexpected = [_unexpected(name) for name in sorted(self.names - known - self.scales - of_missing)]
+        others = self.tensors.of_other_dtypes(dtypes), self._of_other_scales(read)
+        if problems := self.tensors.problems(read, unexpected, *others):
+            raise BuildError(problems)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Any tensor but an expert's, FP8 turned back into `dtype`."""
@@ -133,6 +126,11 @@ def by_itself(name: str, expert: int) -> list[str]:
 def _unexpected(name: str) -> str:
     if name.endswith(_SCALES_OF_ACTIVATIONS):
         return f"{name}: a fixed scale of activations, expected none; quantize the original checkpoint"
+    return unexpected_line(name)
+
+
+def unexpected_line(name: str) -> str:
+    """The line for a tensor that has no place in what is quantized."""
     return f"{name}: unexpected tensor; quantize does not know what it is for"
 
 
@@ -142,7 +140,7 @@ def check_layout(tensors: Checkpoint, expected: Iterable[str], experts_dtype: st
     Raises:
         BuildError: such weights elsewhere, or experts in another dtype or layout.
     """
-    stored, called = (FP8, "FP8") if experts_dtype == FP8 else (NVFP4_STORED, "NVFP4")
+    stored, called = (FP8, "FP8") if experts_dtype == FP8 else (NVFP4_DTYPE, "NVFP4")
     names, expected = set(tensors.names()), set(expected)
     remedy = "rewrite the checkpoint with: python -m builder quantize CHECKPOINT OUTPUT"
     for name in sorted(expected):

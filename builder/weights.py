@@ -12,7 +12,7 @@ from contract.manifest import Arrangement, BuildConfig
 from contract.model_config import ModelConfig
 from plugins.moe.arranging import HALVES
 from plugins.moe.formats import Format, dtype_in_format, shape_in_format
-from plugins.moe.nvfp4 import num_columns, row_bytes
+from plugins.moe.nvfp4 import NVFP4_DTYPE, num_columns, row_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,8 +24,6 @@ VISION_PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
 VISION_PREFIXES = (f"{VISION_TOWER}.", "model.encoder.embed_vision.")
 CAST_FROM = ("float32", "bfloat16", "float16")
 """Dtypes of tensors that the load casts to the engine's."""
-NVFP4_STORED = "uint8"
-"""The dtype of a tensor with NVFP4 numbers."""
 CLIPPING = ("input_min", "input_max", "output_min", "output_max")
 """Scalars of a linear layer that clamps what goes in and what comes out."""
 
@@ -178,7 +176,7 @@ def is_of_experts(name: str) -> bool:
 def weight_dtype(name: str, config: ModelConfig, dtype: str) -> str:
     """The dtype of a weight that no arrangement changes; `dtype` is the engine's, in which all but quantized experts are."""
     if config.experts_dtype and is_of_experts(name):
-        return NVFP4_STORED if config.experts_dtype == NVFP4 else config.experts_dtype
+        return NVFP4_DTYPE if config.experts_dtype == NVFP4 else config.experts_dtype
     return "float32" if name.endswith((f"{_GATE_UP}_scale", f"{_DOWN}_scale")) else dtype
 
 

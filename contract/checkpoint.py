@@ -128,16 +128,21 @@ class Checkpoint:
             for name in sorted(self.names() - expected.keys())
             if not name.startswith(ignored_prefixes)
         ]
-        missing, misshapen = self.missing(expected), self.misshapen(expected)
-        if missing or unexpected or misshapen:
-            foreign = of_another_model(len(missing) + len(misshapen), len(expected))
-            raise CheckpointError(in_few_lines(self.directory, foreign, missing, unexpected, misshapen))
+        if problems := self.problems(expected, unexpected):
+            raise CheckpointError(problems)
 
-    def missing(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def problems(self, expected: Mapping[str, tuple[int, ...]], unexpected: Sequence[str], *others: Sequence[str]) -> str:
+        """What is wrong with tensors that are `expected` in these shapes, a line for each of the first of a kind; "": nothing.
+        unexpected, others: lines that the caller has."""
+        missing, misshapen = self._missing(expected), self._misshapen(expected)
+        foreign = of_another_model(len(missing) + len(misshapen), len(expected))
+        return in_few_lines(self.directory, foreign, missing, unexpected, misshapen, *others)
+
+    def _missing(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
         """A line for each tensor that is not there."""
         return [f"{name}: missing, expected shape {list(expected[name])}" for name in sorted(expected.keys() - self.names())]
 
-    def misshapen(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def _misshapen(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
         """A line for each tensor that is there in another shape."""
         return [
             f"{name}: got shape {list(self.shape(name))}, expected {list(expected[name])}"

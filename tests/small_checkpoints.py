@@ -1,7 +1,7 @@
 """Small random checkpoints in Hugging Face format, and sessions that run the network on them uncompiled."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -111,6 +111,16 @@ def random_checkpoint(
         (directory / name).write_bytes((TINY / name).read_bytes())
     (directory / "generation_config.json").write_text(json.dumps({"max_denoising_steps": 48, "eos_token_id": []}))
     return directory
+
+
+def change_tensors(tensors: dict[str, torch.Tensor], prefix: str, changes: Mapping[str, torch.Tensor | None]) -> None:
+    """Puts others in place of tensors under `prefix`, None: takes one away. Keys have "__" where names have a dot."""
+    for key, value in changes.items():
+        name = f"{prefix}.{key.replace('__', '.')}"
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
 
 
 def random_image(num_soft_tokens: int, vision: VisionConfig) -> ImagePatches:

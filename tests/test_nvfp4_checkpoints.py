@@ -9,7 +9,7 @@ import pytest
 import torch
 from nvfp4_weights import CONFIGS, nvfp4_checkpoint, nvfp4_headers, rounded_rows, with_numbers
 from safetensors.torch import load_file, save_file
-from small_checkpoints import TINY, network_session, random_checkpoint
+from small_checkpoints import TINY, change_tensors, network_session, random_checkpoint
 from sparse_checkpoint import headers_26b, sparse_checkpoint
 from test_generation import RANDOM, WINDOW, prompt_of
 from test_stored_experts import llm_of
@@ -156,12 +156,7 @@ def test_damaged_ones_are_refused(original, tmp_path):
     def refused(name: str, match: str, packed: bool = False, **changes: torch.Tensor | None) -> None:
         source = nvfp4_checkpoint(original, tmp_path / name, packed=packed)
         tensors = load_file(source / "model.safetensors")
-        for key, value in changes.items():
-            where = f"{EXPERTS}.3.{key.replace('__', '.')}"
-            if value is None:
-                del tensors[where]
-            else:
-                tensors[where] = value
+        change_tensors(tensors, f"{EXPERTS}.3", changes)
         save_file(tensors, source / "model.safetensors")
         with pytest.raises(BuildError, match=match):
             quantize_checkpoint(source, tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from small_checkpoints import TINY, network_session, random_checkpoint
+from small_checkpoints import TINY, change_tensors, network_session, random_checkpoint
 from typer.testing import CliRunner
 
 from builder import build as building
@@ -396,12 +396,7 @@ def test_other_quantizations_are_refused(change, message, original, tmp_path):
 def test_damaged_experts_are_named(original, quantized, tmp_path):
     def refused(name: str, match: str, **changes: torch.Tensor | None) -> None:
         tensors = one_by_one(every_tensor(quantized))
-        for key, value in changes.items():
-            where = f"{EXPERTS}.3.{key.replace('__', '.')}"
-            if value is None:
-                del tensors[where]
-            else:
-                tensors[where] = value
+        change_tensors(tensors, f"{EXPERTS}.3", changes)
         with pytest.raises(BuildError, match=match):
             quantize_checkpoint(rewritten(original, tmp_path / name, tensors), tmp_path / "out")
         assert not (tmp_path / ".out.unfinished").exists()

@@ -41,6 +41,7 @@ BYTES = 4 * WORDS + SCALES
 FACTOR_BYTES = 4
 
 NVFP4_DTYPE = "uint8"
+"""Of a tensor with such numbers."""
 
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the three lower bits of a number; the fourth is the sign."""
