@@ -125,17 +125,18 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         images: Images | Sequence[Images] | None = None,
         use_tqdm: bool = True,
     ) -> list[Generation]:
         """One result a chat; `messages` is one chat or a list of them. Tools, tool_choice and messages are in the OpenAI form;
-        chat_template_kwargs are variables for the template, `{"enable_thinking": True}` for one. `images`: one for each part of
-        the messages of type image. Else as `generate`."""
+        chat_template_kwargs are variables for the template, `{"enable_thinking": True}` for one; without parallel_tool_calls a
+        result ends with its first call. `images`: one for each part of the messages of type image. Else as `generate`."""
         alone = not isinstance(messages, list | tuple) or (bool(messages) and isinstance(messages[0], Mapping))
         chats = [messages] if alone else list(messages)
         pictures = self._images_each(images, len(chats), alone=alone)
         asked = zip(chats, _one_each(sampling, len(chats)), pictures, strict=True)
-        more = (tools, tool_choice, chat_template_kwargs)
+        more = (tools, tool_choice, chat_template_kwargs, parallel_tool_calls)
         return self._results([self._chat_request(chat, config, each, *more) for chat, config, each in asked], use_tqdm)
 
     def stream(
@@ -163,11 +164,13 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         images: Images = (),
         draft_interval_s: float | None = None,
     ) -> Iterator[Piece]:
         """As `stream`, for one chat as in `chat`."""
-        given, more = local_images(images, self._images.limits), (tools, tool_choice, chat_template_kwargs)
+        given = local_images(images, self._images.limits)
+        more = (tools, tool_choice, chat_template_kwargs, parallel_tool_calls)
         [config] = _one_each(sampling, 1)
         return self._pieces(self._chat_request(messages, config, given, *more), draft_interval_s)
 

@@ -1,4 +1,4 @@
-"""The text of one request, decoded as its tokens come, cut at its stop strings.
+"""The text of one request, decoded as its tokens come, cut at its stop strings and behind what is to be its last span.
 
 The texts returned, put together, equal the decoding of all tokens at once, up to the stop string, however the tokens were
 split over calls. To keep that promise some text is held back until more tokens decide it: an incomplete character, and an
@@ -29,12 +29,16 @@ class StopScope:
     """In which text stop strings are looked for: not in that of `hidden` tokens, nor in what follows one of `opening` up to the
     next one of `closing`. is_open: the text begins behind an opening token. All are token ids; opening and closing tokens are
     hidden, too. No stop string is found across what is left out.
+
+    last: (opening token, closing token) of a span that the text ends behind, the first to be complete; opening None: the text
+    begins inside it. None: of no span.
     """
 
     hidden: frozenset[int] = frozenset()
     opening: frozenset[int] = frozenset()
     closing: frozenset[int] = frozenset()
     is_open: bool = False
+    last: tuple[int | None, int] | None = None
 
 
 EVERYWHERE = StopScope()
@@ -45,7 +49,7 @@ class TextDelta(NamedTuple):
 
     text: str  # new text
     num_tokens: int  # tokens, from the request's first, that are in the result whatever follows; never decreases
-    stopped: bool  # a stop string ended the text: `num_tokens` is then the length of the result
+    stopped: bool  # a stop string or the last span ended the text: `num_tokens` is then the length of the result
 
 
 class _Piece(NamedTuple):
@@ -68,7 +72,7 @@ class TextStream:
 
     tokenizer: the engine directory's tokenizer.json. stop: the text ends before the first of these to be complete (of several
     that end at one character, the longest). skip_special_tokens: special tokens give no text. stop_scope: where to look for
-    stop strings.
+    stop strings, and behind what the text ends without one.
 
     A result that a stop string ends keeps every token before the one that the stop string begins in, and keeps that one too
     if some of its text comes before the stop string.
@@ -85,6 +89,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop, self._scope = tuple(stop), stop_scope
         self._is_open = stop_scope.is_open
+        self._opening, self._closing = stop_scope.last or (-1, -1)  # no tokens
+        self._in_last, self._is_complete = self._opening is None, False
         self._skipped = special_tokens(tokenizer) if skip_special_tokens else frozenset()
         self._num_tokens = 0
         self._context: list[int] = []  # the last decided token
@@ -97,13 +103,16 @@ class TextStream:
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> TextDelta:
         """Takes the request's next tokens; `last` says that there will be no more, so that nothing is held back.
 
-        1. Decode what the tokens decide.
+        1. Decode what the tokens decide, up to the end of the last span: there will be no more then.
         2. Return the text before a stop string, if one is complete.
         3. Else return all but the longest ending that a stop string may begin with.
         """
-        assert not self._ended, "push after the last tokens or after a stop string"
+        assert not self._ended, "push after the last tokens or after the text has stopped"
         for token_id in token_ids:  # 1.
             self._take(token_id)
+            if self._is_complete:
+                last = True
+                break
         if last:
             self._decide_all()
 
@@ -116,7 +125,7 @@ class TextStream:
             length -= self._held_length()
         self._ended = last or found is not None
         self._drop(length)
-        return TextDelta(text[:length], self._num_kept(), found is not None)
+        return TextDelta(text[:length], self._num_kept(), self._is_complete or found is not None)
 
     def fork(self) -> "TextStream":
         """A stream that goes on from here on its own: what is pushed to one of the two does not reach the other."""
@@ -139,6 +148,8 @@ class TextStream:
         if is_hidden:  # its text is its own
             self._decide(self._decode_undecided(), in_scope=False)
             self._is_open = token_id in self._scope.opening or (self._is_open and token_id not in self._scope.closing)
+            self._is_complete = self._in_last and token_id == self._closing
+            self._in_last = self._in_last or token_id == self._opening
             return
         if is_byte or not _worth_decoding(len(self._undecided)):
             return

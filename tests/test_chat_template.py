@@ -72,6 +72,22 @@ def test_a_call_that_must_be_made_is_begun_in_the_prompt(template, tools, choice
     assert (prompt.text, prompt.form.prefill, prompt.form.with_tools) == (free + prefill, prefill, True)
 
 
+@pytest.mark.parametrize(
+    ("tools", "choice", "parallel", "last"),
+    [
+        ([WEATHER], None, True, None),
+        ([WEATHER], None, False, ("<|tool_call>", "<tool_call|>")),
+        ([WEATHER], "required", False, (None, "<tool_call|>")),
+        ([WEATHER], "none", False, None),
+        ([], None, False, None),  # a call is text
+    ],
+)
+def test_an_answer_that_may_have_one_call_ends_behind_it(template, tools, choice, parallel, last):
+    prompt = template.prompt(chat_request([USER], tools, choice, parallel_tool_calls=parallel))
+    ids = prompt.form.stop_scope.last
+    assert (ids and tuple(token and TOKENIZER.id_to_token(token) for token in ids)) == last
+
+
 def test_tool_choice_none_does_not_tell_of_the_tools(template):
     prompt = template.prompt(chat_request([USER], [WEATHER], "none"))
     assert prompt.text == template.prompt(chat_request([USER])).text

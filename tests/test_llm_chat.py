@@ -84,6 +84,28 @@ def test_a_tool_call(llm, choice):
     assert (result.text, result.finish_reason) == ("", "tool_calls")
 
 
+@pytest.mark.parametrize("held_to_a_grammar", [False, True])
+def test_one_call_is_all_that_is_generated_where_no_more_are_wanted(llm, held_to_a_grammar):
+    """Given calls, or a grammar that lets no answer end: more calls follow the first, over several canvases, or none does."""
+    cities = {"type": "object", "properties": {"city": {"enum": ["ulm"]}}, "additionalProperties": False}
+    more = {"tools": [{"type": "function", "function": {"name": "weather", "parameters": cities}}]}
+    if held_to_a_grammar:
+        config, more["tool_choice"] = SamplingConfig(seed=1, max_tokens=100, ignore_eos=True), "required"
+    else:
+        call = '<|tool_call>call:weather{city:<|"|>ulm<|"|>}<tool_call|>'
+        config = SamplingConfig(seed=1, infill=[f"So: {call} and {call}", 20, "<turn|>"])
+    messages = [{"role": "user", "content": "What is the weather in ulm?"}]
+    [many] = llm.chat(messages, config, **more)
+    [one] = llm.chat(messages, config, **more, parallel_tool_calls=False)
+    assert len(many.tool_calls) > 1 and len(many.num_steps) > 1
+    assert (one.tool_calls, one.finish_reason, len(one.num_steps)) == (many.tool_calls[:1], "tool_calls", 1)
+    assert one.token_ids == many.token_ids[: len(one.token_ids)]
+    assert llm.tokenizer.id_to_token(one.token_ids[-1]) == "<tool_call|>"
+    assert one.text == ("" if held_to_a_grammar else "So: ")
+    pieces = list(llm.stream_chat(messages, config, **more, parallel_tool_calls=False))
+    assert [piece.tool_calls for piece in pieces] == [one.tool_calls]
+
+
 def test_stop_strings_are_looked_for_in_the_answers_text_alone(llm):
     thinking = {"chat_template_kwargs": {"enable_thinking": True}}
     for question in some("thought", 2):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from stand_in_model import Model, posted, refusal
@@ -140,32 +139,18 @@ def test_an_answer_is_described_once_and_wholly(parameters, message):
     assert refusal(json.dumps({**CHAT, **parameters}), route="chat/completions") == (message, re.match(r"[\w.]+", message)[0])
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_one_call_is_all_that_comes_where_no_more_are_wanted(stream):
-    """Of two calls and a third that max_tokens cut off, which comes back as text."""
-
-    class Calls(Model):
-        async def generate(self, inputs, request_id):
-            async for part in super().generate(inputs, request_id):
-                last = part.finish_reason is not None
-                call = {"id": f"c{last}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-                text, reason = ("<|tool_call>call:f{ci", "length") if last else ("Well", None)
-                yield replace(part, text=text, tool_calls=[call], finish_reason=reason, logprobs=None)
-
-    body = {**CHAT, "tools": [TOOL], "stream": stream, "parallel_tool_calls": False}
-    with TestClient(create_app(OpenAISettings(), Calls())) as connected:
-        reply = connected.post("/v1/chat/completions", json=body)
-    if not stream:
-        [choice] = reply.json()["choices"]
-        message = choice["message"]
-        assert (message["content"], choice["finish_reason"]) == ("Well", "tool_calls")
-        assert [call["id"] for call in message["tool_calls"]] == ["cFalse"]
-        return
-    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
-    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
-    assert "".join(choice["delta"].get("content") or "" for choice in choices) == "Well"
-    assert [call["id"] for choice in choices for call in choice["delta"].get("tool_calls") or ()] == ["cFalse"]
-    assert choices[-1]["finish_reason"] == "tool_calls"
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"tools": [TOOL], "parallel_tool_calls": False}, {"parallel_tool_calls": False}),
+        ({"tools": [TOOL], "parallel_tool_calls": True}, {}),
+        ({"parallel_tool_calls": False}, {}),
+    ],
+)
+def test_the_model_is_told_to_end_with_its_first_call(asked, told):
+    status, _, [inputs] = posted(json.dumps({**CHAT, **asked}), route="chat/completions")
+    assert status == 200 and json.loads(inputs["sampling_parameters"]) == {}
+    assert {name: value for name, value in inputs.items() if name == "parallel_tool_calls"} == told
 
 
 def test_the_usual_verbosity_is_accepted():

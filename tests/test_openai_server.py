@@ -126,6 +126,39 @@ def test_tool_choice(client, choice):
         assert [call.function.name for call in answer.message.tool_calls] == ["weather"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_without_parallel_calls_ends_with_its_first(client, stream):
+    """A call that must be made, of a model that may not end its answer: others follow, up to max_tokens."""
+    parameters = {"type": "object", "properties": {"city": {"enum": ["ulm"]}}, "additionalProperties": False}
+    asked = {
+        "model": MODEL,
+        "messages": user("What is the weather in ulm?"),
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
+        "tool_choice": "required",
+        "max_tokens": 100,
+        "seed": 1,
+        "extra_body": {"ignore_eos": True},
+        "stream": stream,
+    }
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+
+    def answer(**more) -> tuple[list[tuple[str, str]], list[str], int]:
+        """Its calls, why it ended, and its tokens."""
+        came = client.chat.completions.create(**asked, **more)
+        if stream:
+            streamed = Streamed(came)
+            return streamed.calls, streamed.finish_reasons, streamed.usages[0].completion_tokens
+        [choice] = came.choices
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+        return calls, [choice.finish_reason], came.usage.completion_tokens
+
+    calls, reasons, num_tokens = answer()
+    assert len(calls) > 1 and (reasons, num_tokens) == (["length"], 100)
+    one, reasons, num_tokens = answer(parallel_tool_calls=False)
+    assert (one, reasons) == (calls[:1], ["tool_calls"]) and num_tokens < 32  # of a canvas
+
+
 class Streamed:
     """What the chunks of a stream add up to, for one choice."""
 

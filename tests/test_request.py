@@ -157,6 +157,7 @@ def test_what_the_server_adds_to_the_parameters_is_not_the_clients():
     ("request_", "words"),
     [
         (Request({}), ["prompt", "got none", "text_input, messages, input_ids"]),
+        (asking(parallel_tool_calls=np.array([False])), ["parallel_tool_calls: given without messages; send messages"]),
         (asking(input_ids=np.array([1], np.int32)), ["prompt", "got text_input and input_ids", "exactly one"]),
         (Request({"text_input": strings(b"ab\xff")}), ["text_input", "UTF-8", "byte 2"]),
         (asking(stop_words=strings("a", b"\xc3")), ["stop_words", "UTF-8"]),

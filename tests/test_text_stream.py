@@ -157,10 +157,14 @@ def test_stop_by_hand(tokens, stop, text, num_tokens):
         assert stream(TOKENIZERS["tiny"], chunks, stop) == (text, num_tokens, True)
 
 
-def call_scope(*, is_open: bool = False) -> StopScope:
+def call_scope(*, is_open: bool = False, one_call: bool = False) -> StopScope:
     opening, closing, quote = ids("<|tool_call>", "<tool_call|>", '<|"|>')
     return StopScope(
-        hidden=frozenset({opening, closing, quote}), opening=frozenset({opening}), closing=frozenset({closing}), is_open=is_open
+        hidden=frozenset({opening, closing, quote}),
+        opening=frozenset({opening}),
+        closing=frozenset({closing}),
+        is_open=is_open,
+        last=(None if is_open else opening, closing) if one_call else None,
     )
 
 
@@ -183,6 +187,25 @@ def test_stop_strings_are_looked_for_in_their_scope(tokens, is_open, stop, text,
     scope, expected = call_scope(is_open=is_open), (text, num_tokens or len(tokens), num_tokens is not None)
     for chunks in ([ids(*tokens)], [[token] for token in ids(*tokens)]):
         assert stream(TOKENIZERS["tiny"], chunks, stop, False, scope) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_open", "text", "num_tokens"),
+    [
+        (["a", OPEN, "b", CLOSE, "c", OPEN, "d", CLOSE], False, f"a{OPEN}b{CLOSE}", 4),
+        (["a", CLOSE, "b", OPEN, "c", CLOSE], False, f"a{CLOSE}b{OPEN}c{CLOSE}", 6),  # of no span
+        (["b", CLOSE, "x"], True, f"b{CLOSE}", 2),
+        (["b", OPEN, "c", CLOSE, "d"], True, f"b{OPEN}c{CLOSE}", 4),
+        ([OPEN, "<0xC3>", CLOSE, "<0xA9>"], False, f"{OPEN}\ufffd{CLOSE}", 3),
+        (["a", "x", OPEN, "b", CLOSE], False, "a", 1),  # at a stop string before it
+        (["a", OPEN, "b"], False, f"a{OPEN}b", None),
+        (["a", "b"], False, "ab", None),
+    ],
+)
+def test_a_text_ends_behind_its_last_span(tokens, is_open, text, num_tokens):
+    scope, expected = call_scope(is_open=is_open, one_call=True), (text, num_tokens or len(tokens), num_tokens is not None)
+    for chunks in ([ids(*tokens)], [[token] for token in ids(*tokens)]):
+        assert stream(TOKENIZERS["tiny"], chunks, ["x", "xx"], False, scope) == expected
 
 
 def test_nothing_is_held_back_outside_the_scope():
@@ -248,5 +271,5 @@ def test_long_waits_stay_linear():
 def test_nothing_may_follow_the_end():
     text_stream = TextStream(TOKENIZERS["tiny"], stop=["b"])
     assert text_stream.push(ids("a", "b", "c")).stopped
-    with pytest.raises(AssertionError, match="after the last tokens or after a stop string"):
+    with pytest.raises(AssertionError, match="after the last tokens or after the text has stopped"):
         text_stream.push(ids("a"))

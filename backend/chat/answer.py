@@ -31,8 +31,9 @@ class AnswerFormat:
 
     tags: the tokenizer's special tokens and the markup. prefill: what the prompt already has of the answer. in_thought: the
     prompt ends inside a thought. with_tools: tool calls are expected; otherwise a call is text. keep_special_tokens: those that
-    are no markup stay in the text. stop_scope: where in the answer stop strings are looked for. of_call: the
-    grammar of a call that must be made, or of text and calls of strict tools. before_answer: see `answer_place`.
+    are no markup stay in the text. stop_scope: where in the answer stop strings are looked for, and whether it ends behind a
+    call. of_call: the grammar of a call that must be made, or of text and calls of strict tools. before_answer: see
+    `answer_place`.
     """
 
     tags: TagSet

@@ -125,22 +125,28 @@ _EXPECTED = {
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
     """A chat to go on with. messages, tools: as the template takes them. required_tool: "" if the model is free to call a tool
-    or not, "*" if it must call some tool, else the name of the one it must call. images: one for each place that the messages
-    have for an image, in order: its URL, or None for one that is given apart."""
+    or not, "*" if it must call some tool, else the name of the one it must call. one_call: the answer ends with its first call.
+    images: one for each place that the messages have for an image, in order: its URL, or None for one that is given apart."""
 
     messages: Sequence[Mapping[str, Any]]
     images: Sequence[str | None] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     required_tool: str = ""
+    one_call: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def chat_request(
-    messages: object, tools: object = None, tool_choice: object = None, template_kwargs: Mapping[str, Any] | None = None
+    messages: object,
+    tools: object = None,
+    tool_choice: object = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool = True,
 ) -> ChatRequest:
     """Checks the parts of a chat, parsed from JSON; None is a part that was not given.
 
-    With tool_choice "none" the model is not told of the tools; one tool that must be called is named.
+    With tool_choice "none" the model is not told of the tools; one tool that must be called is named. With parallel_tool_calls
+    false the answer has one call at most.
     """
     if not isinstance(messages, list | tuple):
         raise refused(f"messages: got a value of type {type(messages).__name__}, expected a list of messages")
@@ -177,6 +183,7 @@ def chat_request(
         ],
         tools=[] if choice == "none" else list(tools or []),
         required_tool=required,
+        one_call=not parallel_tool_calls,
         template_kwargs=dict(template_kwargs or {}),
     )
 

@@ -73,7 +73,7 @@ class ChatTemplate:
            it, held to the grammar of calls (it does not think first; a call that it does not finish is text). Else calls of
            strict tools are held to theirs.
         3. Say how to read the answer: whether the prompt leaves a thought open, what it has of the answer already, where
-           stop strings count, and what may come before an answer that a grammar describes.
+           stop strings count, whether it ends behind a call, and what may come before an answer that a grammar describes.
 
         Raises RequestError INVALID_ARGUMENT for what the template refuses.
         """
@@ -93,7 +93,7 @@ class ChatTemplate:
             tags=self._tags,
             prefill=prefill,
             in_thought=in_thought,
-            stop_scope=self._answer_text.scope(is_open=in_thought or bool(prefill), **choices),
+            stop_scope=self._answer_text.scope(in_thought=in_thought, in_call=bool(prefill), one_call=chat.one_call, **choices),
             of_call=of_call,
             before_answer=rules_before_answer(self._special, **place, with_tools=bool(chat.tools)),
             **choices,

@@ -3,7 +3,6 @@
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -13,7 +12,6 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 
-from backend.chat.tools import CALL_OPEN
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
 from backend.openai_server.errors import ApiError
 from backend.openai_server.parameters import chat_inputs, new_id
@@ -27,7 +25,6 @@ class ChatCompletions:
         self._model, self._name = model, body["model"]
         self._inputs = chat_inputs(body)
         self._include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        self._one_call = body.get("parallel_tool_calls") is False
         self.id, self._created = new_id("chatcmpl"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
 
@@ -76,8 +73,6 @@ class ChatCompletions:
         async with aclosing(parts_of_choices(self._model, inputs, self.id)) as parts:
             try:
                 async for index, part in parts:
-                    if self._one_call:
-                        part = _with_one_call(part, len(self._choices[index].tool_calls))
                     self._choices[index].add(part)
                     yield index, part
             except ApiError as error:
@@ -92,14 +87,6 @@ class ChatCompletions:
             id=self.id, object="chat.completion.chunk", created=self._created, model=self._name, choices=choices, **more
         )
         return chunk.model_dump(exclude_unset=True)
-
-
-def _with_one_call(part: Part, num_calls: int) -> Part:
-    """num_calls: of the parts before. Behind the first call nothing is of interest, not even that `max_tokens` cut it off."""
-    if not num_calls and not part.tool_calls:
-        return part
-    text, reason = part.text.partition(CALL_OPEN)[0], part.finish_reason and "tool_calls"
-    return replace(part, text=text, tool_calls=part.tool_calls[: 1 - num_calls], finish_reason=reason)
 
 
 def _whole(index: int, choice: Choice) -> WholeChoice:

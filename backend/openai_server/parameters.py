@@ -36,11 +36,12 @@ _READ = {
     "messages",
     "prompt",
     "reasoning_effort",
+    "parallel_tool_calls",
     "response_format",
     "tool_choice",
     "tools",
 }
-_FRONT_END = {"model", "n", "parallel_tool_calls", "stream", "stream_options"}
+_FRONT_END = {"model", "n", "stream", "stream_options"}
 # They say something about the account, the cache or the tier: nothing about the answer.
 _WITHOUT_EFFECT = {
     "metadata",
@@ -86,8 +87,11 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise bad_request(f"reasoning_effort: got {shown_json(effort)}, but {contrary}; remove one")
     inputs = {"messages": _json(given.pop("messages"))}
     tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
+    parallel = given.pop("parallel_tool_calls", True)
     if tools:
         inputs["tools"] = _json(tools)
+        if not parallel:
+            inputs["parallel_tool_calls"] = False
         if choice is not None:
             inputs["tool_choice"] = choice if isinstance(choice, str) else _json(choice)
     elif choice not in (None, "none", "auto"):

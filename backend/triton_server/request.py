@@ -9,6 +9,7 @@
 |                         |              | parts of type image, or for the image placeholders in text_input or input_ids   |
 | tools                   | STRING [1]   | with messages: a JSON list of tools, OpenAI's form                              |
 | tool_choice             | STRING [1]   | with tools: auto (the default), none, required, or a JSON object that names one |
+| parallel_tool_calls     | BOOL [1]     | with messages: false ends the answer with its first call (default true)         |
 | chat_template_kwargs    | STRING [1]   | with messages: a JSON object of variables for the template, enable_thinking ... |
 | stream                  | BOOL [1]     | one response a canvas (true) or one response in all (false, the default)        |
 | return_drafts           | BOOL [1]     | with stream: responses with draft_text between those with text (default false)  |
@@ -131,14 +132,14 @@ def _prompt(
         got = " and ".join(given) or "none"
         raise refused(f"prompt: got {got}, expected exactly one of the inputs {', '.join(_PROMPTS)}")
     if given != ["messages"]:
-        _refuse_without_messages([name for name in ("tools", "tool_choice", "chat_template_kwargs") if name in values])
+        _refuse_without_messages([name for name in _OF_CHATS if name in values])
         return values[given[0]], None, tuple(values.get("image", ()))
     if not values.get("exclude_input_in_output", True):
         raise refused("exclude_input_in_output: got false with messages, expected true; a chat is not echoed")
     if template is None:
         raise refused("messages: this model has no chat template; send text_input or input_ids")
     parts = (values.get(name) for name in ("messages", "tools", "tool_choice", "chat_template_kwargs"))
-    asked = chat_request(*parts)
+    asked = chat_request(*parts, values.get("parallel_tool_calls", True))
     chat = template.prompt(asked, keep_special_tokens=not sampling.skip_special_tokens)
     return chat.text, chat.form, tuple(placed_images(asked, values.get("image", ())))
 
@@ -209,6 +210,7 @@ READERS: dict[str, Callable[[str, np.ndarray], Any]] = {
     "image": _strings,
     "tools": _json_list,
     "tool_choice": _tool_choice,
+    "parallel_tool_calls": _scalar,
     "chat_template_kwargs": _json,
     "stream": _scalar,
     "return_drafts": _scalar,
@@ -227,6 +229,7 @@ READERS: dict[str, Callable[[str, np.ndarray], Any]] = {
 }
 
 _PROMPTS = ("text_input", "messages", "input_ids")
+_OF_CHATS = ("tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs")
 _SAMPLING_KEYS = {name: name for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")} | {
     "stop_words": "stop",
     "return_logprobs": "logprobs",

@@ -25,6 +25,7 @@ INPUTS = (
     TensorSpec("image", "STRING", (-1,)),
     TensorSpec("tools", "STRING"),
     TensorSpec("tool_choice", "STRING"),
+    TensorSpec("parallel_tool_calls", "BOOL"),
     TensorSpec("chat_template_kwargs", "STRING"),
     TensorSpec("stream", "BOOL"),
     TensorSpec("return_drafts", "BOOL"),
