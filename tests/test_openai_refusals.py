@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from stand_in_model import Model, posted, refusal
 from starlette.testclient import TestClient
 
@@ -74,15 +76,28 @@ def test_a_completion_has_its_number_of_log_probabilities_refused_by_its_own_nam
     assert (message, param) == (f"logprobs: got {logprobs}, expected an integer from 0 to 20", "logprobs")
 
 
-def test_what_is_missing_is_named():
-    message, param = refusal('{"model": "diffusiongemma"}', route="chat/completions")
+@pytest.mark.parametrize("body", ['{"model": "diffusiongemma"}', '{"model": "diffusiongemma", "messages": null}'])
+def test_what_is_missing_is_named(body):
+    message, param = refusal(body, route="chat/completions")
     assert (message, param) == ("messages: got nothing, expected a value; add it", "messages")
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "known"),
+    [("chat/completions", CHAT, ChatParams.__annotations__), ("completions", COMPLETION, CompletionParams.__annotations__)],
+)
+def test_what_is_null_is_as_if_it_were_not_there(route, body, known):
+    """Clients that write all of a record send it so."""
+    nothing = dict.fromkeys({*known, "stream", "top_k", "what there is not"} - set(body))
+    status, answer, asked = posted(json.dumps({**nothing, **body}), route=route)
+    assert status == 200, answer
+    assert asked == posted(json.dumps(body), route=route)[2]
 
 
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [
-        ({"model": None}, "model: got null, expected string"),
+        ({"model": 5}, "model: got 5, expected string"),
         ({"seed": True}, "seed: got true, expected integer"),
         ({"logit_bias": [1]}, "logit_bias: got [1], expected a JSON object"),
         ({"chat_template_kwargs": "a"}, "chat_template_kwargs: got 'a', expected a JSON object"),

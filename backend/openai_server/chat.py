@@ -24,7 +24,7 @@ class ChatCompletions:
     def __init__(self, model: TritonModel, body: Mapping[str, Any]):
         self._model, self._name = model, body["model"]
         self._inputs = chat_inputs(body)
-        self._include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self._include_usage = bool(body.get("stream_options", {}).get("include_usage"))
         self.id, self._created = new_id("chatcmpl"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
 

@@ -20,7 +20,7 @@ class Completions:
         self._model, self._name = model, body["model"]
         self._inputs = completion_inputs(body)
         self._choices_a_prompt = choices_a_prompt(body)
-        self._include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self._include_usage = bool(body.get("stream_options", {}).get("include_usage"))
         self.id, self._created = new_id("cmpl"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
 

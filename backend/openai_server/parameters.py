@@ -130,7 +130,7 @@ def completion_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "logprobs" in given:
         _checked(NUMBERS["top_logprobs"], "logprobs", given["logprobs"])  # a completion's logprobs are their number
     listed = []
-    for prompt in prompts(given.pop("prompt", None)):
+    for prompt in prompts(given.pop("prompt")):
         if echo and not isinstance(prompt, str):
             raise bad_request("echo: got true with token ids, expected a text as prompt; remove it")
         inputs = {"text_input": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
@@ -165,20 +165,19 @@ def _token_ids(where: str, given: Any) -> list[int]:
 
 
 def choices_a_prompt(body: Mapping[str, Any]) -> int:
-    return 1 if body.get("n") is None else body["n"]
+    return body.get("n", 1)
 
 
 def _given(body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """What the model is to know. A parameter of OpenAI's that nothing here has must ask for nothing."""
     unknown = set(known) - _SAMPLING - _READ - _FRONT_END - _WITHOUT_EFFECT
-    given = {name: value for name, value in body.items() if value is not None}
-    refused = [name for name in given if name in unknown and (name not in _NEUTRAL or given[name] != _NEUTRAL[name])]
+    refused = [name for name in body if name in unknown and (name not in _NEUTRAL or body[name] != _NEUTRAL[name])]
     if refused:
-        raise bad_request(f"{refused[0]}: got {shown_json(given[refused[0]])}, but this server does not have it; remove it")
-    if "stream_options" in given and not given.get("stream"):
-        got = shown_json(given["stream_options"])
+        raise bad_request(f"{refused[0]}: got {shown_json(body[refused[0]])}, but this server does not have it; remove it")
+    if "stream_options" in body and not body.get("stream"):
+        got = shown_json(body["stream_options"])
         raise bad_request(f"stream_options: got {got} without stream; set stream to true, or remove it")
-    return {name: value for name, value in given.items() if name not in unknown | _FRONT_END | _WITHOUT_EFFECT}
+    return {name: value for name, value in body.items() if name not in unknown | _FRONT_END | _WITHOUT_EFFECT}
 
 
 def _choices(inputs: Mapping[str, Any], sampling: Mapping[str, Any], n: int) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ COMPLETION = TypeAdapter(CompletionBody)
 
 
 async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISettings) -> dict[str, Any]:
-    """The body as it came, if it is right as far as OpenAI's types say.
+    """The body as it came, without what is null, if it is right as far as OpenAI's types say.
 
     Raises:
         ApiError: 413 for one that is too large, 404 for another model, 499 for a client that goes before all has come, 400 for
@@ -52,13 +52,14 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
         raise bad_request(f"body: got {error}, expected a JSON object") from None
     if not isinstance(body, dict):
         raise bad_request(f"body: got {shown_json(body)}, expected a JSON object")
+    body = {name: value for name, value in body.items() if value is not None}  # many clients send what they leave open so
     try:
         checked("body", adapter, body)
     except RequestError as error:
         raise bad_request(str(error).replace("body.", "", 1)) from None
     if body["model"] != settings.served_name:
         raise unknown_model(body["model"], settings.served_name)
-    copies = body.get("n") or 1  # every choice is a request of its own to the model
+    copies = body.get("n", 1)  # every choice is a request of its own to the model
     if copies * len(sent) > settings.max_body_bytes:
         got = f"{shown(copies)} choices of {len(sent)} bytes"
         raise bad_request(f"n: got {got}, expected at most {settings.max_body_bytes} bytes in all; send several requests")
