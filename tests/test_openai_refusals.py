@@ -174,6 +174,38 @@ def test_the_usual_verbosity_is_accepted():
 
 
 @pytest.mark.parametrize(
+    ("asked", "line", "message"),
+    [
+        ({"max_completion_tokens": 0}, "max_tokens: got 0", "max_completion_tokens: got 0"),
+        ({"max_tokens": 0}, "max_tokens: got 0", "max_tokens: got 0"),
+        ({"response_format": {"type": "json_object"}}, "structured_outputs: no", "response_format: no"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+            "structured_outputs.json: got {}",
+            "response_format.json_schema.schema: got {}",
+        ),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs: no", "structured_outputs: no"),
+        (
+            {"structured_outputs": {"regex": "("}, "response_format": {"type": "text"}},
+            "structured_outputs: no",
+            "structured_outputs: no",
+        ),
+        ({}, "prompt: got no tokens", "messages: got no tokens"),
+        ({}, "tools: too many", "tools: too many"),
+    ],
+)
+def test_what_the_model_refuses_has_the_clients_name(asked, line, message):
+    class Refusing(Model):
+        async def generate(self, inputs, request_id):
+            raise bad_request(line)
+            yield
+
+    with TestClient(create_app(OpenAISettings(), Refusing())) as client:
+        error = client.post("/v1/chat/completions", json={**CHAT, **asked}).json()["error"]
+    assert (error["message"], error["param"]) == (message, message.partition(":")[0])
+
+
+@pytest.mark.parametrize(
     ("route", "body", "param"), [("chat/completions", CHAT, "messages"), ("completions", COMPLETION, "prompt")]
 )
 @pytest.mark.parametrize("stream", [False, True])

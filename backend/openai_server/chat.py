@@ -14,7 +14,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogpr
 
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
 from backend.openai_server.errors import ApiError
-from backend.openai_server.parameters import chat_inputs, new_id
+from backend.openai_server.parameters import chat_inputs, client_names, new_id
 from backend.openai_server.triton_model import Part, TritonModel
 
 
@@ -23,7 +23,7 @@ class ChatCompletions:
 
     def __init__(self, model: TritonModel, body: Mapping[str, Any]):
         self._model, self._name = model, body["model"]
-        self._inputs = chat_inputs(body)
+        self._inputs, self._client_names = chat_inputs(body), client_names(body)
         self._include_usage = bool(body.get("stream_options", {}).get("include_usage"))
         self.id, self._created = new_id("chatcmpl"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
@@ -76,9 +76,7 @@ class ChatCompletions:
                     self._choices[index].add(part)
                     yield index, part
             except ApiError as error:
-                if error.param == "prompt":  # the model's word for what it makes of them
-                    error.param = "messages"
-                raise
+                raise error.renamed(self._client_names) from None
 
     def _chunk(self, choices: list[ChunkChoice], **more: Any) -> dict[str, Any]:
         if self._include_usage:

@@ -1,6 +1,7 @@
 """What can go wrong, in OpenAI's form: an HTTP status and `{"error": {"message", "type", "param", "code"}}`."""
 
 import re
+from collections.abc import Mapping
 
 from openai.types.shared import ErrorObject
 
@@ -34,6 +35,13 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         error = ErrorObject(message=str(self), type=kind, param=self.param, code=self.code)
         return {"error": error.model_dump(exclude_unset=True)}
+
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """With the client's name of the parameter at fault. names: the model's → the client's, where they differ."""
+        if self.param not in names:
+            return self
+        name = names[self.param]
+        return ApiError(self.status, name + str(self).removeprefix(self.param), code=self.code, param=name)
 
 
 def bad_request(message: str) -> ApiError:

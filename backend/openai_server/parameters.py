@@ -101,6 +101,16 @@ def chat_inputs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return _choices(inputs, given, choices_a_prompt(body))
 
 
+def client_names(body: Mapping[str, Any]) -> dict[str, str]:
+    """The model's names of a chat's parameters → the client's, where they differ."""
+    names = {"prompt": "messages"}
+    if "max_completion_tokens" in body:
+        names["max_tokens"] = "max_completion_tokens"
+    if "response_format" in body and "structured_outputs" not in body:
+        names |= {"structured_outputs": "response_format", "structured_outputs.json": "response_format.json_schema.schema"}
+    return names
+
+
 def _structure(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What a response_format asks of `structured_outputs`. What the schema may be, the model checks."""
     if not response_format:
