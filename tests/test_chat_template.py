@@ -213,6 +213,11 @@ def assistant(**fields) -> list[dict]:
         (([USER], [{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name: got 'a b', expected string"),
         (([USER], [WEATHER, WEATHER]), "tools[1].function.name: got 'weather' again, expected another name than those before"),
         (([USER], [WEATHER], "maybe"), "tool_choice: got 'maybe', expected 'auto', 'none' or 'required'"),
+        (
+            ([USER], [WEATHER], {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}),
+            "tool_choice.type: got 'allowed_tools', expected 'function'",
+        ),
+        (([USER], [WEATHER], {"type": "function", "name": "weather"}), "tool_choice.function: got nothing, expected a value"),
         (([USER], None, "required"), "tool_choice: got 'required' without tools, expected at least one; send tools"),
         (
             ([USER], [WEATHER], {"type": "function", "function": {"name": "price"}}),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from backend.errors import refused
 from backend.json_text import read_json
@@ -108,7 +108,12 @@ class NamedToolChoice(_Record):
 
 _MESSAGES = TypeAdapter(list[Message])
 _TOOLS = TypeAdapter(list[Tool])
-_TOOL_CHOICE = TypeAdapter(Literal["auto", "none", "required"] | NamedToolChoice)
+_TOOL_CHOICE = TypeAdapter(
+    Annotated[
+        Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedToolChoice, Tag("object")],
+        Discriminator(lambda value: "object" if isinstance(value, dict) else "word"),
+    ]
+)
 
 
 # Where pydantic's own word is of Python, not of JSON.
