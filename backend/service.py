@@ -73,6 +73,7 @@ class Service:
         self._thread = threading.Thread(target=self._supervise, args=(first_start,), name="supervisor", daemon=True)
         self._thread.start()
         self._engine = first_start.result()
+        self.max_requests = self._engine.max_sequences + limits.max_queued  # places in the batch and in the queue
         self._tokenizer = Tokenizer.from_file(str(config.engine_dir / "tokenizer.json"))
         max_tokens = self._engine.model.max_position_embeddings
         self._tokenize = PromptTokenizer(self._tokenizer, self._engine.bos_token, max_tokens)

@@ -101,6 +101,7 @@ def answering(server_model):
         "overdue": overdue,
     }
     model._service = SimpleNamespace(**queued, tokens=tokens, tokenizer=None)
+    model._max_requests = 2
     model._closing, model._template, model._settings = False, None, SimpleNamespace(default_max_tokens=0)
     model._images = SimpleNamespace(release=model.released.append)
     model._events, model._metrics = queue.SimpleQueue(), MetricValues()
@@ -231,6 +232,18 @@ def test_what_is_made_ready_for_too_long_ends(server_model, answering):
     answering._events.put((being_submitted, canvas("stop")))
     wait_until(lambda: being_submitted.finished)
     assert not answering.submitted and [flags for _, flags in other.sent] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "number"),
+    [
+        ({}, 1),
+        ({"instance_group": [{"count": 3, "gpus": []}]}, 3),
+        ({"instance_group": [{"count": 2, "gpus": [0, 1]}, {"gpus": [4]}]}, 5),
+    ],
+)
+def test_instances_are_counted(server_model, groups, number):
+    assert server_model.num_instances(groups) == number
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,13 @@ def test_choices_that_would_need_a_large_body_many_times_are_refused():
             assert client.post("/v1/completions", json=served).status_code == 200
 
 
+def test_the_model_is_told_how_many_choices_there_are():
+    """It knows how many there could ever be at once."""
+    for asked, num_choices in (({"n": 3}, 3), ({"n": 2, "prompt": ["a", "b"]}, 4), ({}, None)):
+        _, _, told = posted(json.dumps({"model": "diffusiongemma", "prompt": "a", **asked}))
+        assert [inputs.get("num_choices") for inputs in told] == [num_choices] * (num_choices or 1)
+
+
 def test_a_client_that_goes_while_it_sends_is_no_error_of_the_server():
     sent = []
     arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])

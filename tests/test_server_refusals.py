@@ -132,6 +132,17 @@ def test_an_abandoned_request_makes_room(narrow_server, end):
     assert ask_once(narrow_server.grpc_url, text_input=QUESTION, max_tokens=1).num_output_tokens == 1
 
 
+def test_choices_that_never_have_places_together_are_refused(narrow_server):
+    request = {"text_input": QUESTION, "max_tokens": 1}
+    with pytest.raises(Refused) as refused:
+        ask(narrow_server.grpc_url, **request, num_choices=3)
+    line = (
+        "n: got 3 choices in all, expected at most 2, the places in batch and queue; ask for fewer at once, or raise max_queued"
+    )
+    assert str(refused.value) == f"[INVALID_ARGUMENT] {line}"
+    assert ask_once(narrow_server.grpc_url, **request, num_choices=2).num_output_tokens == 1
+
+
 def test_a_full_server_says_so(narrow_server):
     request = {"text_input": QUESTION, "stream": True, "headers": {"triton_grpc_error": "true"}, **ENDLESS}
     active = Stream(narrow_server.grpc_url, **request)

@@ -16,12 +16,13 @@ async def parts_of_choices(
 ) -> AsyncIterator[tuple[int, Part]]:
     """Yields (index, part) of every choice, as the parts come. Leaving the iteration early cancels them all, and so does the
     first error, which is raised."""
+    together = {"num_choices": len(inputs)} if len(inputs) > 1 else {}
     arrived: asyncio.Queue[tuple[int, Part | None]] = asyncio.Queue()
 
     async def run(index: int) -> None:
         try:
             name = request_id if len(inputs) == 1 else f"{request_id}-{index}"
-            async with aclosing(model.generate(inputs[index], name)) as parts:
+            async with aclosing(model.generate({**inputs[index], **together}, name)) as parts:
                 async for part in parts:
                     arrived.put_nowait((index, part))
         finally:

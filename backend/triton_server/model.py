@@ -15,15 +15,16 @@ import queue
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton_python_backend_utils as pb_utils
 
 from backend.chat.template import ChatTemplate
-from backend.errors import RequestError
+from backend.errors import RequestError, refused
 from backend.grammar_check import check_grammar
 from backend.images.loading import ImageLoader
 from backend.images.pool import ImagePool
@@ -87,7 +88,8 @@ class DiffusionGemmaModel:
 
     def _load(self, args: dict[str, str]) -> None:
         self._name = args["model_name"]
-        self._settings = Settings.from_model_config(json.loads(args["model_config"]))
+        model_config = json.loads(args["model_config"])
+        self._settings = Settings.from_model_config(model_config)
         self._closing = False
         self._events: queue.SimpleQueue[tuple[Answer | None, object]] = queue.SimpleQueue()
         self._metrics = MetricValues()
@@ -110,6 +112,7 @@ class DiffusionGemmaModel:
             num_threads=self._settings.image_threads,
         )
         self._texts = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="texts")
+        self._max_requests = self._service.max_requests * num_instances(model_config)
         self._template = ChatTemplate.load(worker.engine_dir, self._service.tokenizer)
         self._exported = ExportedMetrics({"model": self._name, "instance": args["model_instance_name"]})
         self._answering = threading.Thread(target=self._answer_until_closed, name="answering")
@@ -129,6 +132,9 @@ class DiffusionGemmaModel:
         if self._closing:
             raise RequestError("UNAVAILABLE", "server: it is shutting down; send the request again later")
         parsed = parse_request(request, self._template, self._settings.default_max_tokens)
+        if parsed.num_choices > self._max_requests:
+            got, most = f"{parsed.num_choices} choices in all", f"{self._max_requests}, the places in batch and queue"
+            raise refused(f"n: got {got}, expected at most {most}; ask for fewer at once, or raise max_queued")
         takes_long = (isinstance(parsed.prompt, str) and len(parsed.prompt) > _SHORT_TEXT) or parsed.sampling.structured_outputs
         answer = Answer(sender, parsed, self._service.tokenizer, is_made_ready=bool(parsed.images or takes_long))
         self._service.announce(answer, arrived_at_s)
@@ -264,6 +270,12 @@ def _outcome(error: RequestError, *, was_accepted: bool) -> Outcome:
     if error.code == "UNAVAILABLE":
         return "failed" if was_accepted else "rejected"
     return "rejected" if error.code in ("INVALID_ARGUMENT", "DEADLINE_EXCEEDED") else "failed"
+
+
+def num_instances(model_config: Mapping[str, Any]) -> int:
+    """Of the model, this one among them. model_config: as the server passes it on."""
+    groups = model_config.get("instance_group", ())
+    return max(1, sum(group.get("count", 1) * max(1, len(group.get("gpus", ()))) for group in groups))
 
 
 def worker_environment(args: dict[str, str]) -> dict[str, str]:

@@ -23,6 +23,7 @@
 | return_logprobs         | BOOL [1]     | `SamplingConfig.logprobs`                                                       |
 | exclude_input_in_output | BOOL [1]     | false: the first response opens with the prompt in the form it came in,         |
 |                         |              | text_input before text_output, input_ids before output_ids (default true)       |
+| num_choices             | INT32 [1]    | this request is one of so many that are wanted all at once (default 1)          |
 | return_finish_reason, return_num_input_tokens,   | BOOL [1] | false: responses come without that output (default true)   |
 | return_num_output_tokens                         |          |                                                            |
 
@@ -50,7 +51,8 @@ from backend.sampling_config import SamplingConfig, canonical
 class GenerationRequest:
     """What one client asks for. answer: how to read a chat's answer; None for a prompt that is no chat, whose text comes as it
     is. images: in base64 or URLs, one for each placeholder of the prompt. drafts: canvases that are not finished are sent too.
-    omitted: outputs that the client does not want. timeout_s runs from the moment the request reaches the model."""
+    omitted: outputs that the client does not want. num_choices: requests, this one among them, that are wanted all at once.
+    timeout_s runs from the moment the request reaches the model."""
 
     request_id: str
     prompt: str | list[int]
@@ -61,6 +63,7 @@ class GenerationRequest:
     drafts: bool = False
     echo_prompt: bool = False
     omitted: frozenset[str] = frozenset()
+    num_choices: int = 1
     timeout_s: float | None = None
 
 
@@ -104,6 +107,7 @@ def parse_request(
         drafts=values.get("return_drafts", False),
         echo_prompt=not values.get("exclude_input_in_output", True),
         omitted=frozenset(output for name, output in _RETURNED.items() if not values.get(name, True)),
+        num_choices=values.get("num_choices", 1),
         timeout_s=timeout_s,
     )
 
@@ -226,6 +230,7 @@ READERS: dict[str, Callable[[str, np.ndarray], Any]] = {
     "return_num_input_tokens": _scalar,
     "return_num_output_tokens": _scalar,
     "exclude_input_in_output": _scalar,
+    "num_choices": _scalar,
 }
 
 _PROMPTS = ("text_input", "messages", "input_ids")

@@ -41,6 +41,7 @@ INPUTS = (
     TensorSpec("return_num_input_tokens", "BOOL"),
     TensorSpec("return_num_output_tokens", "BOOL"),
     TensorSpec("exclude_input_in_output", "BOOL"),
+    TensorSpec("num_choices", "INT32"),
 )
 
 OUTPUTS = (
