@@ -94,6 +94,13 @@ def test_what_is_null_is_as_if_it_were_not_there(route, body, known):
     assert asked == posted(json.dumps(body), route=route)[2]
 
 
+def test_what_is_null_in_a_response_format_is_as_if_it_were_not_there():
+    described = {"name": "a", "schema": {}, "strict": None}
+    for kind, schema in (("text", None), ("json_object", None), ("json_schema", described)):
+        asked = {"type": kind, "json_schema": schema, "structural_tag": None}
+        assert posted(json.dumps({**CHAT, "response_format": asked}), route="chat/completions")[0] == 200
+
+
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [

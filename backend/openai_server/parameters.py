@@ -117,8 +117,8 @@ def _structure(response_format: Mapping[str, Any] | None) -> dict[str, Any] | No
         return None
     kind = response_format["type"]
     known = {"type", "json_schema"} if kind == "json_schema" else {"type"}
-    for name in response_format:
-        if name not in known:
+    for name, value in response_format.items():
+        if name not in known and value is not None:
             raise bad_request(f"response_format.{name}: unknown with type {shown_json(kind)}; remove it")
     if kind == "text":
         return None
