@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
@@ -245,6 +246,26 @@ def test_every_response_has_an_id_of_its_own(method, path, body, status):
     ids = [reply.headers["x-request-id"] for reply in replies]
     assert [reply.status_code for reply in replies] == [status] * 2
     assert all(each.startswith("req-") for each in ids) and len(set(ids)) == 2
+
+
+@pytest.mark.parametrize(("route", "body"), [("chat/completions", CHAT), ("completions", COMPLETION)])
+def test_an_event_is_one_line_for_every_client(route, body):
+    """Also for those that take more than carriage returns and line feeds for its end, as httpx's `iter_lines` does."""
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf\ré"
+
+    class Separating(Model):
+        async def generate(self, inputs, request_id):
+            async for part in super().generate(inputs, request_id):
+                yield replace(part, text=text if part.finish_reason else "", logprobs=None)
+
+    asked = {"json": {**body, "stream": True}}
+    with (
+        TestClient(create_app(OpenAISettings(), Separating())) as client,
+        client.stream("POST", f"/v1/{route}", **asked) as reply,
+    ):
+        events = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    choices = [choice for event in events[:-1] for choice in json.loads(event)["choices"]]
+    assert "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices) == text
 
 
 @pytest.mark.parametrize(("route", "body"), [("chat/completions", CHAT), ("completions", COMPLETION)])

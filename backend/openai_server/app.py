@@ -172,7 +172,8 @@ async def _events(request: Request, first: dict[str, Any], chunks: AsyncIterator
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """In ASCII: U+2028 and a few others, which may stand in a line, are the end of one for some clients."""
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _unless_disconnected(request: Request, result: Awaitable[T]) -> T:
