@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType, SimpleNamespace
 
 import torch
+from assembly import RESULTS
 from gluon_values import Pointer, Shared, Tile, fill_with_poison, tile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -210,10 +211,12 @@ def _assert(condition: bool) -> None:
     assert condition
 
 
-def _passed(text: str, arguments: list[Tile]) -> Tile:
-    """Of an assembly without instructions."""
-    assert not text
-    return arguments[0]
+def _assembled(text: str, arguments: list[Tile]) -> Tile | tuple[Tile, ...]:
+    if not text:
+        return arguments[0]
+    words = [each.as_subclass(torch.Tensor).contiguous().view(torch.int32) for each in arguments]
+    results = tuple(tile(each) for each in RESULTS[text](*words))
+    return results if len(results) > 1 else results[0]
 
 
 def _either(choose: Callable[[Tile, Tile], Tile]) -> Callable[[object, object], Tile]:
@@ -251,7 +254,7 @@ _LANGUAGE = SimpleNamespace(
     log2=torch.log2,
     join=lambda a, b: torch.stack((a, b), dim=-1),
     convert_layout=lambda value, layout, assert_trivial=False: value,
-    inline_asm_elementwise=lambda text, constraints, arguments, **_: _passed(text, arguments),
+    inline_asm_elementwise=lambda text, constraints, arguments, **_: _assembled(text, arguments),
     allocate_shared_memory=_allocate,
     warp_specialize=lambda groups, num_warps, registers: _program.run(groups),
 )

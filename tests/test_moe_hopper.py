@@ -14,20 +14,28 @@ import torch
 pytest.importorskip("triton", reason="the kernels are written in Triton's Gluon")
 
 from gluon_interpreter import InterpretedKernel
+from nvfp4_weights import rounded_rows
 from tolerances import assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from plugins.moe import alignment, fp8_launch, packed_launch
+from plugins.moe import alignment, four_bit_launch, fp8_launch, packed_launch
 from plugins.moe.arranged_launch import hopper_tile
 from plugins.moe.arranging import BLOCK, arrange, arranged_shape
+from plugins.moe.formats import dtype_in_format, shape_in_format
 from plugins.moe.fp8 import FP8, from_fp8, to_fp8
 from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
-from plugins.moe.hopper_down_kernel import hopper_down_packed_kernel, hopper_down_wide_kernel
+from plugins.moe.hopper_down_kernel import (
+    hopper_down_four_bit_kernel,
+    hopper_down_packed_kernel,
+    hopper_down_wide_kernel,
+)
+from plugins.moe.int4 import from_int4, to_int4
 from plugins.moe.kernel_reference import align_reference, down_reference
 from plugins.moe.kinds import experts
 from plugins.moe.launch import Tile
-from plugins.moe.packing import ROW_FACTOR, pack, packed_shape, unpack
+from plugins.moe.nvfp4 import FACTOR_BYTES, numbers_of, to_nvfp4
+from plugins.moe.packing import ROW_FACTOR, pack, unpack
 from plugins.triton_launch import HOPPER_CAPABILITY, Launch
 
 EXPERTS = 4
@@ -61,6 +69,29 @@ def packed_product(activated: Tensor, weight: Tensor, unused: list[int]) -> Prod
     return Product(activated, unpack(packed, *weight.shape[1:]), launch, exists)
 
 
+def four_bit_product(activated: Tensor, weight: Tensor, unused: list[int], *, stored: str) -> Product:
+    if stored == "nvfp4":
+        rows = rounded_rows(weight, factor=2.0**-9)
+        numbers = to_nvfp4(rows)
+        numbers[unused, :, -FACTOR_BYTES * BLOCK :] = 0xFF  # NaN
+        stands_for = from_fp8(*numbers_of(rows)).bfloat16()
+    else:
+        numbers = to_int4(weight)
+        stands_for = from_int4(numbers, *weight.shape[1:])
+    hidden_size = weight.shape[1]
+
+    def launch(top_k_weights, routing, tile, kernel=None):
+        if kernel is None:
+            return packed_launch.down(activated, numbers, top_k_weights, *routing, hidden_size, tile)
+        words = numbers.view(torch.int32)
+        return packed_launch.down(activated, words, top_k_weights, *routing, hidden_size, hopper_tile(words, tile), kernel)
+
+    def exists(tile):
+        return packed_launch.has_hopper_kernel(activated, hidden_size, tile)
+
+    return Product(activated, stands_for, launch, exists)
+
+
 def fp8_product(activated: Tensor, weight: Tensor, unused: list[int], *, fp8_rows: bool) -> Product:
     (numbers, scale), (rows, row_scale) = to_fp8(weight), to_fp8(activated)
     if not fp8_rows:
@@ -84,16 +115,22 @@ def fp8_product(activated: Tensor, weight: Tensor, unused: list[int], *, fp8_row
 
 PRODUCTS = {
     "packed": (packed_product, hopper_down_packed_kernel),
+    "int4": (partial(four_bit_product, stored="int4"), hopper_down_four_bit_kernel),
+    "nvfp4": (partial(four_bit_product, stored="nvfp4"), hopper_down_four_bit_kernel),
     "FP8": (partial(fp8_product, fp8_rows=True), hopper_down_fp8_kernel),
     "FP8 weights": (partial(fp8_product, fp8_rows=False), hopper_down_wide_kernel),
 }
 TILES = {
     "packed": [packed_launch.MANY_ROWS],
+    "int4": [four_bit_launch.MANY_ROWS],
+    "nvfp4": [four_bit_launch.MANY_ROWS],
     "FP8": [fp8_launch.SOME_FP8_ROWS, fp8_launch.MANY_FP8_ROWS],
     "FP8 weights": [fp8_launch.MANY_ROWS],
 }
 SIZES = {
-    "packed": [(256, 256), (192, 224), (64, 320)],
+    "packed": [(256, 320), (192, 352), (64, 384)],
+    "int4": [(256, 384), (192, 416), (64, 448)],
+    "nvfp4": [(256, 384), (192, 416), (64, 448)],
     "FP8": [(256, 256), (192, 224), (64, 320), (128, 144)],
     "FP8 weights": [(256, 320), (192, 376), (64, 328)],
 }
@@ -132,6 +169,10 @@ def test_equals_the_reference(kind, tile, hidden_size, width, index_of):
         ("packed", 2048, (10, 0), 704, "down_packed_kernel"),
         ("packed", 2048, (9, 0), 768, "down_packed_kernel"),
         ("packed", 512, (9, 0), 704, "down_packed_kernel"),
+        ("int4", 2048, (9, 0), 704, "hopper_down_four_bit_kernel"),
+        ("int4", 2048, (10, 0), 704, "down_packed_kernel"),
+        ("nvfp4", 2048, (9, 0), 704, "hopper_down_four_bit_kernel"),
+        ("nvfp4", 1024, (9, 0), 704, "down_packed_kernel"),
         ("FP8", 512, (9, 0), 704, "hopper_down_fp8_kernel"),
         ("FP8", 2048, (9, 0), 768, "hopper_down_fp8_kernel"),
         ("FP8", 2048, (10, 0), 704, "down_fp8_kernel"),
@@ -153,9 +194,9 @@ def test_which_kernel_is_launched(kind, rows, capability, width, expected, monke
         shapes = (128, 2 * width, 2816), (128, 2816, width)
         weights = torch.empty(rows, 8)
         operands = torch.empty(rows, 2816, dtype=torch.bfloat16), weights.long(), weights
-        if kind == "packed":
-            packed = [torch.empty(packed_shape(shapes[i], 2 - i), dtype=torch.int32) for i in range(2)]
-            experts(*operands, *packed)
+        if kind in ("packed", "int4", "nvfp4"):
+            dtype = getattr(torch, dtype_in_format(kind))
+            experts(*operands, *(torch.empty(shape_in_format(shapes[i], kind, 2 - i), dtype=dtype) for i in range(2)))
         else:
             numbers = [torch.empty(arranged_shape(shapes[i], 2 - i), dtype=FP8) for i in range(2)]
             scales = [torch.empty(shape[:2]) for shape in shapes]

@@ -119,44 +119,16 @@ def let_assembly_scale_pairs() -> None:
     import numpy as np
     import torch
     import triton.language as tl
+    from assembly import RESULTS
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from plugins.moe.numbers_kernel import E2M1_PAIR, LAST_E2M1_PAIR, OFFSET_OF, SCALED_PAIR, SCALES_OF, SPREAD
-
-    def rounded(values: torch.Tensor) -> torch.Tensor:
-        return values.bfloat16().view(torch.int32)
-
-    def spread(word: torch.Tensor) -> list[torch.Tensor]:
-        halves = word.view(torch.int16).view(*word.shape, 2)
-        return [half.unsqueeze(-1).expand_as(halves).contiguous().view(torch.int32)[..., 0] for half in halves.unbind(-1)]
-
-    def offset_of(scale: torch.Tensor) -> list[torch.Tensor]:
-        return [rounded(-24 * numbers(scale))]
-
-    def scaled_pair(word: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> list[torch.Tensor]:
-        return [rounded(numbers(word & 0x00780078 | 0x41804180) * numbers(scale) + numbers(offset))]
-
-    def numbers(word: torch.Tensor) -> torch.Tensor:
-        return word.view(torch.bfloat16).double()
-
-    def scales_of(word: torch.Tensor) -> list[torch.Tensor]:
-        return [(word >> 8 * byte & 0xFF) * 0x00100010 + 0x70007000 for byte in range(4)]
-
-    def e2m1_pair(word: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
-        return [rounded(numbers(word & 0x81C081C0 - (1 << 32)) * numbers(scale))]
-
-    def last_e2m1_pair(word: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
-        return e2m1_pair(word << 1 & 0x80008000 - (1 << 32) | word >> 4 & 0x00C000C0 | word >> 5 & 0x01000100, scale)
-
     plain = InterpreterBuilder.create_inline_asm
-    known = {SPREAD: spread, OFFSET_OF: offset_of, SCALED_PAIR: scaled_pair}
-    known |= {SCALES_OF: scales_of, E2M1_PAIR: e2m1_pair, LAST_E2M1_PAIR: last_e2m1_pair}
 
     def create_inline_asm(self, assembly, constraints, values, *others):
-        if assembly not in known:
+        if assembly not in RESULTS:
             return plain(self, assembly, constraints, values, *others)
         words = [torch.from_numpy(np.ascontiguousarray(each.data).view(np.int32)) for each in values]
-        results = [each.numpy().view(np.uint32) for each in known[assembly](*words)]
+        results = [each.numpy().view(np.uint32) for each in RESULTS[assembly](*words)]
         return SimpleNamespace(get_result=lambda place: TensorHandle(results[place], tl.uint32))
 
     InterpreterBuilder.create_inline_asm = create_inline_asm

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from plugins.moe import launch, packed_launch
-from plugins.moe.arranged_launch import arranged_tile, check_weights
+from plugins.moe.arranged_launch import arranged_tile, check_weights, hopper_tile
+from plugins.moe.hopper_down_kernel import hopper_down_four_bit_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.nvfp4 import is_nvfp4
 from plugins.triton_launch import Wrap, unwrapped
@@ -65,7 +66,11 @@ def weighted_rows(
     row_order, tile_expert, top_k_weights = routing
     to_experts = (row_order, tile_expert, top_k_weights.shape[1])
     (activated,) = packed_launch.gate_up(rows, gate_up_proj, *to_experts, tile, factor=1.0).run(wrap)
-    down_tile = down_tile or choose_down_tile(tile)
-    operands = (activated, down_proj, top_k_weights, row_order, tile_expert, rows.shape[1])
-    (weighted,) = packed_launch.down(*operands, down_tile).run(wrap)
+    others = (top_k_weights, row_order, tile_expert, rows.shape[1])
+    if down_tile is None and wrap is unwrapped and packed_launch.has_hopper_kernel(activated, rows.shape[1], tile):
+        words = down_proj.view(torch.int32)
+        second = packed_launch.down(activated, words, *others, hopper_tile(words, tile), hopper_down_four_bit_kernel)
+    else:
+        second = packed_launch.down(activated, down_proj, *others, down_tile or choose_down_tile(tile))
+    (weighted,) = second.run(wrap)
     return weighted

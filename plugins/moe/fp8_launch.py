@@ -13,7 +13,7 @@ from plugins.moe import fp8_kernel, launch
 from plugins.moe.arranged_launch import arranged_tile, hopper_tile, on_hopper, product_constants, product_grid
 from plugins.moe.arranging import BLOCK, HALVES, arranged_shape, num_depths
 from plugins.moe.hopper_down_fp8_kernel import hopper_down_fp8_kernel
-from plugins.moe.hopper_down_kernel import FP8_AHEAD, MAX_STEPS, hopper_down_wide_kernel
+from plugins.moe.hopper_down_kernel import DEPTHS, hopper_down_wide_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.triton_launch import Launch, Wrap, ceil_div, unwrapped
 
@@ -76,7 +76,7 @@ def hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> object | N
     if activated.dtype == torch.float8_e4m3fn:
         fits = tile.rows in (SOME_FP8_ROWS.rows, MANY_FP8_ROWS.rows) and depths in _HOPPER_DEPTHS
         return hopper_down_fp8_kernel if fits else None
-    fits = activated.dtype == torch.float16 and tile.rows == MANY_ROWS.rows and FP8_AHEAD < depths <= MAX_STEPS
+    fits = activated.dtype == torch.float16 and tile.rows == MANY_ROWS.rows and depths in DEPTHS
     return hopper_down_wide_kernel if fits else None
 
 

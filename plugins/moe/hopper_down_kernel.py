@@ -1,5 +1,5 @@
-"""The second product of packed experts, and of FP8 experts with rows in float16, for Hopper and many rows: weighted
-[N * k, D], to the bit as `packed_kernel.py` and `fp8_kernel.py`.
+"""The second product of packed experts, of those in 4 bits, and of FP8 experts with rows in float16, for Hopper and many rows:
+weighted [N * k, D], to the bit as `packed_kernel.py` and `fp8_kernel.py`.
 
 Compiled by Triton, those kernels copy a tile's rows into shared memory for every tile of columns, and between two products
 every warp unpacks weights while the tensor cores wait. Here a program keeps its rows, all of their columns, and goes through
@@ -10,7 +10,7 @@ happens when; neither Triton's interpreter nor other GPUs can run it.
     program    row 0 … 127, kept          group 0: blocks 0, 2, 4 …       group 1: blocks 1, 3, 5 …
     step       factor (registers) x columns of the rows (shared memory) → product (registers); the next factor is unpacked
 
-See `plugins.moe.kernel` for the shape legend, `plugins.moe.packing` and `plugins.moe.arranging` for the words.
+See `plugins.moe.kernel` for the shape legend, `hopper_factor_kernel.py` for what words become.
 """
 
 # ruff: noqa: N803 - constants are in capitals
@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from plugins.moe.hopper_factor_kernel import factor_of, words
 from plugins.moe.hopper_tile_kernel import (
     GROUP_WARPS,
     GROUPS,
@@ -29,23 +30,26 @@ from plugins.moe.hopper_tile_kernel import (
     store_of_rows,
     store_weighted,
 )
-from plugins.moe.packing import PLANES, SIGNS, WHOLE
+from plugins.moe.packing import PLANES
 
-AHEAD = 3
-"""Of packed experts. NVIDIA H200, Triton 3.6, 2048 / 16384 rows: 195 / 1006 µs; 2: 217 / 1120; 4, with registers in memory:
-1274 at 16384. Words through shared memory, two or three groups: 1034, 1010."""
+AHEAD = 4
+"""Of packed experts. NVIDIA H200, Triton 3.6, 2048 / 4096 / 8192 / 16384 rows: 188 / 297 / 538 / 1010 µs; 3: 191 / 298 / 537 /
+1027. Words through shared memory, two or three groups, at 16384, where as much as this took 1006: 1034, 1010."""
 
 FP8_AHEAD = 4
-"""Of FP8 experts. The same: 186 / 983 µs; 2: 208 / 1075; 3: 195 / 1010; 5: 185 / 991."""
+"""Of FP8 experts. The same: 161 / 264 / 476 / 959 µs; 5: 156 / 259 / 490 / 906."""
 
-MAX_STEPS = 11
-"""Of 64 columns, for which shared memory has room. NVIDIA H200, Triton 3.6, packed experts, this kernel at 2048 / 4096 / 8192 /
-16384 rows: 195 / 323 / 534 / 1006 µs, Triton's 212 / 353 / 639 / 1235; FP8 experts: 186 / 287 / 524 / 983, 219 / 344 / 637 /
-1196. At 1024 rows, where that one's tiles have 64: 141 for 139 and 130 for 134; with such tiles here: 154 for the latter."""
+FOUR_BIT_AHEAD = 5
+"""Of experts in 4 bits. The same, int4 and NVFP4: 155 / 253 / 471 / 884 and 161 / 269 / 476 / 939 µs; 4: 157 / 258 / 463 / 914
+and 168 / 275 / 516 / 966; 3: 167 / 276 / 500 / 959 and 179 / 293 / 522 / 1003."""
 
-_AHEAD, _FP8_AHEAD = gl.constexpr(AHEAD), gl.constexpr(FP8_AHEAD)
-_PLANES, _FP8_PLANES = gl.constexpr(PLANES), gl.constexpr(2)
-_SIGNS, _WHOLE = gl.constexpr(SIGNS), gl.constexpr(WHOLE)
+DEPTHS = range(6, 12)
+"""How many times 64 columns: more than are loaded ahead, and what shared memory has room for. In the same runs Triton's kernels
+took 214 / 353 / 630 / 1297 µs of packed experts, 190 / 324 / 580 / 1108 of FP8 ones, and 204 / 325 / 580 / 1168 and 197 / 336 /
+605 / 1201 of those in 4 bits; at 1024 rows, in tiles of 64: 139, 114, 117 and 123 for 136, 110, 103 and 112."""
+
+_PLANES = gl.constexpr(PLANES)
+_AHEAD, _FP8_AHEAD, _FOUR_BIT_AHEAD = gl.constexpr(AHEAD), gl.constexpr(FP8_AHEAD), gl.constexpr(FOUR_BIT_AHEAD)
 
 
 @gluon.jit(do_not_specialize=("num_routed",))
@@ -86,6 +90,49 @@ def hopper_down_packed_kernel(
         BLOCKS,
         BLOCK,
         STRIDE,
+        "packed",
+    )
+
+
+@gluon.jit(do_not_specialize=("num_routed",))
+def hopper_down_four_bit_kernel(
+    activated,
+    down_proj,
+    top_k_weights,
+    row_order,
+    tile_expert,
+    num_routed,
+    weighted,
+    NUM_EXPERTS: gl.constexpr,
+    NUM_BLOCKS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
+    TILE_ROWS: gl.constexpr,
+    TILE_DEPTH: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    STRIDE: gl.constexpr,
+):
+    """The same of weights in 4 bits; down_proj is words, STRIDE a block, and if those are more than whole steps', NVFP4's."""
+    second_product(
+        activated,
+        down_proj,
+        (),
+        top_k_weights,
+        row_order,
+        tile_expert,
+        num_routed,
+        weighted,
+        NUM_EXPERTS,
+        NUM_BLOCKS,
+        DEPTH,
+        WIDTH,
+        TILE_ROWS,
+        TILE_DEPTH,
+        BLOCKS,
+        BLOCK,
+        STRIDE,
+        "int4" if STRIDE % (BLOCK * BLOCK // 8 + BLOCK) == 0 else "nvfp4",
     )
 
 
@@ -130,6 +177,7 @@ def hopper_down_wide_kernel(
         BLOCKS,
         BLOCK,
         STRIDE,
+        "wide",
     )
 
 
@@ -152,9 +200,10 @@ def second_product(
     BLOCKS: gl.constexpr,
     BLOCK: gl.constexpr,
     STRIDE: gl.constexpr,
+    KIND: gl.constexpr,
 ):
-    """One program. Grid: (NUM_BLOCKS / BLOCKS, tiles). DEPTH: F. WIDTH: D. scales: none of packed weights, else those
-    of the weight [E, D] and of the rows."""
+    """One program. Grid: (NUM_BLOCKS / BLOCKS, tiles). DEPTH: F. WIDTH: D. scales: of FP8 weights those of the
+    weight [E, D] and of the rows, else none. KIND: see `hopper_factor_kernel.py`."""
     gl.static_assert(TILE_DEPTH == BLOCK)
     STEPS: gl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -183,8 +232,8 @@ def second_product(
         outputs = (results, of_rows, weighted)
         gl.warp_specialize(
             [
-                (multiply, (0, tile, blocks, outputs, DEPTH, WIDTH, STRIDE)),
-                (multiply, (1, tile, blocks, outputs, DEPTH, WIDTH, STRIDE)),
+                (multiply, (0, tile, blocks, outputs, DEPTH, WIDTH, STRIDE, KIND)),
+                (multiply, (1, tile, blocks, outputs, DEPTH, WIDTH, STRIDE, KIND)),
             ],
             [GROUP_WARPS],
             [REGISTERS],
@@ -192,20 +241,30 @@ def second_product(
 
 
 @gluon.jit
-def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WIDTH: gl.constexpr, STRIDE: gl.constexpr):
+def multiply(
+    INDEX: gl.constexpr,
+    tile,
+    blocks,
+    outputs,
+    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
+    STRIDE: gl.constexpr,
+    KIND: gl.constexpr,
+):
     """INDEX: the group's. tile: its rows [STEPS, TILE_ROWS, BLOCK] and barriers, BLOCK columns each; where they come from.
-    blocks: the expert's weights; their scale, if they are not packed; the program's first block and the one after its last.
+    blocks: the expert's weights; their scale, if they are FP8 ones; the program's first block and the one after its last.
     outputs: room for a result, for each group; the rows' weights and scales [2, TILE_ROWS]; where results go."""
     rows, there, activated, slots, num_routed = tile
     weights, weight_scale, first, stop = blocks
-    PACKED: gl.constexpr = len(weight_scale) == 0
+    WIDE: gl.constexpr = KIND == "wide"
     results, of_rows, weighted = outputs
     STEPS: gl.constexpr = rows.shape[0]
     TILE_ROWS: gl.constexpr = rows.shape[1]
     BLOCK: gl.constexpr = rows.shape[2]
-    PLANES: gl.constexpr = _PLANES if PACKED else _FP8_PLANES
-    NEXT: gl.constexpr = 1 + (_AHEAD if PACKED else _FP8_AHEAD)  # of the steps, whose words are to be loaded
-    STEP: gl.constexpr = PLANES * BLOCK * BLOCK // 8  # words
+    AHEAD: gl.constexpr = _AHEAD if KIND == "packed" else _FP8_AHEAD if WIDE else _FOUR_BIT_AHEAD
+    NEXT: gl.constexpr = AHEAD + 1  # of the steps, whose words are to be loaded
+    WORDS: gl.constexpr = BLOCK * BLOCK // 8
+    STEP: gl.constexpr = _PLANES * WORDS if KIND == "packed" else 2 * WORDS if WIDE else WORDS + BLOCK
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GROUP_WARPS, 1], [1, 0])
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [GROUP_WARPS, 1], [16, TILE_ROWS, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
@@ -218,19 +277,19 @@ def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WI
     line = gl.where(taken, routed, -1) * (WIDTH // BLOCK)
 
     begin = weights + gl.minimum(first + INDEX, stop - 1) * STRIDE
-    factor = factor_of(words(begin, PLANES, BLOCK), FACTOR)
+    factor, pairs = factor_of(words(begin, KIND, BLOCK), KIND, FACTOR)
     coming = ()
     for step in gl.static_range(1, NEXT):
-        coming += (words(begin + step * STEP, PLANES, BLOCK),)
-    previous = factor
+        coming += (words(begin + step * STEP, KIND, BLOCK),)
+    previous = pairs
     for block in range(first + INDEX, stop, GROUPS):
         own = weights + block * STRIDE
         following = weights + gl.minimum(block + GROUPS, stop - 1) * STRIDE
         columns = gl.arange(0, BLOCK, gl.SliceLayout(1, PRODUCT))
-        if PACKED:
-            scale = gl.load(own + (STRIDE - BLOCK) + columns).to(gl.float32, bitcast=True)
-        else:
+        if WIDE:
             scale = gl.load(weight_scale[0] + block * BLOCK + columns)
+        elif KIND != "int4":
+            scale = gl.load(own + (STRIDE - BLOCK) + columns).to(gl.float32, bitcast=True)
         product = gl.zeros([BLOCK, TILE_ROWS], gl.float32, PRODUCT)
         for step in gl.static_range(STEPS):
             if block == first + INDEX:
@@ -238,63 +297,16 @@ def multiply(INDEX: gl.constexpr, tile, blocks, outputs, DEPTH: gl.constexpr, WI
                 fence_async_shared()
             product = warpgroup_mma(factor, rows.index(step).permute((1, 0)), product, use_acc=step > 0, is_async=True)
             previous = warpgroup_mma_wait(1, deps=[previous])  # the registers of the factor before are free from here on
-            next_factor = factor_of(coming[0], FACTOR)
+            next_factor, next_pairs = factor_of(coming[0], KIND, FACTOR)
             at = own + (step + NEXT) * STEP if step + NEXT < STEPS else following + (step + NEXT - STEPS) * STEP
-            coming = coming[1:] + (words(at, PLANES, BLOCK),)  # noqa: RUF005 - Gluon has no stars
-            previous = factor
-            factor = next_factor
+            coming = coming[1:] + (words(at, KIND, BLOCK),)  # noqa: RUF005 - Gluon has no stars
+            previous = pairs
+            factor, pairs = next_factor, next_pairs
         product, previous = warpgroup_mma_wait(0, deps=[product, previous])
-        product = product * scale[:, None]
-        if not PACKED:
+        if KIND != "int4":
+            product = product * scale[:, None]
+        if WIDE:
             product = product * of_rows.index(1).load(gl.SliceLayout(0, PRODUCT))[None, :]
         product = product * of_rows.index(0).load(gl.SliceLayout(0, PRODUCT))[None, :]
         store_weighted(product, results.index(INDEX), weighted, line, block, LOADED)
     async_copy.wait_group(0)
-
-
-@gluon.jit
-def words(at, PLANES: gl.constexpr, BLOCK: gl.constexpr):
-    """at: the words of 64 columns of a block. Returns their planes, three of packed numbers and two of FP8 ones; a thread has
-    those of the numbers that it multiplies."""
-    WORDS: gl.constexpr = BLOCK * BLOCK // 8
-    at += gl.arange(0, WORDS, gl.BlockedLayout([4], [32], [GROUP_WARPS], [0]))
-    planes = ()
-    for plane in gl.static_range(PLANES):
-        planes += (gl.load(at + plane * WORDS),)
-    return planes
-
-
-@gluon.jit
-def factor_of(planes, FACTOR: gl.constexpr):
-    """[64, 64] numbers in the layout FACTOR."""
-    return unpacked(planes, FACTOR) if len(planes) == 3 else widened(planes, FACTOR)
-
-
-@gluon.jit
-def unpacked(planes, FACTOR: gl.constexpr):
-    """[64, 64] bfloat16 in the layout FACTOR, as `plugins.moe.numbers_kernel.packed_numbers`."""
-    first, second, third = planes
-    fourth = ((first >> 4) & 0x07800780) | ((second >> 8) & 0x00780078) | ((third >> 12) & 0x00070007) | ((third << 4) & _SIGNS)
-    pair = gl.join(gl.join(first & _WHOLE, second & _WHOLE), gl.join(third & _WHOLE, fourth))  # [words, right, next]
-    # A pair of numbers stays in its register: seen through, its halves would be masked apart and put together again.
-    pair = gl.inline_asm_elementwise("", "=r,0", [pair], dtype=gl.int32, is_pure=True, pack=1)
-    even = (pair & 0xFFFF).to(gl.uint16).to(gl.bfloat16, bitcast=True)
-    odd = (pair >> 16).to(gl.uint16).to(gl.bfloat16, bitcast=True)
-    number = gl.join(even, odd).reshape((4, 8, 4, 2, 2, 2, 2, 2))
-    # warp, lane_row, lane_column, upper, far, right, next, odd
-    number = number.permute((0, 3, 1, 4, 6, 5, 2, 7)).reshape((64, 64))
-    return gl.convert_layout(number, FACTOR, assert_trivial=True)
-
-
-@gluon.jit
-def widened(planes, FACTOR: gl.constexpr):
-    """[64, 64] float16 in the layout FACTOR, as `plugins.moe.numbers_kernel.wide_numbers`."""
-    words = gl.join(planes[0], planes[1])
-    pair = gl.join(words, words >> 16)  # in the lower half, [words, upper, right]
-    # A pair of numbers stays in its register: seen through, its bytes would be taken apart and put together again.
-    pair = gl.inline_asm_elementwise("", "=r,0", [pair], dtype=gl.int32, is_pure=True, pack=1)
-    number = gl.join((pair & 0xFF).to(gl.uint8), ((pair >> 8) & 0xFF).to(gl.uint8)).to(gl.float8e4nv, bitcast=True)
-    number = number.to(gl.float16).reshape((4, 8, 4, 2, 2, 2, 2, 2))
-    # warp, lane_row, lane_column, far, next, upper, right, odd
-    number = number.permute((0, 5, 1, 3, 4, 6, 2, 7)).reshape((64, 64))
-    return gl.convert_layout(number, FACTOR, assert_trivial=True)

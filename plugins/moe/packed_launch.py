@@ -17,7 +17,7 @@ from plugins.moe.arranged_launch import (
     product_grid,
 )
 from plugins.moe.arranging import BLOCK, num_depths
-from plugins.moe.hopper_down_kernel import AHEAD, MAX_STEPS, hopper_down_packed_kernel
+from plugins.moe.hopper_down_kernel import DEPTHS, hopper_down_packed_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import ROW_FACTOR
 from plugins.triton_launch import Launch, Wrap, shared_bytes, unwrapped
@@ -54,7 +54,7 @@ def choose_down_tile(tile: Tile) -> Tile:
 
 def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
     """Whether the second product has a kernel for Hopper: for the device, the tile of the first one, and the sizes."""
-    fits = AHEAD < num_depths(activated.shape[1]) <= MAX_STEPS and hidden_size % BLOCK == 0
+    fits = num_depths(activated.shape[1]) in DEPTHS and hidden_size % BLOCK == 0
     return tile.rows == MANY_ROWS.rows and fits and on_hopper(activated)
 
 
@@ -92,7 +92,7 @@ def down(
     tile: Tile,
     kernel: object = packed_kernel.down_packed_kernel,
 ) -> Launch:
-    """Outputs weighted [N * k, D]. kernel: or `hopper_down_packed_kernel`, with its tile."""
+    """Outputs weighted [N * k, D]. kernel: or one of `plugins.moe.hopper_down_kernel`, with its tile."""
     num_routed, width = activated.shape
     return Launch(
         kernel=kernel,
