@@ -34,6 +34,8 @@ POINTERS = {
 HOPPER_CAPABILITY = (9, 0)
 """The compute capability of the H100 and the H200. Kernels in Gluon are for it: their instructions are not on other devices."""
 
+HOPPER_MULTIPROCESSORS = 132
+
 HOPPER_SHARED_BYTES = 227 * 1024
 """Shared memory that one program may have there; on an A100 163 KB, on GPUs of compute capability 8.6, 8.9 and 12.0 99 KB."""
 
@@ -116,6 +118,13 @@ def least(number: int | torch.SymInt) -> int:
 def ceil_div(dividend: int, divisor: int) -> int:
     """`triton.cdiv`, also for the symbolic numbers of a trace."""
     return (dividend + divisor - 1) // divisor
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's GPU; of an H100 or H200, if it is on none that is here."""
+    if not tensor.is_cuda or not torch.cuda.is_available():
+        return HOPPER_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def shared_bytes(tensor: Tensor) -> int:

@@ -55,8 +55,9 @@ class Barrier:
 class _Program:
     """One program's barriers, and what each of its threads has under way."""
 
-    def __init__(self, program_id: tuple[int, ...], num_warps: int) -> None:
-        self.program_id, self.barriers, self.changed, self.errors = program_id, {}, threading.Condition(), []
+    def __init__(self, program_id: tuple[int, ...], grid: tuple[int, ...], num_warps: int) -> None:
+        self.program_id, self.grid = program_id, grid
+        self.barriers, self.changed, self.errors = {}, threading.Condition(), []
         self.num_warps, self.under_way = num_warps, threading.local()
 
     def copies(self) -> list[list[tuple[Shared, Tile]]]:
@@ -122,7 +123,7 @@ class InterpretedKernel:
             global _program
             given = [Pointer(each) if isinstance(each, torch.Tensor) else tile(each).int() for each in arguments]
             for x, y, z in torch.cartesian_prod(*(torch.arange(size) for size in (*grid, 1, 1)[:3])).tolist():
-                _program = _Program((x, y, z), num_warps)
+                _program = _Program((x, y, z), grid, num_warps)
                 self.body(*given, **constants)
 
         return launch
@@ -239,6 +240,7 @@ _LANGUAGE = SimpleNamespace(
     static_range=range,
     static_assert=_assert,
     program_id=lambda axis: tile(_program.program_id[axis]).int(),
+    num_programs=lambda axis: tile(_program.grid[axis]).int(),
     arange=lambda start, stop, layout: tile(torch.arange(start, stop, dtype=torch.int32)),
     zeros=lambda shape, dtype, layout: tile(torch.zeros(shape, dtype=dtype)),
     full=lambda shape, value, dtype, layout: tile(torch.full(shape, value, dtype=dtype)),
@@ -250,8 +252,10 @@ _LANGUAGE = SimpleNamespace(
     max=lambda value, axis: value.amax(axis),
     sum=lambda value, axis: value.sum(axis, dtype=value.dtype),
     cdiv=lambda a, b: (tile(a) + b - 1) // b,
+    exp=torch.exp,
     exp2=torch.exp2,
     log2=torch.log2,
+    split=lambda value: value.unbind(-1),
     join=lambda a, b: torch.stack((a, b), dim=-1),
     convert_layout=lambda value, layout, assert_trivial=False: value,
     inline_asm_elementwise=lambda text, constraints, arguments, **_: _assembled(text, arguments),

@@ -19,9 +19,7 @@ from hopper import (
 )
 
 from plugins.moe import alignment, four_bit_launch, packed_launch
-from plugins.moe.arranged_launch import hopper_tile
 from plugins.moe.formats import dtype_in_format, shape_in_format
-from plugins.moe.hopper_down_kernel import hopper_down_four_bit_kernel, hopper_down_packed_kernel
 from plugins.moe.packing import ROW_FACTOR
 from plugins.triton_launch import Launch
 
@@ -71,18 +69,18 @@ def test_compiles(stored, rows, name, tmp_path):
 
 
 @pytest.mark.parametrize("stored", FORMATS)
-def test_second_product_of_many_rows_compiles(stored, tmp_path):
-    """Its two groups of warps are each as one of Triton's programs."""
-    activated, down_proj, *others = launches(16384, stored)["down"].inputs
-    num_words = down_proj.shape[2] * down_proj.element_size() // 4
-    words = torch.empty(*down_proj.shape[:2], num_words, dtype=torch.int32, device="meta")
-    tile = hopper_tile(words, packed_launch.MANY_ROWS)
-    kernel = hopper_down_packed_kernel if stored == "packed" else hopper_down_four_bit_kernel
-    described = packed_launch.down(activated, words, *others, HIDDEN, tile, kernel)
-    assert described.grid == (2, 1151)
-    instructions = check_compiles(described, tmp_path, f"{stored}, 16384 rows", groups=2)
+@pytest.mark.parametrize(("name", "grid", "groups", "products"), [("gate_up", (132,), 3, 16), ("down", (2, 1151), 2, 44)])
+def test_products_of_many_rows_compile(name, grid, groups, products, stored, tmp_path):
+    """Of its groups of warps two multiply, in a loop or in all steps of a block, and each is as one of Triton's programs."""
+    described = launches(16384, stored)[name]
+    if name == "gate_up":
+        described = packed_launch.hopper_gate_up(*described.inputs, TOP_K, packed_launch.MANY_ROWS, FORMATS[stored][2])
+    else:
+        described = packed_launch.hopper_down(*described.inputs, HIDDEN, packed_launch.MANY_ROWS)
+    assert described.grid == grid
+    instructions = check_compiles(described, tmp_path, f"{stored}, 16384 rows", groups=groups)
     ptx = described.compile(HOPPER).asm["ptx"]
-    assert ptx.count("f32.bf16.bf16") == instructions["wgmma.mma_async"] == 2 * 11 * 4
+    assert ptx.count("f32.bf16.bf16") == instructions["wgmma.mma_async"] == 2 * products
     check_weights_stay_in_their_threads(ptx)
     check_factors_stay_until_they_are_read(tmp_path / "kernel.cubin")
 

@@ -1,15 +1,14 @@
-"""How the kernels of experts in 4 bits are launched; `weighted_rows` is both products.
+"""How the kernels of experts in 4 bits are launched, which are those of packed ones; `weighted_rows` is both products.
 
-See the package's docstring for its arguments, `plugins.moe.packed_kernel` for the kernels, `plugins.moe.packed_launch` for
-their launches and `plugins.moe.launch` for the stages that it shares with other weights.
+See the package's docstring for its arguments, `plugins.moe.packed_launch` for the launches, and `plugins.moe.launch` for the
+stages that it shares with other weights.
 """
 
 import torch
 from torch import Tensor
 
 from plugins.moe import launch, packed_launch
-from plugins.moe.arranged_launch import arranged_tile, check_weights, hopper_tile
-from plugins.moe.hopper_down_kernel import hopper_down_four_bit_kernel
+from plugins.moe.arranged_launch import arranged_tile, check_weights
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.nvfp4 import is_nvfp4
 from plugins.triton_launch import Wrap, unwrapped
@@ -63,14 +62,4 @@ def weighted_rows(
     """
     stored = "nvfp4" if is_nvfp4(gate_up_proj) else "int4"
     check_weights(f"experts_{stored}", stored, gate_up_proj, down_proj, rows.shape[1])
-    row_order, tile_expert, top_k_weights = routing
-    to_experts = (row_order, tile_expert, top_k_weights.shape[1])
-    (activated,) = packed_launch.gate_up(rows, gate_up_proj, *to_experts, tile, factor=1.0).run(wrap)
-    others = (top_k_weights, row_order, tile_expert, rows.shape[1])
-    if down_tile is None and wrap is unwrapped and packed_launch.has_hopper_kernel(activated, rows.shape[1], tile):
-        words = down_proj.view(torch.int32)
-        second = packed_launch.down(activated, words, *others, hopper_tile(words, tile), hopper_down_four_bit_kernel)
-    else:
-        second = packed_launch.down(activated, down_proj, *others, down_tile or choose_down_tile(tile))
-    (weighted,) = second.run(wrap)
-    return weighted
+    return packed_launch.products(rows, routing, gate_up_proj, down_proj, 1.0, tile, choose_down_tile(tile), down_tile, wrap)

@@ -71,7 +71,11 @@ def hopper_down_packed_kernel(
     BLOCK: gl.constexpr,
     STRIDE: gl.constexpr,
 ):
-    """As `down_packed_kernel`, but for the tile: TILE_DEPTH is BLOCK, WIDTH a multiple of it."""
+    """As `down_packed_kernel`, but for the tile, TILE_DEPTH is BLOCK, WIDTH a multiple of it; and of words, STRIDE a block."""
+    STEPS: gl.constexpr = (DEPTH + BLOCK - 1) // BLOCK
+    WORDS: gl.constexpr = BLOCK * BLOCK // 8
+    FOUR_BITS: gl.constexpr = "int4" if STRIDE == STEPS * (WORDS + BLOCK) else "nvfp4"
+    KIND: gl.constexpr = "packed" if STRIDE >= STEPS * _PLANES * WORDS else FOUR_BITS
     second_product(
         activated,
         down_proj,
@@ -90,49 +94,7 @@ def hopper_down_packed_kernel(
         BLOCKS,
         BLOCK,
         STRIDE,
-        "packed",
-    )
-
-
-@gluon.jit(do_not_specialize=("num_routed",))
-def hopper_down_four_bit_kernel(
-    activated,
-    down_proj,
-    top_k_weights,
-    row_order,
-    tile_expert,
-    num_routed,
-    weighted,
-    NUM_EXPERTS: gl.constexpr,
-    NUM_BLOCKS: gl.constexpr,
-    DEPTH: gl.constexpr,
-    WIDTH: gl.constexpr,
-    TILE_ROWS: gl.constexpr,
-    TILE_DEPTH: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STRIDE: gl.constexpr,
-):
-    """The same of weights in 4 bits; down_proj is words, STRIDE a block, and if those are more than whole steps', NVFP4's."""
-    second_product(
-        activated,
-        down_proj,
-        (),
-        top_k_weights,
-        row_order,
-        tile_expert,
-        num_routed,
-        weighted,
-        NUM_EXPERTS,
-        NUM_BLOCKS,
-        DEPTH,
-        WIDTH,
-        TILE_ROWS,
-        TILE_DEPTH,
-        BLOCKS,
-        BLOCK,
-        STRIDE,
-        "int4" if STRIDE % (BLOCK * BLOCK // 8 + BLOCK) == 0 else "nvfp4",
+        KIND,
     )
 
 

@@ -1,7 +1,7 @@
-"""How the kernels of packed experts are launched; `weighted_rows` is both products.
+"""How the kernels of packed experts are launched, which take those in 4 bits, too; `weighted_rows` is both products.
 
-See the package's docstring for its arguments, `plugins.moe.packed_kernel` for the kernels, and `plugins.moe.launch` for the
-stages that it shares with other weights.
+See the package's docstring for its arguments, `plugins.moe.packed_kernel`, `plugins.moe.hopper_gate_up_kernel` and
+`plugins.moe.hopper_down_kernel` for the kernels, and `plugins.moe.launch` for the stages that it shares with other weights.
 """
 
 import torch
@@ -18,9 +18,10 @@ from plugins.moe.arranged_launch import (
 )
 from plugins.moe.arranging import BLOCK, num_depths
 from plugins.moe.hopper_down_kernel import DEPTHS, hopper_down_packed_kernel
+from plugins.moe.hopper_gate_up_kernel import PAIR, PART, hopper_gate_up_packed_kernel
 from plugins.moe.launch import Routing, Tile
 from plugins.moe.packing import ROW_FACTOR
-from plugins.triton_launch import Launch, Wrap, shared_bytes, unwrapped
+from plugins.triton_launch import Launch, Wrap, multiprocessors, shared_bytes, unwrapped
 
 FEW_ROWS, FEW_ROWS_DOWN = arranged_tile(32, 128, 4, 3), arranged_tile(32, 64, 4, 4)
 """NVIDIA H100, Triton 3.6, gate_up + down at 256 rows: 263 + 141 µs; the other way round: 263 + 144. A plain read of as many
@@ -35,6 +36,11 @@ MANY_ROWS, MANY_ROWS_DOWN = arranged_tile(128, 128, 8, 4), arranged_tile(128, 12
 443 + 258 / 1082 + 644; gate_up in 4 warps: 368 / 592 / 1064 / 2021, down in 8 warps at 4096: 542; down in 3 stages: 239 / 364 /
 704 / 1300; 256 rows, 64 wide: 1132 + 739 / 2193 + 1466 at the last two.
 On an H200, at the last two: 1029 + 644 / 1967 + 1335; 256 rows, 128 wide, 8 warps: 1315 + 824 / 2366 + 1486."""
+
+HOPPER_ROWS = 512
+"""Of an expert, evenly spread, from which on the first product has its kernel for Hopper. NVIDIA H200, Triton 3.6, 4096 / 8192
+/ 16384 / 32768 rows of 8 experts, packed: 605 / 1064 / 1961 / 3874 µs, Triton's 579 / 1129 / 2198 / 4283; int4: 515 / 935 /
+1781 / 3513, 516 / 958 / 1941 / 3830; NVFP4: 558 / 1014 / 1974 / 3782, 564 / 1040 / 2111 / 4117."""
 
 _MANY_ROWS_BYTES = 102_400
 """Of shared memory, what Triton takes for them on GPUs before Hopper."""
@@ -52,10 +58,63 @@ def choose_down_tile(tile: Tile) -> Tile:
     return _DOWN_TILES.get(tile, tile)
 
 
-def has_hopper_kernel(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
-    """Whether the second product has a kernel for Hopper: for the device, the tile of the first one, and the sizes."""
+def has_hopper_gate_up(hidden: Tensor, gate_up_proj: Tensor, top_k: int, tile: Tile) -> bool:
+    """Whether the first product has a kernel for Hopper: for the device, the tile, the rows of an expert, and the sizes."""
+    num_experts, num_blocks, _ = gate_up_proj.shape
+    fits = hidden.shape[1] % (PAIR * BLOCK) == 0 and num_blocks % PAIR == 0
+    many = hidden.shape[0] * top_k >= HOPPER_ROWS * num_experts and tile.rows == MANY_ROWS.rows
+    return many and fits and on_hopper(hidden)
+
+
+def has_hopper_down(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
+    """Whether the second product has one: for the device, the tile, and the sizes."""
     fits = num_depths(activated.shape[1]) in DEPTHS and hidden_size % BLOCK == 0
     return tile.rows == MANY_ROWS.rows and fits and on_hopper(activated)
+
+
+def hopper_gate_up(
+    hidden: Tensor,
+    gate_up_proj: Tensor,
+    row_order: Tensor,
+    tile_expert: Tensor,
+    top_k: int,
+    tile: Tile,
+    factor: float = ROW_FACTOR,
+) -> Launch:
+    """As `gate_up`, with the kernel for Hopper. tile: its rows are the kernel's, too."""
+    words, (num_rows, hidden_size) = as_words(gate_up_proj), hidden.shape
+    width = words.shape[1] * (BLOCK // 2)
+    own_tile = arranged_tile(tile.rows, PART * BLOCK, num_warps=4, num_stages=1)
+    return Launch(
+        kernel=hopper_gate_up_packed_kernel,
+        grid=(multiprocessors(hidden),),
+        inputs=(hidden, words, row_order, tile_expert),
+        scalars=(num_rows * top_k, tile_expert.shape[0]),
+        outputs=(hidden.new_empty(num_rows * top_k, width),),
+        constants=product_constants(words, hidden_size, width, own_tile, TOP_K=top_k) | {"FACTOR": factor},
+        num_warps=own_tile.num_warps,
+        num_stages=own_tile.num_stages,
+    )
+
+
+def hopper_down(
+    activated: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    row_order: Tensor,
+    tile_expert: Tensor,
+    hidden_size: int,
+    tile: Tile,
+) -> Launch:
+    """As `down`, with the kernel for Hopper. tile: of the first product."""
+    words = as_words(down_proj)
+    operands = (activated, words, top_k_weights, row_order, tile_expert, hidden_size)
+    return down(*operands, hopper_tile(words, tile), hopper_down_packed_kernel)
+
+
+def as_words(weight: Tensor) -> Tensor:
+    """A weight of any of the formats as int32."""
+    return weight.view(torch.int32)
 
 
 def gate_up(
@@ -130,12 +189,31 @@ def weighted_rows(
     if scaled.dtype != torch.bfloat16:
         raise ValueError(f"experts_packed: got rows in {scaled.dtype}, expected torch.bfloat16, as packed weights are")
     check_weights("experts_packed", "packed", gate_up_proj, down_proj, scaled.shape[1])
+    return products(scaled, routing, gate_up_proj, down_proj, ROW_FACTOR, tile, choose_down_tile(tile), down_tile, wrap)
+
+
+def products(
+    rows: Tensor,
+    routing: Routing,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    factor: float,
+    tile: Tile,
+    usual_down_tile: Tile,
+    down_tile: Tile | None,
+    wrap: Wrap,
+) -> Tensor:
+    """`weighted_rows` of weights in any of the formats. factor: of the rows. down_tile: one to try; then, and where PyTorch
+    traces, without the kernels for Hopper."""
     row_order, tile_expert, top_k_weights = routing
-    (activated,) = gate_up(scaled, gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
-    operands = (activated, down_proj, top_k_weights, row_order, tile_expert, scaled.shape[1])
-    if down_tile is None and wrap is unwrapped and has_hopper_kernel(activated, scaled.shape[1], tile):
-        second = down(*operands, hopper_tile(down_proj, tile), hopper_down_packed_kernel)
+    top_k, may_be_for_hopper = top_k_weights.shape[1], down_tile is None and wrap is unwrapped
+    for_hopper = may_be_for_hopper and has_hopper_gate_up(rows, gate_up_proj, top_k, tile)
+    first = hopper_gate_up if for_hopper else gate_up
+    (activated,) = first(rows, gate_up_proj, row_order, tile_expert, top_k, tile, factor).run(wrap)
+    operands = (activated, down_proj, top_k_weights, row_order, tile_expert, rows.shape[1])
+    if may_be_for_hopper and has_hopper_down(activated, rows.shape[1], tile):
+        second = hopper_down(*operands, tile)
     else:
-        second = down(*operands, down_tile or choose_down_tile(tile))
+        second = down(*operands, down_tile or usual_down_tile)
     (weighted,) = second.run(wrap)
     return weighted
