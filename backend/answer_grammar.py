@@ -105,6 +105,9 @@ class AnswerGrammar:
             return tokens, [], "stop"
         added = [] if matcher.is_stopped() else self._within_vocabulary(matcher.compute_ff_tokens())
         added = added[: matcher.deep_copy().try_consume_tokens(added)]
+        before_stop = list(takewhile(lambda token: token not in self._stop_token_ids, added))
+        if len(before_stop) < len(added) and count + len(before_stop) < room:
+            return tokens[:count], before_stop, "stop"
         matcher.try_consume_tokens(added)
         self._check(matcher)
         if not count + len(added):

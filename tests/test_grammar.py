@@ -164,6 +164,16 @@ def test_a_stop_token_may_end_an_answer_anywhere(begin, ids):
     assert grammar.fitted([], STOP, 9) == ([], [], "stop")
 
 
+def test_a_stop_token_that_the_grammar_adds_ends_the_answer(begin, ids):
+    """As it would if the model had written it; max_tokens comes first."""
+    [stop] = ids("d")
+    grammar = begin({"regex": "ab cd"}, stop_token_ids=[stop])
+    assert grammar.fitted(ids("ax"), None, 99) == (ids("a"), [*ids("b"), *ids(" "), *ids("c")], "stop")
+    assert grammar.fitted(ids("ax"), None, 5) == (ids("a"), [*ids("b"), *ids(" "), *ids("c")], "stop")
+    assert grammar.fitted(ids("ax"), None, 4) == (ids("a"), [*ids("b"), *ids(" "), *ids("c")], "length")
+    assert begin({"regex": "ab"}, stop_token_ids=ids("a")).fitted(ids("x"), None, 9) == ([], [], "stop")
+
+
 def test_what_follows_is_added_as_far_as_it_is_text(begin, ids):
     """llguidance would have the token <eos> next."""
     assert begin({"choice": ["ab<eos>cd"]}).fitted(ids("ax"), None, 99) == (ids("a"), ids("b"), None)
