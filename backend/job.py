@@ -141,9 +141,12 @@ class Job:
     def draft_is_due(self, now: float) -> bool:
         return self.draft_interval_s is not None and now - self.drafted_at >= self.draft_interval_s
 
-    def draft(self, canvas: list[int], step: int) -> DraftOutput:
-        """What `finish_canvas` would give for the canvas as it stands; changes nothing."""
-        own, added, reason = self._trim(canvas)
+    def draft(self, canvas: list[int], step: int) -> DraftOutput | None:
+        """What `finish_canvas` would give for the canvas as it stands, None for what a grammar refuses; changes nothing."""
+        try:
+            own, added, reason = self._trim(canvas)
+        except RequestError:  # the finished canvas may be another
+            return None
         delta = self.text.fork().push(own + added, last=reason is not None)
         new_tokens = (self.tokens + own + added)[self.num_sent : delta.num_tokens]
         return DraftOutput(text=delta.text, token_ids=new_tokens, canvas_index=self.canvas_index, step=step)

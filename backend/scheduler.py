@@ -257,8 +257,7 @@ class Scheduler:
         stepped: list[Callable[[], None]] = []
         for start in range(0, len(rows), self._max_pass_sequences):
             group = rows[start : start + self._max_pass_sequences]
-            finished = self._loop.step([job.slot for job in group])
-            for job, is_finished in zip(group, finished, strict=True):
+            for job, is_finished in zip(group, self._loop.step([job.slot for job in group]), strict=True):
                 if is_finished or job.draft_is_due(self._clock()):
                     deliver = self._finish_canvas if is_finished else self._send_draft
                     canvas, num_steps = self._loop.argmax_canvas(job.slot), self._loop.num_steps(job.slot)
@@ -279,7 +278,8 @@ class Scheduler:
 
     def _send_draft(self, job: Job, canvas: list[int], num_steps: int) -> None:
         job.drafted_at = self._clock()
-        job.on_output(job.draft(canvas, num_steps))
+        if draft := job.draft(canvas, num_steps):
+            job.on_output(draft)
 
     def _finish_canvas(self, job: Job, canvas: list[int], num_steps: int) -> None:
         """Trims the finished canvas, sends what is new, and ends the request or has the canvas committed."""

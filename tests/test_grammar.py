@@ -390,6 +390,17 @@ def test_pieces_and_drafts_follow_the_grammar(llm):
         done += "" if piece.is_draft else piece.text
 
 
+def test_a_draft_that_the_grammar_cannot_read_ends_nothing(llm, ids, monkeypatch):
+    """It has too many readings; the finished canvas has one."""
+    loop = llm._engine.scheduler._loop
+    canvases = {1: ids("a" * 32), 2: [*ids("a"), *[EOS] * 31]}  # by the number of steps
+    monkeypatch.setattr(loop, "argmax_canvas", lambda slot: canvases[loop.num_steps(slot)])
+    grammar = {"grammar": 'start: s\ns: s s s s | s s s | s s | "a" | ""'}
+    config = SamplingConfig(structured_outputs=grammar, max_denoising_steps=2, seed=1)
+    [piece] = llm.stream([5, 6], config, draft_interval_s=0)
+    assert (piece.text, piece.finish_reason) == ("a", "stop")
+
+
 def test_an_answer_is_the_same_beside_others(llm):
     structures = [{"regex": "[a-d ]{20,}[e-h]{3}"}, None, {"json": ANSWER}, {"choice": ["yes", "no"]}, {"regex": "[0-9]{9}"}]
     chats = [[{"role": "user", "content": SUM}]] * 5
