@@ -177,8 +177,7 @@ class CanvasLoop:
         argmax, sampled = torch.empty_like(slot), torch.empty_like(slot)
         entropy = torch.empty(slot.shape, dtype=torch.float32, device=slot.device)
         soft_embeds = torch.empty_like(hidden)
-        for begin in range(0, slot.numel(), self._chunk_rows):
-            chunk = slice(begin, min(begin + self._chunk_rows, slot.numel()))
+        for chunk in self._chunks(slot.numel()):
             each = slot[chunk]
             extras = list(self._extras_within(slots, chunk))
             noise = None
@@ -201,6 +200,13 @@ class CanvasLoop:
             )
         self._soft_embeds[rows] = soft_embeds.view(batch, length, -1)
         return argmax.view(batch, length), sampled.view(batch, length), entropy.view(batch, length)
+
+    def _chunks(self, num_rows: int) -> Iterator[slice]:
+        """As few as the workspace allows, of about the same size: the CPU rounds products of a few rows differently, so a rest
+        of them would not be what the same rows are in another batch."""
+        count = -(-num_rows // self._chunk_rows)
+        for index in range(count):
+            yield slice(num_rows * index // count, num_rows * (index + 1) // count)
 
     def _extras_within(self, slots: Sequence[int], chunk: slice) -> Iterator[tuple[RowExtras, slice, slice]]:
         """Of each canvas with extras that has rows in the chunk: these rows of the chunk, and their positions in the canvas."""

@@ -44,8 +44,7 @@ class CompiledLoop(TableLoop):
         slot = self._tables.slots(slot, drawn[-1])
         extras = (*self._tables.filters, *self._tables.logprob_tables)
         passes, soft_embeds = [], torch.empty_like(hidden)
-        for begin in range(0, batch * length, self._chunk_rows):
-            chunk = slice(begin, begin + self._chunk_rows)
+        for chunk in self._chunks(batch * length):
             weights = self._session.head(hidden[chunk])  # logits, until they are passed over
             *passed, total = vocabulary_op.vocabulary_cpu(
                 weights,

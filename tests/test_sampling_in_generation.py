@@ -256,10 +256,12 @@ def test_a_compiled_engine_gives_what_the_plain_loop_gives(engine_dir):
             assert alternatives[0][0] == others[0][0]
 
 
-def test_a_neighbour_with_extras_changes_no_bit_of_a_row(engine_dir):
-    """On the compiled engine."""
+@pytest.mark.parametrize("chunk_rows", [2048, 95])
+def test_a_neighbour_with_extras_changes_no_bit_of_a_row(chunk_rows, engine_dir):
+    """On the compiled engine; also where one row of the head would be left over."""
     llm = LLM(engine_dir, max_sequences=3)
     scheduler, loop = llm._engine.scheduler, llm._engine.scheduler._loop
+    loop._chunk_rows = chunk_rows
 
     def after_two_steps(*configs: SamplingConfig) -> list[torch.Tensor]:
         """The state of the last of them."""
