@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from small_checkpoints import TINY
@@ -11,11 +12,11 @@ from tokenizers import Tokenizer
 
 from backend import LLM, SamplingConfig
 from backend.answer_grammar import Grammars
-from backend.chat.answer_place import thought_before
+from backend.chat.answer_place import rules_before_answer, thought_before
 from backend.chat.call_grammar import call_grammar, strict_calls_grammar
 from backend.chat.reasoning import REASONING_TAGS
 from backend.chat.tools import TOOL_TAGS, parse_call
-from backend.grammar import MAX_GRAMMAR_LENGTH
+from backend.grammar import MAX_GRAMMAR_LENGTH, Grammar
 
 WEATHER = {
     "type": "object",
@@ -48,12 +49,16 @@ def tokenizer() -> Tokenizer:
 
 
 def kept_of(tokenizer: Tokenizer, text: str, *, begun: str, tools=TOOLS) -> tuple[str, bool]:
-    """What the grammar accepts of a text, and whether the answer may end there."""
-    config = SamplingConfig(structured_outputs=call_grammar(tools, set(TOOL_TAGS), begun=begun)).resolve(DEFAULTS)
-    grammar = Grammars(tokenizer, tokenizer.get_vocab_size()).answer(config)
+    """What the grammar of calls accepts of a text, and whether the answer may end there."""
+    return accepted(tokenizer, text, call_grammar(tools, set(TOOL_TAGS), begun=begun))
+
+
+def accepted(tokenizer: Tokenizer, text: str, grammar: Grammar) -> tuple[str, bool]:
+    config = SamplingConfig(structured_outputs=grammar).resolve(DEFAULTS)
+    matcher = Grammars(tokenizer, tokenizer.get_vocab_size()).answer(config)._matcher
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    count = grammar._matcher.try_consume_tokens(ids)
-    return tokenizer.decode(ids[:count], skip_special_tokens=False), grammar._matcher.is_accepting()
+    count = matcher.try_consume_tokens(ids)
+    return tokenizer.decode(ids[:count], skip_special_tokens=False), matcher.is_accepting()
 
 
 RIGHT = [
@@ -262,25 +267,36 @@ def test_text_and_calls_of_strict_tools(thinks, tokenizer):
     special = {*TOOL_TAGS, *REASONING_TAGS}
     thought, rules = thought_before(special, in_thought=thinks, after_thought=False)
     tools = [strict(tool("weather", CITY)), tool("now", CITY)]
-    config = SamplingConfig(structured_outputs=strict_calls_grammar(tools, special, thought=thought, thought_rules=rules))
-
-    def kept(text: str) -> tuple[str, bool]:
-        matcher = Grammars(tokenizer, tokenizer.get_vocab_size()).answer(config.resolve(DEFAULTS))._matcher
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        count = matcher.try_consume_tokens(ids)
-        return tokenizer.decode(ids[:count], skip_special_tokens=False), matcher.is_accepting()
+    grammar = strict_calls_grammar(tools, special, thought=thought, thought_rules=rules)
 
     before = "Well<channel|>" if thinks else ""
     call = '<|tool_call>call:weather{city:<|"|>elm<|"|>}<tool_call|>'
     for text in ("", "It is 42.", call, f"Well {call} and {call}", f"{call}<|tool_call>call:now{{x:1}}<tool_call|>"):
-        assert kept(before + text) == (before + text, True)
+        assert accepted(tokenizer, before + text, grammar) == (before + text, True)
     for text, rest in (
         ("<|tool_call>call:weather{", "}"),
         ("<|tool_call>call:", "later{"),
         ('a<|tool_call>call:weather{city:<|"|>', "ulm"),
     ):
-        assert kept(before + text + rest) == (before + text, False)
+        assert accepted(tokenizer, before + text + rest, grammar) == (before + text, False)
     assert strict_calls_grammar([tool("now", CITY)], special, thought=thought, thought_rules=rules) is None
+
+
+def test_what_stands_for_a_described_answer_is_a_call(tokenizer):
+    """What is none would be read as text, and be an answer of another form."""
+    rules = rules_before_answer(set(TOOL_TAGS), in_thought=False, after_thought=True, tools=["a<b-1", "now"])
+    grammar = replace(SamplingConfig(structured_outputs={"regex": "[0-9]+"}).structured_outputs, before=rules)
+    call = '<|tool_call>call:a<b-1{city:<|"|>ulm<|"|>,at:{x:[1.5,null]}}<tool_call|>'
+    assert parse_call(call.removeprefix("<|tool_call>").removesuffix("<tool_call|>"))
+    for text in ("42", call, f"{call}<|tool_call>call:now{{}}<tool_call|>"):
+        assert accepted(tokenizer, text, grammar) == (text, True)
+    for text, rest in (
+        ("<|tool_call>", "fall:"),
+        ("<|tool_call>call:", "later{"),
+        ("<|tool_call>call:now{}", "}"),
+        (call, "42"),
+    ):
+        assert accepted(tokenizer, text + rest, grammar)[0] == text
 
 
 def test_a_model_calls_strict_tools_rightly_and_answers_as_before(engine_dir):

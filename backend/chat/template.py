@@ -95,7 +95,7 @@ class ChatTemplate:
             in_thought=in_thought,
             stop_scope=self._answer_text.scope(in_thought=in_thought, in_call=bool(prefill), one_call=chat.one_call, **choices),
             of_call=of_call,
-            before_answer=rules_before_answer(self._special, **place, with_tools=bool(chat.tools)),
+            before_answer=rules_before_answer(self._special, **place, tools=[tool["function"]["name"] for tool in chat.tools]),
             **choices,
         )
         return ChatPrompt(text=text + prefill, form=form)
