@@ -22,11 +22,11 @@ def parts_of(weight: torch.Tensor, factor: float | None = None) -> tuple[torch.T
     """Numbers [R, C / 2] uint8, scales [R, C / 16] e4m3 and the factor [] of a weight [R, C]; the factor, if it is not given,
     makes the largest number 6 and its scale 448."""
     weight = weight.float()
-    factor = torch.tensor(factor) if factor else weight.abs().amax() / (6 * 448)
+    factor = torch.tensor(factor, device=weight.device) if factor else weight.abs().amax() / (6 * 448)
     groups = weight.unflatten(-1, (-1, GROUP)) / factor
     scales = (groups.abs().amax(-1) / 6).to(torch.float8_e4m3fn)
     ratio = groups / scales.float().unsqueeze(-1).clamp(min=2.0**-9)
-    codes = (ratio.abs().unsqueeze(-1) - VALUES).abs().argmin(-1) + 8 * (ratio < 0)
+    codes = (ratio.abs().unsqueeze(-1) - VALUES.to(ratio.device)).abs().argmin(-1) + 8 * (ratio < 0)
     even, odd = codes.flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
     return even | odd << 4, scales, factor
 
