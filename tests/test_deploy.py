@@ -169,8 +169,10 @@ def test_the_engine_is_mounted_where_the_model_looks_for_it_and_cannot_be_writte
     assert mounts[parent]["readOnly"] and mounts["/app/checkpoint"]["readOnly"]
     claims = [each["persistentVolumeClaim"] for each in pod["volumes"] if "persistentVolumeClaim" in each]
     assert len(claims) == 2 and all(claim["readOnly"] for claim in claims)
-    volumes = compose["services"]["triton"]["volumes"]
+    *volumes, kernels = compose["services"]["triton"]["volumes"]
     assert [volume.split(":")[-2:] for volume in volumes] == [[parent, "ro"], ["/app/checkpoint", "ro"]]
+    assert kernels == f"kernels:{compose['services']['triton']['environment']['TRITON_CACHE_DIR']}"
+    assert "kernels" in compose["volumes"]
     assert compose["services"]["builder"]["command"][-2:] == ["/app/checkpoint", f"{parent}/diffusiongemma"]
 
 
