@@ -26,6 +26,9 @@ _Settings = Annotated[
 ]
 _NumInstances = Annotated[int | None, typer.Option(min=1, help="Replicas, or replicas a GPU.")]
 _ApiKeyFile = Annotated[Path | None, typer.Option(help="A file of keys that clients of OpenAI's API may send, one a line.")]
+_AllowedOrigins = Annotated[
+    list[str], typer.Option("--allowed-origin", metavar="ORIGIN", help="Whose pages may call OpenAI's API; may be repeated.")
+]
 _Images = Annotated[list[Path], typer.Option("--image", help="A picture to ask about; may be repeated.")]
 _Gpus = Annotated[str, typer.Option(metavar="0,1,…", help="GPUs to have replicas on.")]
 
@@ -41,13 +44,14 @@ def serve(
     openai_port: Annotated[int, typer.Option(min=0, max=65535, help="OpenAI's API beside it; 0: a free one.")] = 9000,
     openai: Annotated[bool, typer.Option("--openai/--no-openai", help="With or without OpenAI's API.")] = True,
     api_key_file: _ApiKeyFile = None,
+    allowed_origin: _AllowedOrigins = (),
     setting: _Settings = (),
     instances: _NumInstances = None,
     gpus: _Gpus = "",
 ) -> None:
     """Serve an engine with Triton Inference Server, and OpenAI's API in front of it, until it is told to stop."""
     from backend.openai_server.serve import FrontEnd, FrontEndError
-    from backend.openai_server.settings import OpenAISettings, read_api_keys
+    from backend.openai_server.settings import OpenAISettings, checked_origins, read_api_keys
 
     leave_on_signals("stopping; requests under way have a few seconds")
     parameters = _parameters(setting)
@@ -56,6 +60,7 @@ def serve(
     wanted = {"--grpc-port": grpc_port, "--http-port": http_port, "--metrics-port": metrics_port}
     try:
         api_keys = read_api_keys(api_key_file) if api_key_file else ()
+        allowed_origins = checked_origins(allowed_origin)
         # All four before anything starts: loading an engine takes minutes.
         ports = free_ports(ipv4_address(host), wanted | ({"--openai-port": openai_port} if openai else {}))
         server = TritonServer(
@@ -80,6 +85,7 @@ def serve(
                     host=host,
                     port=ports["--openai-port"],
                     api_keys=api_keys,
+                    allowed_origins=allowed_origins,
                 )
                 front_end = running.enter_context(FrontEnd(settings, server.log_path.with_name("openai.log")))
                 parts.append(front_end)
@@ -104,11 +110,12 @@ def openai_front_end(
     served_name: Annotated[str, typer.Option(help="What clients call the model.")] = "diffusiongemma",
     api_key: Annotated[list[str] | None, typer.Option(help="A key that clients may send; may be repeated.")] = None,
     api_key_file: _ApiKeyFile = None,
+    allowed_origin: _AllowedOrigins = (),
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request, images in base64 included.")] = 192 * 1024**2,
 ) -> None:
     """Serve OpenAI's API in front of a running Triton server until SIGINT or SIGTERM."""
     from backend.openai_server.serve import FrontEndError, serve
-    from backend.openai_server.settings import OpenAISettings, read_api_keys
+    from backend.openai_server.settings import OpenAISettings, checked_origins, read_api_keys
 
     if not all(key.strip() for key in api_key or []):
         _fail("--api-key: got an empty key, expected at least one character; leave the option out to serve without keys")
@@ -123,6 +130,7 @@ def openai_front_end(
             host=host,
             port=port,
             api_keys=(*(api_key or []), *(read_api_keys(api_key_file) if api_key_file else ())),
+            allowed_origins=checked_origins(allowed_origin),
             max_body_bytes=max_body_bytes,
         )
         for option, given, at in (("--triton", triton, triton_at), ("--triton-metrics", triton_metrics, metrics_at)):

@@ -64,6 +64,8 @@ def test_serve_looks_at_every_port_before_it_starts_anything(option, never_start
         ),
         (["serve", "--api-key-file", "/nope"], "--api-key-file: /nope cannot be read (No such file or directory), expected"),
         (["openai", "--api-key-file", "/nope"], "--api-key-file: /nope cannot be read (No such file or directory), expected"),
+        (["serve", "--allowed-origin", "https://a.example/"], "--allowed-origin: got 'https://a.example/', expected scheme://"),
+        (["openai", "--allowed-origin", ""], "--allowed-origin: got '', expected scheme://host or scheme://host:port"),
         (["openai", "--triton", "localhost"], "--triton: got 'localhost', expected host:port, such as localhost:8001"),
         (["openai", "--triton-metrics", "nonsense"], "--triton-metrics: got 'nonsense', expected a URL such as http://"),
     ],

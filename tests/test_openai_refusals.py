@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from backend.openai_server.app import create_app
 from backend.openai_server.errors import bad_request
-from backend.openai_server.settings import OpenAISettings
+from backend.openai_server.settings import OpenAISettings, checked_origins
 
 CHAT = {"model": "diffusiongemma", "messages": [{"role": "user", "content": "a"}]}
 COMPLETION = {"model": "diffusiongemma", "prompt": "a"}
@@ -275,3 +275,57 @@ def test_a_completions_response_has_its_id(client, route, body):
     streamed = client.post(f"/v1/{route}", json={**body, "stream": True})
     first = json.loads(streamed.text.partition("\n")[0].removeprefix("data: "))
     assert streamed.headers["x-request-id"] == first["id"]
+
+
+# -- Pages in a browser
+
+PAGE = "https://chat.example.com"
+
+
+def preflight(origin: str, method: str = "POST") -> dict[str, str]:
+    """What a browser asks before it lets a page's OpenAI client post."""
+    wanted = {"method": method, "headers": "authorization,content-type,x-stainless-lang"}
+    return {"origin": origin} | {f"access-control-request-{name}": value for name, value in wanted.items()}
+
+
+@pytest.mark.parametrize(("origins", "named"), [((PAGE, "http://localhost:3000"), PAGE), (("*",), "*")])
+def test_a_page_of_an_allowed_origin_may_call(origins, named):
+    settings = OpenAISettings(allowed_origins=origins, api_keys=("a key",))
+    key, stream = {"authorization": "Bearer a key"}, {"stream": True}
+    with TestClient(create_app(settings, Model()), raise_server_exceptions=False, headers={"origin": PAGE}) as client:
+        asked = client.options("/v1/chat/completions", headers=preflight(PAGE))
+        replies = {
+            200: client.post("/v1/chat/completions", json={**CHAT, **stream}, headers=key),
+            400: client.post("/v1/chat/completions", json={}, headers=key),
+            401: client.post("/v1/chat/completions", json=CHAT),
+            404: client.get("/v1/nowhere"),
+            500: client.get("/health"),  # the stand-in cannot say whether it is ready
+        }
+    assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == named
+    assert asked.headers["access-control-allow-headers"] == preflight(PAGE)["access-control-request-headers"]
+    assert replies[200].text.endswith("data: [DONE]\n\n")
+    for status, reply in replies.items():
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (status, named)
+        assert reply.headers["access-control-expose-headers"] == "x-request-id"
+        assert "access-control-allow-credentials" not in reply.headers
+
+
+@pytest.mark.parametrize(("origins", "status"), [((PAGE,), 400), ((), 405)])
+def test_another_page_may_not_call(origins, status):
+    elsewhere = "https://elsewhere.example.com"
+    with TestClient(create_app(OpenAISettings(allowed_origins=origins), Model())) as client:
+        asked = client.options("/v1/chat/completions", headers=preflight(elsewhere))
+        reply = client.get("/v1/models", headers={"origin": elsewhere})
+    assert (asked.status_code, reply.status_code) == (status, 200)
+    assert "access-control-allow-origin" not in {**asked.headers, **reply.headers}
+
+
+def test_only_what_browsers_send_is_an_origin():
+    known = ("*", PAGE, "http://localhost:3000", "http://[::1]:8080", "https://a.example:80", "chrome-extension://abcdef")
+    assert checked_origins(known) == known
+    for wrong in (
+        *("", "null", "localhost:3000", "chat.example.com", "https://", f"{PAGE}/", f"{PAGE}/chat", f"{PAGE},http://a"),
+        *("https://Chat.example.com", "https://*.example.com", f"{PAGE}:443", "http://a:80", "http://user@a", "http://a\n"),
+    ):
+        with pytest.raises(ValueError, match=r"^--allowed-origin: got '.*', expected scheme://host .*, or \*$"):
+            checked_origins([wrong])

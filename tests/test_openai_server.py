@@ -444,6 +444,15 @@ def test_without_a_triton_server_it_says_so(tmp_path):
         assert http.post(f"{front_end.url}/v1/completions", content=" " * 1001).status_code == 413
 
 
+def test_the_process_of_the_front_end_knows_the_origins_that_are_allowed(tmp_path):
+    origins = ("https://chat.example.com", "http://localhost:3000")
+    settings = OpenAISettings(triton_url="127.0.0.1:1", port=0, allowed_origins=origins)
+    with FrontEnd(settings, tmp_path / "openai.log") as front_end, httpx2.Client(trust_env=False) as http:
+        for origin in origins:
+            reply = http.get(f"{front_end.url}/v1/models", headers={"origin": origin})
+            assert reply.headers["access-control-allow-origin"] == origin
+
+
 def test_a_front_end_that_cannot_start_says_why(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = OpenAISettings(port=taken.getsockname()[1])

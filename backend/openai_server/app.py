@@ -8,14 +8,15 @@
 | GET  /health               | 200 if the Triton model would take a request, else 503                            |
 | GET  /metrics              | the Triton server's metrics, passed on                                            |
 
-With API keys, everything under /v1 wants `Authorization: Bearer KEY`. Every response has an `x-request-id`.
+With API keys, everything under /v1 wants `Authorization: Bearer KEY`. Every response has an `x-request-id`. Pages of allowed
+origins may call all of it.
 """
 
 import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -26,7 +27,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from openai.types import Model
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backend.openai_server.chat import ChatCompletions
 from backend.openai_server.completions import Completions
@@ -50,7 +52,7 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
         yield
         await app.state.model.close()
 
-    app = _Service(title="DiffusionGemma", lifespan=lifespan, redirect_slashes=False)
+    app = _Service(settings.allowed_origins, title="DiffusionGemma", lifespan=lifespan, redirect_slashes=False)
     created = int(time.time())
     guarded = [Depends(_key_check(settings.api_keys))]
     documented = {}
@@ -115,6 +117,23 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
 class _Service(FastAPI):
     """Every response, errors too, has the header x-request-id: the completion's id, under which the Triton server knows the
     request, or one of its own."""
+
+    def __init__(self, allowed_origins: Sequence[str], **options: Any):
+        super().__init__(**options)
+        self._allowed_origins = allowed_origins
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """CORS is outermost: a page may read every error, and its preflight, which browsers send without a key, needs none."""
+        stack = super().build_middleware_stack()
+        if not self._allowed_origins:
+            return stack
+        return CORSMiddleware(
+            stack,
+            allow_origins=self._allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen of its own beside Authorization and Content-Type
+            expose_headers=["x-request-id"],
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_id(message: Message) -> None:

@@ -55,6 +55,7 @@ class FrontEnd:
         command += ["--max-body-bytes", str(settings.max_body_bytes)]
         if settings.triton_metrics_url:
             command += ["--triton-metrics", settings.triton_metrics_url]
+        command += [word for origin in settings.allowed_origins for word in ("--allowed-origin", origin)]
         if settings.api_keys:
             command += ["--api-key-file", "/dev/stdin"]  # not among the arguments, which every user of the machine can read
         with self.log_path.open("wb") as log:

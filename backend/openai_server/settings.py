@@ -1,15 +1,23 @@
 """How the front end is started: one record, checked when it is made."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from backend.parameters import shown
+
+# Scheme, host and port, as browsers write them: in small letters, without the scheme's own port.
+_ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+
 
 class OpenAISettings(BaseModel):
     """triton_url: host:port of the Triton server's gRPC service. triton_metrics_url: what `/metrics` passes on; without it
     there is none. model: the Triton model. served_name: what clients call it. api_keys: any of them opens `/v1`; none leaves it
-    open. max_body_bytes: of one request, before it is read as JSON; the default holds seven images of 20 MiB in base64."""
+    open. allowed_origins: of the pages whose scripts may call the server, "*" for all. max_body_bytes: of one request, before
+    it is read as JSON; the default holds seven images of 20 MiB in base64."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,6 +29,7 @@ class OpenAISettings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = 9000
     max_body_bytes: Annotated[int, Field(ge=1)] = 192 * 1024**2
     api_keys: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(repr=False)] = ()
+    allowed_origins: tuple[str, ...] = ()
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
@@ -36,3 +45,12 @@ def read_api_keys(path: Path) -> tuple[str, ...]:
     if not keys:
         raise ValueError(f"--api-key-file: got no API key in {path}, expected one a line")
     return keys
+
+
+def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
+    """As given. Raises ValueError, a line for the option that gives them, if one can never be a page's."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            form = "scheme://host or scheme://host:port as browsers send it (small letters, no path, no default port)"
+            raise ValueError(f"--allowed-origin: got {shown(origin)}, expected {form}, such as https://chat.example.com, or *")
+    return tuple(origins)
