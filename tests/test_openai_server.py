@@ -5,7 +5,10 @@ import itertools
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -19,11 +22,12 @@ from schemathesis import GenerationMode
 from small_checkpoints import TINY
 from tiny_tasks import Question, questions
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from backend.__main__ import app
-from backend.openai_server.serve import FrontEnd, FrontEndError
+from backend.openai_server.serve import FrontEnd, FrontEndError, serve
 from backend.openai_server.settings import OpenAISettings, read_api_keys
-from backend.triton_server.launch import TritonServer
+from backend.triton_server.launch import MODEL_REPOSITORY, TritonServer
 
 MODEL = "diffusiongemma"
 KEY = "a key"
@@ -442,6 +446,29 @@ def test_without_a_triton_server_it_says_so(tmp_path):
             assert "Triton server at 127.0.0.1:1" in reply.json()["error"]["message"]
         assert http.get(f"{front_end.url}/metrics").status_code == 404
         assert http.post(f"{front_end.url}/v1/completions", content=" " * 1001).status_code == 413
+
+
+def test_a_stop_does_not_wait_for_idle_connections():
+    command = [sys.executable, "-m", "backend", "openai", "--triton", "127.0.0.1:1", "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, cwd=MODEL_REPOSITORY.parent) as process, httpx2.Client(trust_env=False) as http:
+        url = process.stdout.readline().split()[3]
+        assert "connection" not in http.get(f"{url}/models").headers  # it stays open
+        process.terminate()
+        wait_until(lambda: process.poll() is not None)
+        assert "timeout graceful shutdown exceeded" not in process.stderr.read()  # uvicorn's words
+
+
+def test_proxies_close_idle_connections_first(monkeypatch):
+    configs = []
+
+    def server(config) -> SimpleNamespace:
+        configs.append(config)
+        return SimpleNamespace(run=lambda sockets: None)
+
+    monkeypatch.setattr("uvicorn.Server", server)
+    serve(OpenAISettings(port=0))
+    assert configs[0].timeout_keep_alive > 60  # nginx's and AWS's
 
 
 def test_the_process_of_the_front_end_knows_the_origins_that_are_allowed(tmp_path):

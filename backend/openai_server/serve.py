@@ -12,6 +12,9 @@ from backend.openai_server.app import create_app
 from backend.openai_server.settings import OpenAISettings
 
 _STOP_TIMEOUT_S = 10.0
+# Of an idle connection. nginx and AWS's balancers close theirs after 60 s; who sends the requests has to be the first that
+# closes, because a request may be on its way to a server that does.
+_KEEP_ALIVE_S = 75
 
 
 class FrontEndError(RuntimeError):
@@ -26,7 +29,8 @@ def serve(settings: OpenAISettings) -> None:
         raise FrontEndError(str(error)) from None
     host, port = opened.getsockname()[:2]
     print(f"ready  OpenAI API http://{host}:{port}/v1  Triton {settings.triton_url}", flush=True)
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=5))
+    timeouts = {"timeout_keep_alive": _KEEP_ALIVE_S, "timeout_graceful_shutdown": 5}
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", **timeouts))
     with closing(opened):
         server.run(sockets=[opened])
 
