@@ -16,6 +16,7 @@ TOKENIZER = Tokenizer.from_file(str(TINY / "tokenizer.json"))
 USER = {"role": "user", "content": "Hello."}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}}
 THINKING = "chat_template_kwargs.enable_thinking"
+ALLOWED = "tool_choice.allowed_tools"
 PRICE = {"type": "function", "function": {"name": "price"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "ulm"}'}}
 
@@ -92,6 +93,26 @@ def test_tool_choice_none_does_not_tell_of_the_tools(template):
     prompt = template.prompt(chat_request([USER], [WEATHER], "none"))
     assert prompt.text == template.prompt(chat_request([USER])).text
     assert not prompt.form.with_tools
+
+
+def allowed(mode: str, *names: str) -> dict:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "told", "prefill"),
+    [
+        (allowed("auto", "price"), [PRICE], ""),
+        (allowed("auto", "price", "weather", "price"), [WEATHER, PRICE], ""),  # in the order of the request
+        (allowed("required", "price"), [PRICE], "<|tool_call>call:price{"),
+        (allowed("required", "weather", "price"), [WEATHER, PRICE], "<|tool_call>call:"),
+    ],
+)
+def test_the_model_is_told_of_the_tools_alone_that_are_allowed(template, choice, told, prefill):
+    prompt = template.prompt(chat_request([USER], [WEATHER, PRICE], choice))
+    assert prompt == template.prompt(chat_request([USER], told, choice["allowed_tools"]["mode"]))
+    assert prompt.text == template.prompt(chat_request([USER], told)).text + prefill
 
 
 def test_a_template_that_opens_a_thought():
@@ -214,8 +235,23 @@ def assistant(**fields) -> list[dict]:
         (([USER], [WEATHER, WEATHER]), "tools[1].function.name: got 'weather' again, expected another name than those before"),
         (([USER], [WEATHER], "maybe"), "tool_choice: got 'maybe', expected 'auto', 'none' or 'required'"),
         (
-            ([USER], [WEATHER], {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}),
-            "tool_choice.type: got 'allowed_tools', expected 'function'",
+            ([USER], [WEATHER], {"type": "custom", "custom": {"name": "weather"}}),
+            "tool_choice.type: got 'custom', expected one of 'function', 'allowed_tools'",
+        ),
+        (([USER], [WEATHER], allowed("none", "weather")), f"{ALLOWED}.mode: got 'none', expected 'auto' or 'required'"),
+        (([USER], [WEATHER], allowed("auto")), f"{ALLOWED}.tools: got an empty list, expected some of tools, ['weather']"),
+        (
+            ([USER], [WEATHER], allowed("auto", "price", "weather", "time")),
+            f"{ALLOWED}.tools: got the functions ['price', 'time'], expected some of tools, ['weather']",
+        ),
+        (([USER], None, allowed("auto", "price")), f"{ALLOWED}.tools: got the functions ['price'], expected some of tools, []"),
+        (  # as the Responses API has it
+            ([USER], [WEATHER], {"type": "allowed_tools", **allowed("auto", "weather")["allowed_tools"]}),
+            f"{ALLOWED}: got nothing, expected a value; add it",
+        ),
+        (
+            ([USER], [WEATHER], {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function"}]}}),
+            f"{ALLOWED}.tools[0].function: got nothing, expected a value; add it",
         ),
         (([USER], [WEATHER], {"type": "function", "name": "weather"}), "tool_choice.function: got nothing, expected a value"),
         (([USER], None, "required"), "tool_choice: got 'required' without tools, expected at least one; send tools"),

@@ -118,11 +118,16 @@ def test_a_tool_call_makes_the_full_round(client):
         assert (second.choices[0].message.content, second.choices[0].finish_reason) == (f"{thing}: {value}", "stop")
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}, "none"])
+NAMED = {"type": "function", "function": {"name": "weather"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED, ALLOWED, "none"])
 def test_tool_choice(client, choice):
     question = next(each for each in some("tool", 20) if each.task == "tool" and "weather" in each.answer)
+    others = [{"type": "function", "function": {"name": "price"}}] if choice is ALLOWED else []  # the model is not told of it
     [answer] = client.chat.completions.create(
-        model=MODEL, messages=question.messages, tools=question.tools, tool_choice=choice, seed=1
+        model=MODEL, messages=question.messages, tools=question.tools + others, tool_choice=choice, seed=1
     ).choices
     if choice == "none":
         assert answer.message.tool_calls is None and answer.finish_reason != "tool_calls"

@@ -106,11 +106,22 @@ class NamedToolChoice(_Record):
     function: NamedFunction
 
 
+class AllowedTools(_Record):
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice]
+
+
+class AllowedToolsChoice(_Record):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+_ToolChoiceObject = Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
 _MESSAGES = TypeAdapter(list[Message])
 _TOOLS = TypeAdapter(list[Tool])
 _TOOL_CHOICE = TypeAdapter(
     Annotated[
-        Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedToolChoice, Tag("object")],
+        Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[_ToolChoiceObject, Tag("object")],
         Discriminator(lambda value: "object" if isinstance(value, dict) else "word"),
     ]
 )
@@ -150,8 +161,8 @@ def chat_request(
 ) -> ChatRequest:
     """Checks the parts of a chat, parsed from JSON; None is a part that was not given.
 
-    With tool_choice "none" the model is not told of the tools; one tool that must be called is named. With parallel_tool_calls
-    false the answer has one call at most.
+    The model is not told of tools that tool_choice does not allow, with "none" of any; one tool that must be called is named.
+    With parallel_tool_calls false the answer has one call at most.
     """
     if not isinstance(messages, list | tuple):
         raise refused(f"messages: got a value of type {type(messages).__name__}, expected a list of messages")
@@ -164,6 +175,8 @@ def chat_request(
     if len(set(names)) < len(names):
         place, name = next(each for each in enumerate(names) if each[1] in names[: each[0]])
         raise refused(f"tools[{place}].function.name: got {shown(name)} again, expected another name than those before")
+    if isinstance(choice, AllowedToolsChoice):
+        names, choice = _allowed(choice.allowed_tools, names), choice.allowed_tools.mode
     required = ""
     if isinstance(choice, NamedToolChoice):
         required = choice.function.name
@@ -186,11 +199,21 @@ def chat_request(
             for part in (message.content if isinstance(message.content, list) else ())
             if isinstance(part, ImagePart | ImageUrlPart)
         ],
-        tools=[] if choice == "none" else list(tools or []),
+        tools=[tool for tool in tools or [] if choice != "none" and tool["function"]["name"] in names],
         required_tool=required,
         one_call=not parallel_tool_calls,
         template_kwargs=dict(template_kwargs or {}),
     )
+
+
+def _allowed(allowed: AllowedTools, names: list[str]) -> list[str]:
+    """Those of `names`, the request's tools."""
+    chosen = [tool.function.name for tool in allowed.tools]
+    unknown = [name for name in chosen if name not in names]
+    if unknown or not chosen:
+        got = f"the functions {shown(unknown)}" if unknown else "an empty list"
+        raise refused(f"tool_choice.allowed_tools.tools: got {got}, expected some of tools, {names}")
+    return [name for name in names if name in chosen]
 
 
 def placed_images(chat: ChatRequest, given: Sequence[T]) -> list[str | T]:

@@ -8,7 +8,7 @@
 | image                   | STRING [-1]  | images, each in base64, as a data URL or as a URL; in order, for the messages'  |
 |                         |              | parts of type image, or for the image placeholders in text_input or input_ids   |
 | tools                   | STRING [1]   | with messages: a JSON list of tools, OpenAI's form                              |
-| tool_choice             | STRING [1]   | with tools: auto (the default), none, required, or a JSON object that names one |
+| tool_choice             | STRING [1]   | with tools: auto (the default), none, required, or an object of OpenAI's form   |
 | parallel_tool_calls     | BOOL [1]     | with messages: false ends the answer with its first call (default true)         |
 | chat_template_kwargs    | STRING [1]   | with messages: a JSON object of variables for the template, enable_thinking ... |
 | stream                  | BOOL [1]     | one response a canvas (true) or one response in all (false, the default)        |
