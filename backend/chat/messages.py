@@ -1,4 +1,4 @@
-"""What messages, tools and a tool choice may be: the OpenAI form, checked, and made ready for a chat template.
+"""What the messages of a chat may be: the OpenAI form, checked, and made ready for a chat template.
 
 Everything that is refused raises RequestError INVALID_ARGUMENT, one line: where, got, expected.
 """
@@ -7,37 +7,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
+from backend.chat.tool_choice import allowed_tools
 from backend.errors import refused
 from backend.json_text import read_json
 from backend.parameters import shown, shown_json
+from backend.validation import Record, checked
 
 T = TypeVar("T")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)  # clients send back what they got: refusal, annotations …
-
-
-class TextPart(_Record):
+class TextPart(Record):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(_Record):
+class ImagePart(Record):
     """The place of an image that is given apart from the messages."""
 
     type: Literal["image"]
 
 
-class ImageUrl(_Record):
+class ImageUrl(Record):
     """url: a data URL, or where the image is. `detail`, which OpenAI's API has beside it, changes nothing here."""
 
     url: str
 
 
-class ImageUrlPart(_Record):
+class ImageUrlPart(Record):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -45,35 +43,35 @@ class ImageUrlPart(_Record):
 Content = str | list[Annotated[TextPart | ImagePart | ImageUrlPart, Field(discriminator="type")]]
 
 
-class SystemMessage(_Record):
+class SystemMessage(Record):
     role: Literal["system", "developer"]
     content: Content
 
 
-class UserMessage(_Record):
+class UserMessage(Record):
     role: Literal["user"]
     content: Content
 
 
-class CalledFunction(_Record):
+class CalledFunction(Record):
     name: str
     arguments: str | dict[str, Any]  # a JSON object, as text or parsed
 
 
-class MessageToolCall(_Record):
+class MessageToolCall(Record):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class AssistantMessage(_Record):
+class AssistantMessage(Record):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
     tool_calls: list[MessageToolCall] | None = None
 
 
-class ToolMessage(_Record):
+class ToolMessage(Record):
     """The result of a call, named by `tool_call_id` or by the function's `name`."""
 
     role: Literal["tool"]
@@ -83,59 +81,7 @@ class ToolMessage(_Record):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-
-
-class FunctionDefinition(_Record):
-    name: str = Field(pattern=r"^[^\s{}]+$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(_Record):
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class NamedFunction(_Record):
-    name: str
-
-
-class NamedToolChoice(_Record):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class AllowedTools(_Record):
-    mode: Literal["auto", "required"]
-    tools: list[NamedToolChoice]
-
-
-class AllowedToolsChoice(_Record):
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-
-_ToolChoiceObject = Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
 _MESSAGES = TypeAdapter(list[Message])
-_TOOLS = TypeAdapter(list[Tool])
-_TOOL_CHOICE = TypeAdapter(
-    Annotated[
-        Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[_ToolChoiceObject, Tag("object")],
-        Discriminator(lambda value: "object" if isinstance(value, dict) else "word"),
-    ]
-)
-
-
-# Where pydantic's own word is of Python, not of JSON.
-_EXPECTED = {
-    "dict_type": "a JSON object",
-    "model_attributes_type": "a JSON object",
-    "model_type": "a JSON object",
-    "list_type": "a list",
-    "iterable_type": "a list",
-    "none_required": "null",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,23 +115,7 @@ def chat_request(
     if not messages:
         raise refused("messages: got an empty list, expected at least one message")
     listed = checked("messages", _MESSAGES, messages)
-    offered = checked("tools", _TOOLS, tools) if tools is not None else []
-    choice = checked("tool_choice", _TOOL_CHOICE, tool_choice) if tool_choice is not None else "auto"
-    names = [tool.function.name for tool in offered]
-    if len(set(names)) < len(names):
-        place, name = next(each for each in enumerate(names) if each[1] in names[: each[0]])
-        raise refused(f"tools[{place}].function.name: got {shown(name)} again, expected another name than those before")
-    if isinstance(choice, AllowedToolsChoice):
-        names, choice = _allowed(choice.allowed_tools, names), choice.allowed_tools.mode
-    required = ""
-    if isinstance(choice, NamedToolChoice):
-        required = choice.function.name
-        if required not in names:
-            raise refused(f"tool_choice: got the function {shown(required)}, expected one of tools, {names}")
-    elif choice == "required":
-        if not names:
-            raise refused("tool_choice: got 'required' without tools, expected at least one; send tools")
-        required = names[0] if len(names) == 1 else "*"
+    allowed, required = allowed_tools(tools, tool_choice)
     if not isinstance(template_kwargs or {}, Mapping):
         raise refused(f"chat_template_kwargs: got {shown(template_kwargs)}, expected an object of variables for the template")
     thinking = (template_kwargs or {}).get("enable_thinking", False)
@@ -199,21 +129,11 @@ def chat_request(
             for part in (message.content if isinstance(message.content, list) else ())
             if isinstance(part, ImagePart | ImageUrlPart)
         ],
-        tools=[tool for tool in tools or [] if choice != "none" and tool["function"]["name"] in names],
+        tools=allowed,
         required_tool=required,
         one_call=not parallel_tool_calls,
         template_kwargs=dict(template_kwargs or {}),
     )
-
-
-def _allowed(allowed: AllowedTools, names: list[str]) -> list[str]:
-    """Those of `names`, the request's tools."""
-    chosen = [tool.function.name for tool in allowed.tools]
-    unknown = [name for name in chosen if name not in names]
-    if unknown or not chosen:
-        got = f"the functions {shown(unknown)}" if unknown else "an empty list"
-        raise refused(f"tool_choice.allowed_tools.tools: got {got}, expected some of tools, {names}")
-    return [name for name in names if name in chosen]
 
 
 def placed_images(chat: ChatRequest, given: Sequence[T]) -> list[str | T]:
@@ -278,39 +198,3 @@ def _arguments(where: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refused(f"{where}: got {shown(arguments)}, {expected}")
     return value
-
-
-def checked(name: str, adapter: TypeAdapter[T], value: object) -> T:
-    """`value` as `adapter` reads it; `name` is what messages call it."""
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as error:
-        raise refused(_line(name, value, error)) from None
-
-
-def _line(name: str, value: object, error: ValidationError) -> str:
-    """What is wrong with `value`. Of the errors of alternatives, the one deepest in the data is about what was meant, of those
-    that do not say another `type`."""
-    errors = error.errors(include_url=False)
-    others = {each["loc"][:-1]: each for each in errors if each["loc"][-1:] == ("type",) and each["type"] == "literal_error"}
-    meant = [each for each in errors if not any(each["loc"][: len(place)] == place for place in others)]
-    deepest = max(meant or errors, key=lambda each: len(each["loc"]))
-    if not meant and len({place[:-1] for place in others}) == 1:  # one value, which is none of several
-        deepest["ctx"] = {"expected": " or ".join(each["ctx"]["expected"] for each in others.values())}
-        deepest["msg"] = f"Input should be {deepest['ctx']['expected']}"
-    where, got = name, value
-    for step in deepest["loc"]:  # steps that are not in the data are pydantic's names of the alternatives
-        if isinstance(step, int) and isinstance(got, list) and step < len(got):
-            where, got = f"{where}[{step}]", got[step]
-        elif isinstance(step, str) and isinstance(got, dict) and step in got:
-            where, got = f"{where}.{step}", got[step]
-    kind, message, context = deepest["type"], deepest["msg"], deepest.get("ctx", {})
-    if kind in ("missing", "union_tag_not_found"):
-        key = context["discriminator"].strip("'") if context else deepest["loc"][-1]
-        return f"{where}.{key}: got nothing, expected a value; add it"
-    if kind == "union_tag_invalid":
-        key = context["discriminator"].strip("'")
-        return f"{where}.{key}: got {shown(context['tag'])}, expected one of {context['expected_tags']}"
-    message = _EXPECTED.get(kind, message)
-    expected = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{where}: got {shown_json(got)}, expected {expected[:1].lower()}{expected[1:]}"

@@ -8,12 +8,12 @@ from openai.types.completion_create_params import CompletionCreateParamsBase as 
 from pydantic import TypeAdapter, with_config
 from starlette.requests import ClientDisconnect
 
-from backend.chat.messages import checked
 from backend.errors import RequestError
 from backend.json_text import read_json
 from backend.openai_server.errors import ApiError, bad_request, client_gone, unknown_model
 from backend.openai_server.settings import OpenAISettings
 from backend.parameters import shown, shown_json
+from backend.validation import checked
 
 
 @with_config(strict=True)
