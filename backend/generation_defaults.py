@@ -73,7 +73,7 @@ class GenerationDefaults:
         path = Path(source)
         try:
             parsed = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON: {error}; copy the file from the checkpoint again") from None
         if not isinstance(parsed, dict):
             raise ValueError(f"{path}: got {shown(parsed)}, expected a JSON object")

@@ -50,7 +50,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     except OSError as error:
         got = "is a file" if checkpoint.is_file() else f"config.json cannot be read ({error.strerror})"
         raise BuildError(f"{checkpoint}: {got}; expected the directory of a Hugging Face checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number of 5,000 digits, of lists 1,000 deep
         raise BuildError(f"{path}: not valid JSON ({error}); download the checkpoint's config.json again") from None
     if not isinstance(values, dict):
         raise BuildError(f"{path}: got a JSON {type(values).__name__}, expected an object")

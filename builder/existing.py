@@ -60,7 +60,7 @@ def _checkpoint_of(directory: Path) -> Checkpoint | None:
     """What the manifest in `directory` says that it was built from; None where none says so."""
     try:
         return Checkpoint.model_validate(json.loads((directory / FILE_NAME).read_text())["checkpoint"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
 
 

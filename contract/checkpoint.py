@@ -94,7 +94,7 @@ class Checkpoint:
             names = set(json.loads(index_path.read_text())["weight_map"].values())
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("a file name that is no string")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
         return sorted(names)
 

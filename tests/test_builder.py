@@ -44,6 +44,8 @@ from contract.problems import in_few_lines, of_another_model
 
 REAL = Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B"
 
+DEEP = pytest.param("[" * 100_000, id="nested deeply")
+
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
@@ -201,7 +203,16 @@ def test_all_problems_of_a_config_at_once(checkpoint):
     assert len(str(raised.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "got a JSON list, expected an object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"vocab_size": 1' + "0" * 5000 + "}", "not valid JSON"),
+        ("[]", "got a JSON list, expected an object"),
+    ],
+    ids=["cut off", "nested deeply", "a number of 5,000 digits", "a list"],
+)
 def test_config_that_is_no_json_object(text, message, checkpoint):
     (checkpoint / "config.json").write_text(text)
     with pytest.raises(BuildError, match=message):
@@ -251,7 +262,7 @@ def test_missing_and_truncated_shards_are_listed_together(checkpoint):
     assert f"{second}: truncated or damaged" in truncated
 
 
-@pytest.mark.parametrize("text", ["{}", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": 1, "b": "c"}}'])
+@pytest.mark.parametrize("text", ["{}", "{", DEEP, '{"weight_map": {"a": 1}}', '{"weight_map": {"a": 1, "b": "c"}}'])
 def test_damaged_index(text, checkpoint):
     (checkpoint / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="not a safetensors index"):
@@ -542,7 +553,15 @@ def test_a_directory_that_is_no_engine_is_not_replaced(quick, checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "text", ['{"name": "my web app"}', "[1]", "{", '{"format_version": 2}', '{"format_version": 4, "checkpoint": {"id": 1}}']
+    "text",
+    [
+        '{"name": "my web app"}',
+        "[1]",
+        "{",
+        DEEP,
+        '{"format_version": 2}',
+        '{"format_version": 4, "checkpoint": {"id": 1}}',
+    ],
 )
 def test_a_manifest_of_something_else_is_replaced_only_by_force(text, quick, checkpoint, tmp_path):
     (tmp_path / "app").mkdir()

@@ -132,7 +132,14 @@ def test_the_template_may_be_in_tokenizer_config(tmp_path):
     assert template.prompt(chat_request([USER], template_kwargs={"x": "é"})).text == "<bos>é"
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "got [1], expected a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        pytest.param("[" * 100_000, "not valid JSON", id="nested deeply"),
+        ("[1]", "got [1], expected a JSON object"),
+    ],
+)
 def test_a_bad_tokenizer_config(tmp_path, text, message):
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json") as raised:

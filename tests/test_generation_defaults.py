@@ -102,6 +102,7 @@ def test_refused_checkpoints(tmp_path, change, message):
             "not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
             "copy the file from the checkpoint again",
         ),
+        pytest.param("[" * 100_000, "not valid JSON: maximum recursion depth exceeded", id="nested deeply"),
         ("[1]", "got [1], expected a JSON object"),
     ],
 )
@@ -110,6 +111,6 @@ def test_unreadable_files(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError) as error:
         GenerationDefaults.from_json(path)
-    assert str(error.value) == f"{path}: {message}"
+    assert str(error.value).startswith(f"{path}: {message}")
     with pytest.raises(FileNotFoundError):
         GenerationDefaults.from_json(tmp_path / "absent.json")

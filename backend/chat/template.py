@@ -58,7 +58,7 @@ class ChatTemplate:
         file, path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
         try:
             config = json.loads(path.read_bytes()) if path.is_file() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON: {error}; copy the file from the checkpoint again") from None
         if not isinstance(config, dict):
             raise ValueError(f"{path}: got {shown(config)}, expected a JSON object")
