@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import BuildError
-from builder.fields import FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, TOKEN_ID, TOKEN_IDS, Fields
+from builder.fields import COUNT, FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, TOKEN_ID, TOKEN_IDS, Fields
 from builder.quantization import NVFP4, NVFP4_GROUP, read_quantization
 from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig, VisionConfig
 
@@ -30,6 +30,7 @@ _REQUIRED = (
     "vocab_size hidden_size intermediate_size moe_intermediate_size num_experts top_k_experts num_hidden_layers "
     "num_attention_heads num_key_value_heads head_dim sliding_window max_position_embeddings"
 ).split()
+_COUNTS = ("num_hidden_layers", "num_experts")
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
@@ -86,7 +87,7 @@ def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
     text.take_fixed("hidden_activation", "gelu_pytorch_tanh", "no other activation is supported")
     text.take_fixed("attention_k_eq_v", True, "full-attention layers take their values from k_proj in this family")
 
-    size = {key: text.take_size(key) for key in _REQUIRED}
+    size = {key: text.take_size(key, kind=COUNT if key in _COUNTS else SIZE) for key in _REQUIRED}
     layer_types = _layer_types(text, size["num_hidden_layers"], problems)
     attention = _attention(text, size, layer_types, problems)
     bidirectional = text.take("use_bidirectional_attention")
@@ -235,7 +236,7 @@ def _vision(top: Fields, problems: list[str]) -> VisionConfig | None:
     config = VisionConfig(
         hidden_size=fields.take_size("hidden_size", 768),
         intermediate_size=fields.take_size("intermediate_size", 3072),
-        num_layers=fields.take_size("num_hidden_layers", 16),
+        num_layers=fields.take_size("num_hidden_layers", 16, COUNT),
         num_attention_heads=fields.take_size("num_attention_heads", 12),
         num_kv_heads=fields.take_size("num_key_value_heads", 12),
         head_dim=fields.take_size("head_dim", 64),

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+_MOST, _MOST_COUNTED = 2**31 - 1, 4096
+
 
 class Kind(NamedTuple):
     """Values that a key may have: how a message names them, and which they are."""
@@ -25,11 +27,18 @@ def _is_number(value: Any) -> bool:
         return False
 
 
+def _is_integer(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 def _is_token_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return _is_integer(value, 0, _MOST)
 
 
-SIZE = Kind("a positive integer", lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0)
+SIZE = Kind(f"a positive integer of at most {_MOST}", lambda value: _is_integer(value, 1, _MOST))
+COUNT = Kind(f"a positive integer of at most {_MOST_COUNTED}", lambda value: _is_integer(value, 1, _MOST_COUNTED))
+"""Of layers or experts: each has names of its own, and what is wrong with a number of a billion is to be told before they are
+made."""
 POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0)
 FRACTION = Kind("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
@@ -64,13 +73,13 @@ class Fields:
         self._problems.append(f"{self._where}{key}: got {value!r}, expected {kind.expected}")
         return default
 
-    def take_size(self, key: str, default: int | None = None) -> int:
-        """A positive integer; a problem, and 1 to go on with, where it is not."""
+    def take_size(self, key: str, default: int | None = None, kind: Kind = SIZE) -> int:
+        """A value of `kind`, SIZE or COUNT; a problem, and 1 to go on with, where it is not."""
         value = self.take(key, default)
-        if SIZE.holds(value):
+        if kind.holds(value):
             return value
         got = "nothing" if value is None else repr(value)
-        self._problems.append(f"{self._where}{key}: got {got}, expected {SIZE.expected}")
+        self._problems.append(f"{self._where}{key}: got {got}, expected {kind.expected}")
         return 1
 
     def take_fixed(self, key: str, expected: Any, why: str) -> None:

@@ -129,6 +129,24 @@ def test_real_tensor_names_and_shapes():
         (lambda c: c["text_config"].update(per_layer_config={"2": {"head_dim": "x"}}), "per_layer_config: expected the same"),
         (lambda c: c["text_config"].update(per_layer_config=[]), "per_layer_config: got [], expected an object or null"),
         (lambda c: c["text_config"].update(global_head_dim="32"), "global_head_dim: got '32', expected a positive integer"),
+        (lambda c: c["text_config"].update(head_dim=10**400), "0, expected a positive integer of at most 2147483647"),
+        (
+            lambda c: c["text_config"].update(num_experts=4097),
+            "num_experts: got 4097, expected a positive integer of at most 4096",
+        ),
+        (
+            lambda c: c["text_config"].update(num_hidden_layers=10**9, layer_types=None),
+            "num_hidden_layers: got 1000000000, expected a positive integer of at most 4096",
+        ),
+        (
+            lambda c: c["vision_config"].update(num_hidden_layers=10**9),
+            "vision_config.num_hidden_layers: got 1000000000, expected a positive integer of at most 4096",
+        ),
+        (lambda c: c["text_config"].update(bos_token_id=-2), "bos_token_id: got -2, expected a token id or null"),
+        (
+            lambda c: c.update(eos_token_id=[1, 2**31]),
+            "eos_token_id: got [1, 2147483648], expected a token id or a list of them",
+        ),
         (
             lambda c: c["text_config"].update(num_global_key_value_heads="1"),
             "num_global_key_value_heads: got '1', expected a pos",
