@@ -4,6 +4,7 @@ On the CPU they are mapped, and not copied unless a transform is to be done. For
 `weight_loading` does it, so that the host never holds more than its readers' buffers.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def bind_weights(
         CheckpointError: the checkpoint is not there, its files are not those that the engine was built from, or they change
             while they are being read.
     """
-    directory = (checkpoint_dir or engine_dir / manifest.checkpoint.path).resolve()
+    directory = Path(os.path.realpath(checkpoint_dir or engine_dir / manifest.checkpoint.path))
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory}: no such directory; expected the checkpoint that engine {engine_dir} was built from; "

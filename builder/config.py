@@ -5,6 +5,7 @@ All problems are reported at once.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     """
     path = checkpoint / "config.json"
     try:
-        str(checkpoint.resolve()).encode()
+        os.path.realpath(checkpoint).encode()
     except UnicodeEncodeError:  # the reader of safetensors takes no other path, nor does a manifest
         raise BuildError(f"{str(checkpoint)!r}: got a path that is not UTF-8, expected one that is; rename it") from None
     try:
@@ -49,7 +50,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     except FileNotFoundError:
         raise BuildError(f"{path}: no such file; expected the directory of a Hugging Face checkpoint") from None
     except OSError as error:
-        got = "is a file" if checkpoint.is_file() else f"config.json cannot be read ({error.strerror})"
+        got = "is a file" if os.path.isfile(checkpoint) else f"config.json cannot be read ({error.strerror})"
         raise BuildError(f"{checkpoint}: {got}; expected the directory of a Hugging Face checkpoint") from None
     except (ValueError, RecursionError) as error:  # also of a number of 5,000 digits, of lists 1,000 deep
         raise BuildError(f"{path}: not valid JSON ({error}); download the checkpoint's config.json again") from None

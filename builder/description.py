@@ -80,7 +80,7 @@ def describe(
         )
         for binding, bound in bound_weights(shapes, model, build).items()
     }
-    path = os.path.relpath(checkpoint.resolve(), engine.resolve())
+    path = os.path.relpath(os.path.realpath(checkpoint), os.path.realpath(engine))
     return Manifest(
         format_version=FORMAT_VERSION,
         plugin_abi=PLUGIN_ABI,

@@ -22,12 +22,13 @@ def real_place(directory: Path) -> Path:
     """`directory` with links followed: what a link points to is written, and the link stays.
 
     Raises:
-        BuildError: a file is there.
+        BuildError: a file is there, or a link to itself.
     """
     place = Path(os.path.realpath(directory))
     with writing(place):
-        if place.exists() and not place.is_dir():
-            raise BuildError(f"{place}: is a file, expected a directory or a new name; choose another")
+        if os.path.lexists(place) and not place.is_dir():
+            kind = "a link to itself" if place.is_symlink() else "a file"
+            raise BuildError(f"{place}: is {kind}, expected a directory or a new name; choose another")
     return place
 
 

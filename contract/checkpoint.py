@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Checkpoint:
             try:
                 opened = safe_open(path, framework="pt")
             except FileNotFoundError:  # also where there is no permission
-                if path.exists():
+                if os.path.exists(path):
                     problems.append(f"{path}: cannot be read; give access to it")
                 else:
                     problems.append(f"{path}: missing; {_INDEX} lists it, download the checkpoint again")
@@ -94,6 +95,8 @@ class Checkpoint:
             names = set(json.loads(index_path.read_text())["weight_map"].values())
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("a file name that is no string")
+            if outside := [name for name in sorted(names) if os.path.isabs(name) or ".." in Path(name).parts]:
+                raise ValueError(f"{outside[0]!r}, a file outside of its directory")
         except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
         return sorted(names)

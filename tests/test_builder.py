@@ -246,6 +246,10 @@ def test_no_checkpoint_at_all(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(BuildError, match=r"config\.json cannot be read \(Is a directory\); expected the directory"):
         read_model_config(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("loop", "Too many levels of symbolic links"), ("x" * 300, "File name too long")):
+        with pytest.raises(BuildError, match=rf"{name}: config\.json cannot be read \({reason}\); expected the directory"):
+            read_model_config(tmp_path / name)
 
 
 def test_full_layers_of_the_sliding_layers_shape(tmp_path):
@@ -280,10 +284,27 @@ def test_missing_and_truncated_shards_are_listed_together(checkpoint):
     assert f"{second}: truncated or damaged" in truncated
 
 
-@pytest.mark.parametrize("text", ["{}", "{", DEEP, '{"weight_map": {"a": 1}}', '{"weight_map": {"a": 1, "b": "c"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "{",
+        DEEP,
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": 1, "b": "c"}}',
+        '{"weight_map": {"a": "../other/model.safetensors"}}',
+        '{"weight_map": {"a": "/other/model.safetensors"}}',
+    ],
+)
 def test_damaged_index(text, checkpoint):
     (checkpoint / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="not a safetensors index"):
+        Checkpoint(checkpoint)
+
+
+def test_an_index_with_a_name_that_no_file_can_have(checkpoint):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    with pytest.raises(CheckpointError, match=r"x: missing; model\.safetensors\.index\.json lists it"):
         Checkpoint(checkpoint)
 
 
@@ -746,6 +767,9 @@ def test_places_that_cannot_be_written_are_told_before_anything_long(command, re
     file = tmp_path / "file"
     file.touch()
     assert f"error: {file}: is a file, expected a directory or a new name; choose another" == refused(command, checkpoint, file)
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert f"error: {loop}: is a link to itself, expected a directory" in refused(command, checkpoint, loop)
     assert f"{file / 'e'}: cannot be written ([Errno" in refused(command, checkpoint, file / "e")
     assert "/proc/nowhere/e: cannot be written ([Errno" in refused(command, checkpoint, "/proc/nowhere/e")
 

@@ -192,6 +192,9 @@ def test_on_the_cpu_weights_are_mapped_stacked_or_cast(random):
 def test_a_checkpoint_that_has_moved(random, tmp_path):
     manifest = described(random, "float32")
     record = manifest.checkpoint.model_copy(update={"path": "../models/../gone"})
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="loop: no such directory; expected the checkpoint"):
+        bind_weights(manifest, tmp_path / "engine", tmp_path / "loop")
     with pytest.raises(CheckpointError) as raised:
         bind_weights(manifest.model_copy(update={"checkpoint": record}), tmp_path / "engine")
     assert str(raised.value) == (
