@@ -9,7 +9,6 @@
 | `chat` | chat template, thoughts, tool calls |
 | `service` | an engine worker for many threads, and a new one when it dies |
 | `worker`, `worker_process`, `worker_messages` | the child process with the device, its parent, what they say |
-| `worker_directory` | where that process unpacks its programs |
 | `engine` | everything that serving one engine directory needs, put together |
 | `planner` | what an engine takes in memory, and how many KV pages that leaves |
 | `scheduler` | requests → ticks of encode and denoise |

@@ -15,8 +15,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import backend
-from backend.worker_directory import worker_directory
 from backend.worker_messages import Cancel, LoadFailed, Ready, Report, Submit
+from contract.own_directory import own_directory
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class WorkerProcess:
         self._outbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
         with ExitStack() as opened:  # closed again if it does not start
             try:
-                temporary = opened.enter_context(worker_directory())
+                temporary = opened.enter_context(own_directory("diffusiongemma_worker_"))  # it unpacks its programs there
                 self._connection, theirs = map(opened.enter_context, Pipe())
                 self._process = _started(config, theirs.fileno(), temporary)
             except OSError as error:

@@ -25,6 +25,7 @@ from builder.onnx_export import traced_for_onnx
 from builder.targets import Compile, compiler
 from contract.manifest import BuildConfig, Program, Variant
 from contract.model_config import ModelConfig
+from contract.own_directory import own_directory
 
 
 def compile_programs(
@@ -41,7 +42,7 @@ def compile_programs(
     report("compiling " + ", ".join(f"{name} ({len(least)} times)" for name, least in wanted.items()))
     done: dict[tuple[str, int], Program] = {}
     # What is being written when the build is stopped may be there a little longer.
-    with tempfile.TemporaryDirectory(prefix="compile-", ignore_cleanup_errors=True) as caches:
+    with own_directory("diffusiongemma_compile_") as caches:
         tasks = [(name, minimum) for name, least in wanted.items() for minimum in least]
         at_once = min(len(tasks), len(os.sched_getaffinity(0))) if build.device == "cuda" else 1
         if at_once == 1:
@@ -98,7 +99,7 @@ def _compile(model: ModelConfig, build: BuildConfig, name: str, minimum: int, di
     return _compiled(export_program(signature, model, build, minimum), compiler(build, model), directory)
 
 
-def _compile_alone(caches: str, *task: Any) -> Program:
+def _compile_alone(caches: Path, *task: Any) -> Program:
     with own_cache(caches):
         return _compile(*task)
 
@@ -126,7 +127,7 @@ def _leave_interrupts_to_the_builder() -> None:
 
 
 @contextmanager
-def own_cache(caches: str) -> Iterator[None]:
+def own_cache(caches: Path) -> Iterator[None]:
     """A directory of its own, in `caches`, for what the compiler leaves."""
     from torch._inductor.utils import clear_caches  # only here: it imports the compiler
 

@@ -5,13 +5,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from builder.errors import BuildError
 from builder.existing import check_replaceable
+from contract.own_directory import own_directory
 
 # Of Linux, <fcntl.h> and <stdio.h>.
 _AT_FDCWD = -100
@@ -47,25 +48,23 @@ def writing(place: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(engine: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `engine` that takes its place when the block succeeds, and vanishes when it fails.
+    """A temporary directory beside `engine` that takes its place when the block succeeds, and vanishes when it fails; that of
+    a build which was killed vanishes with the next one.
 
     Raises:
         BuildError: `engine` may not be replaced (`check_replaceable`), before the block or after it, or the directory cannot
             be made or put in place; what is there stays.
     """
-    with writing(engine):
-        engine.parent.mkdir(parents=True, exist_ok=True)
-        check_replaceable(engine, force=force)
-        staging = Path(tempfile.mkdtemp(prefix=f".{engine.name}.", dir=engine.parent))
-    try:
+    with ExitStack() as opened:
         with writing(engine):
+            engine.parent.mkdir(parents=True, exist_ok=True)
+            check_replaceable(engine, force=force)
+            staging = opened.enter_context(own_directory(f".{engine.name}.building-", engine.parent))
             staging.chmod(0o755)
         yield staging
         with writing(engine):
             check_replaceable(engine, force=force)  # the block may have taken minutes
             _replace(engine, staging)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _replace(engine: Path, staging: Path) -> None:

@@ -1,8 +1,10 @@
-"""What passes between the two halves: the resolved model, the checkpoint's tensors and the engine directory's manifest.
+"""What passes between the two halves: the resolved model, the checkpoint's tensors and the engine directory's manifest; and
+what both need.
 
 | module | holds |
 |---|---|
 | `model_config` | the resolved model: every size and constant that a program or the runtime needs |
 | `checkpoint` | the tensors of a checkpoint directory, memory-mapped |
 | `manifest` | `manifest.json` of an engine directory |
+| `own_directory` | temporary directories, which do not outlive their process for long |
 """

@@ -235,7 +235,7 @@ def test_two_compilations_share_no_files(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     seen = []
     for _ in range(2):
-        with own_cache(str(tmp_path)):
+        with own_cache(tmp_path):
             seen.append(Path(cache_dir()))
             assert seen[-1].is_dir() and os.environ["TRITON_CACHE_DIR"] == str(seen[-1] / "triton")
         assert Path(cache_dir()) == tmp_path / "common" and "TRITON_CACHE_DIR" not in os.environ

@@ -168,7 +168,7 @@ def test_deaths_far_apart_are_forgiven(engine_dir):
 def test_a_worker_that_cannot_be_started_again_ends_all_requests(engine_dir, monkeypatch, error, words):
     """Whatever goes wrong in the supervising thread; however long each attempt takes."""
     watched = Watched(engine_dir, max_deaths=3, deaths_window_s=0.01)
-    monkeypatch.setattr("backend.worker_directory.tempfile.TemporaryDirectory", partial(slowly_raised, error))
+    monkeypatch.setattr("contract.own_directory.tempfile.mkdtemp", partial(slowly_raised, error))
     wait_until(lambda: watched.service.worker_pid is not None)
     asked = Asked(watched.service, ENDLESS)
     watched.signal(signal.SIGKILL)

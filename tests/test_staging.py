@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -55,6 +58,31 @@ def test_an_old_engine_that_cannot_be_removed_fails_no_build(exchanges, engine, 
         monkeypatch.setattr(staging, "_exchanged", lambda left, right: False)
     replace(engine)
     assert (engine / "manifest.json").read_text() == NEW
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from builder.staging import staged
+with staged(Path(sys.argv[1])) as directory:
+    (directory / "manifest.json").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_build_left_behind_is_removed_by_the_next(engine):
+    assert subprocess.run([sys.executable, "-c", KILLED, engine]).returncode == -signal.SIGKILL
+    assert len(list(engine.parent.iterdir())) == 2
+    assert (engine / "manifest.json").read_text() == OLD
+    replace(engine)
+    assert_replaced(engine)
+
+
+def test_what_another_build_is_writing_stays(engine):
+    with staged(engine) as directory:
+        (directory / "manifest.json").touch()
+        replace(engine)
+        assert (directory / "manifest.json").exists()
 
 
 def test_only_what_puts_it_in_place_is_called_writing(engine):

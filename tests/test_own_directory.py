@@ -1,4 +1,4 @@
-"""The workers' temporary directories: removed by those who made them, or by the next one when they were killed."""
+"""Temporary directories: removed by those who made them, or by the next one when they were killed."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from backend.worker_directory import worker_directory
 from backend.worker_process import WorkerConfig, WorkerProcess
+from contract.own_directory import own_directory
 
 PARENT = """
 import sys
@@ -53,7 +53,7 @@ def test_what_a_killed_parent_left_behind_is_removed_by_the_next(engine_dir, tem
 def test_a_new_directory_that_is_not_locked_yet_stays(temporary):
     new = temporary / "diffusiongemma_worker_new"
     new.mkdir()
-    with worker_directory():
+    with own_directory("diffusiongemma_worker_"):
         assert new.exists()
 
 
@@ -62,5 +62,5 @@ def test_a_link_leads_to_nothing_that_is_removed(temporary):
     kept.mkdir()
     (kept / "file").touch()
     (temporary / "diffusiongemma_worker_link").symlink_to(kept)
-    with worker_directory():
+    with own_directory("diffusiongemma_worker_"):
         assert (kept / "file").exists()
