@@ -88,6 +88,8 @@ class Engine:
             )
         except ValueError as error:
             raise ManifestError(str(error)) from None
+        except OSError as error:
+            raise ManifestError(f"{path}: cannot be read ({error.strerror}); give access to it, or replace it") from None
         return cls(session, _load_tokenizer(engine_dir / "tokenizer.json"), defaults, limits)
 
     @cached_property

@@ -1,7 +1,10 @@
 """Chats → prompts: transformers' rendering is the oracle, and everything that is wrong gets one line."""
 
+import errno
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 from small_checkpoints import TINY
@@ -145,6 +148,21 @@ def test_a_bad_tokenizer_config(tmp_path, text, message):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json") as raised:
         ChatTemplate.load(tmp_path, TOKENIZER)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_files_that_cannot_be_read_are_named(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read \('utf-8' codec .*; give access to it, or copy it from"):
+        ChatTemplate.load(tmp_path, TOKENIZER)
+
+    def refused(self, encoding):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: cannot be read ([Errno 13] Permission denied: '{path}')")):
+        ChatTemplate.load(tmp_path, TOKENIZER)
 
 
 def test_without_a_template(tmp_path):

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+from small_checkpoints import TINY
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationConfig
 
+from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
+from builder.build import write_manifest
+from contract.manifest import ManifestError
 
 CHECKPOINT = {
     "max_new_tokens": 512,
@@ -114,3 +118,12 @@ def test_unreadable_files(tmp_path, text, message):
     assert str(error.value).startswith(f"{path}: {message}")
     with pytest.raises(FileNotFoundError):
         GenerationDefaults.from_json(tmp_path / "absent.json")
+
+
+def test_an_engine_whose_file_cannot_be_read(tmp_path, monkeypatch):
+    engine = tmp_path / "e"
+    write_manifest(TINY, engine)
+    (engine / "generation_config.json").mkdir()
+    monkeypatch.setattr("backend.engine.Session.load", lambda *_: None)
+    with pytest.raises(ManifestError, match=r"generation_config\.json: cannot be read \(Is a directory\); give access to it"):
+        Engine.load(engine, EngineLimits())

@@ -53,16 +53,17 @@ class ChatTemplate:
     def load(cls, directory: Path, tokenizer: Tokenizer) -> "ChatTemplate":
         """From chat_template.jinja, else the chat_template of tokenizer_config.json; the latter also has the names.
 
-        Raises ValueError, one line, for a tokenizer_config.json that is not a JSON object.
+        Raises ValueError, one line, for a tokenizer_config.json that is not a JSON object, and a file that cannot be read.
         """
         file, path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+        text = _read(path) if path.is_file() else "{}"
         try:
-            config = json.loads(path.read_bytes()) if path.is_file() else {}
+            config = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON: {error}; copy the file from the checkpoint again") from None
         if not isinstance(config, dict):
             raise ValueError(f"{path}: got {shown(config)}, expected a JSON object")
-        template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+        template = _read(file) if file.is_file() else config.get("chat_template")
         tokens = {name: value for name, value in config.items() if name.endswith("_token")}
         names = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
         return cls(template, {name: value for name, value in names.items() if isinstance(value, str)}, tokenizer)
@@ -128,6 +129,14 @@ class ChatTemplate:
         if unknown:
             expected = ", ".join(sorted(used - set(self._names))) or "none"
             raise refused(f"chat_template_kwargs: got {shown(unknown[0])}, expected variables of the chat template: {expected}")
+
+
+def _read(path: Path) -> str:
+    """Raises ValueError, one line, for a file that is no text or may not be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give access to it, or copy it from the checkpoint again") from None
 
 
 @cache
