@@ -182,6 +182,8 @@ def test_without_a_template(tmp_path):
         ("{% for x in tools %}{{ x }}{% endfor %}", {"x": 2}, "got 'x', expected variables of the chat template: none"),
         ("{{ strftime_now('%Y') }}", {"strftime_now": 2}, "got 'strftime_now', expected variables of the chat template: none"),
         ("{% generation %}{{ x }}{% endgeneration %}", {"y": 2}, "got 'y', expected variables of the chat template: x"),
+        ("{{ x / 0 }}", {"x": 1}, "messages: the chat template refuses them: division by zero"),
+        ("{{ range(x) }}", {"x": 10**9}, "messages: the chat template refuses them: Range too big."),
         ("{{ x", {"x": 2}, "messages: the chat template refuses them: unexpected end of template"),
     ],
 )

@@ -28,6 +28,7 @@ from backend.errors import refused
 from backend.parameters import shown
 
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversations", "chat_template")
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 _OPEN_THOUGHT = re.compile(re.escape(CHANNEL_OPEN) + r"thought\s*\Z")
 
 
@@ -118,7 +119,7 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **{**self._names, **chat.template_kwargs},
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        except _REFUSALS as error:
             raise refused(f"messages: the chat template refuses them: {' '.join(str(error).split())}") from None
         return text
 
