@@ -12,6 +12,7 @@ import typer
 
 from backend.addresses import answers, free_ports, host_and_port, host_and_port_of_url, ipv4_address
 from backend.errors import RequestError
+from backend.parameters import INT32_MAX
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, TritonServer, leave_on_signals
 from backend.triton_server.model_config import Instances, config_pbtxt
 from backend.triton_server.request import parse_json_object
@@ -24,7 +25,7 @@ _FEWEST_BYTES = 1_000_000  # no engine takes so few: a number that is lower lack
 _Settings = Annotated[
     list[str], typer.Option("--set", metavar="NAME=VALUE", help="A setting of config.pbtxt; may be repeated.")
 ]
-_NumInstances = Annotated[int | None, typer.Option(min=1, help="Replicas, or replicas a GPU.")]
+_NumInstances = Annotated[int | None, typer.Option(min=1, max=INT32_MAX, help="Replicas, or replicas a GPU.")]
 _ApiKeyFile = Annotated[Path | None, typer.Option(help="A file of keys that clients of OpenAI's API may send, one a line.")]
 _AllowedOrigins = Annotated[
     list[str], typer.Option("--allowed-origin", metavar="ORIGIN", help="Whose pages may call OpenAI's API; may be repeated.")
@@ -265,7 +266,7 @@ def _parameters(settings: Sequence[str]) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for each in settings:
         name, equals, value = each.partition("=")
-        if not equals:
+        if not equals or not name.isidentifier():
             _fail(f"--set: got {each!r}, expected NAME=VALUE, such as max_sequences=8")
         if name in parameters:
             _fail(f"--set {name}: got {parameters[name]!r} and {value!r}, expected one value")
@@ -289,7 +290,7 @@ def _typed_lines(ask: Callable[[str], str]) -> Iterator[str]:
 def _instances(count: int | None, gpus: str) -> Instances | None:
     """None if neither is given."""
     numbers = [number for number in gpus.split(",") if number]
-    if gpus and not (numbers and all(number.isdecimal() for number in numbers)):
+    if gpus and not (numbers and all(number.isdecimal() and len(number) < 10 for number in numbers)):
         _fail(f"--gpus: got {gpus!r}, expected numbers and commas like 0,1")
     return Instances(count=count or 1, gpus=tuple(map(int, numbers))) if count or numbers else None
 

@@ -32,9 +32,10 @@ def parse_bytes(text: str) -> int:
         ManifestError: it is none.
     """
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]I?B|)\s*", text.upper())
-    if not found or not float(found[1]):
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not size:
         raise ManifestError(f"memory: got {text!r}, expected a size such as 80GB, 79.6GiB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return size
 
 
 def capacities(manifest: Manifest, memory_bytes: int, *, device_type: str, lengths: Sequence[int] = LENGTHS) -> list[Capacity]:

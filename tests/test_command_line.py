@@ -55,6 +55,7 @@ def test_serve_looks_at_every_port_before_it_starts_anything(option, never_start
     ("arguments", "line"),
     [
         (["serve", "--set", "max_sequences"], "--set: got 'max_sequences', expected NAME=VALUE, such as max_sequences=8"),
+        (["config", "--set", "\udcff=1"], r"--set: got '\udcff=1', expected NAME=VALUE, such as max_sequences=8"),
         (["serve", "--set", "foo=1"], "--set: got the unknown parameter foo, expected some of engine_dir, "),
         (["config", "--set", "foo=1"], "--set: got the unknown parameter foo, expected some of engine_dir, "),
         (["serve", "--set", "max_queued=-1"], "--set: parameter max_queued: got '-1', expected a whole number of at least 0"),
@@ -79,6 +80,7 @@ def test_options_are_named(arguments, line, never_started):
     [
         (["--memory", "80"], "--memory: got '80', which is 80 bytes, expected a unit too, such as 80GB or 79.6GiB"),
         (["--memory", "much"], "--memory: got 'much', expected a size such as 80GB, 79.6GiB or a number of bytes"),
+        (["--memory", "0.5"], "--memory: got '0.5', expected a size such as 80GB, 79.6GiB or a number of bytes"),
         (["--memory", "40GB"], "--memory: got 40.00 GB, expected at least "),
         (
             ["--memory", "80GB", "--length", "300000"],

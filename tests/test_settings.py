@@ -95,6 +95,11 @@ def test_parameters_of_the_python_backend_are_not_ours():
         ({"max_queued": "1.5"}, "parameter max_queued: got '1.5', expected a whole number of at least 0"),
         ({"queue_timeout_s": "inf"}, "parameter queue_timeout_s: got 'inf', expected a number of seconds of at least 1"),
         ({"progress_timeout_s": "0"}, "parameter progress_timeout_s: got '0', expected a number of seconds of at least 1"),
+        (
+            {"fetch_timeout_s": "1e300"},  # a socket's timeout would be an internal error, at every image
+            "parameter fetch_timeout_s: got '1e300', expected a number of seconds of at least 0 of at most 1000000000",
+        ),
+        ({"max_queued": "x" * 9999}, f"parameter max_queued: got '{'x' * 76}..., expected a whole number of at least 0"),
         ({"prefix_cache": "maybe"}, "parameter prefix_cache: got 'maybe', expected true or false"),
         (
             {"max_image_pixels": "89478486"},
@@ -145,7 +150,7 @@ def test_a_config_that_cannot_be_written(tmp_path):
     assert (result.exit_code, result.output) == (1, f"error: --output: {output} {reason}\n")
 
 
-@pytest.mark.parametrize("given", ["0,one", ",", "1,-2"])
+@pytest.mark.parametrize("given", ["0,one", ",", "1,-2", "2147483648"])
 def test_gpus_must_be_numbers(given):
     result = CliRunner().invoke(app, ["config", "--output", "/nowhere/config.pbtxt", "--gpus", given])
     assert result.exit_code == 1 and f"--gpus: got '{given}', expected numbers and commas like 0,1" in result.output

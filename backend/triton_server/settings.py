@@ -10,12 +10,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from backend.images.limits import MAX_IMAGES, ImageLimits
-from backend.parameters import INT32_MAX
+from backend.parameters import INT32_MAX, shown
 from backend.service_limits import ServiceLimits
 from backend.worker_process import WorkerConfig
 from contract.model_config import SOFT_TOKEN_BUDGETS
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_MOST_S = 1e9  # what waits for a socket or a lock cannot count to much more
+Seconds = Annotated[float, Field(ge=0, le=_MOST_S, allow_inf_nan=False)]
 
 
 def _one_of_the_budgets(value: int) -> int:
@@ -25,7 +26,7 @@ def _one_of_the_budgets(value: int) -> int:
 
 
 SoftTokens = Annotated[int, AfterValidator(_one_of_the_budgets)]
-Limit = Annotated[float, Field(ge=1, allow_inf_nan=False)]  # seconds; what is healthy is silent for part of one
+Limit = Annotated[float, Field(ge=1, le=_MOST_S, allow_inf_nan=False)]  # seconds; what is healthy is silent for part of one
 
 
 class Settings(BaseModel):
@@ -138,12 +139,15 @@ def _line(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"got the unknown parameter {name}, expected some of {', '.join(Settings.model_fields)}; remove it"
     if error["type"] == "value_error":
-        return f"parameter {name}: got {error['input']!r}, expected 0 or one of {', '.join(map(str, SOFT_TOKEN_BUDGETS))}"
-    return f"parameter {name}: got {error['input']!r}, expected {_EXPECTED[Settings.model_fields[name].annotation]}" + "".join(
-        f" of at {word} {getattr(limit, bound)}"
-        for bound, word in (("ge", "least"), ("le", "most"))
-        for limit in Settings.model_fields[name].metadata
-        if hasattr(limit, bound)
+        return f"parameter {name}: got {shown(error['input'])}, expected 0 or one of {', '.join(map(str, SOFT_TOKEN_BUDGETS))}"
+    return (
+        f"parameter {name}: got {shown(error['input'])}, expected {_EXPECTED[Settings.model_fields[name].annotation]}"
+        + "".join(
+            f" of at {word} {getattr(limit, bound):.10g}"
+            for bound, word in (("ge", "least"), ("le", "most"))
+            for limit in Settings.model_fields[name].metadata
+            if hasattr(limit, bound)
+        )
     )
 
 
