@@ -5,7 +5,7 @@ On the CPU they are mapped, and not copied unless a transform is to be done. For
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from backend.load_progress import ShowProgress, show_progress
 from backend.weight_lanes import CudaCopies, HostLane, StagedLane
 from backend.weight_loading import Transform, Wanted, load
 from contract.checkpoint import Checkpoint, CheckpointError
-from contract.manifest import Manifest, Weight
+from contract.manifest import FILE_NAME, Manifest, ManifestError, Weight
 from plugins.moe.formats import OF_BFLOAT16, in_format
 
 
@@ -30,6 +30,7 @@ def bind_weights(
     3. Read the rest. 4. See that the files are still the same.
 
     Raises:
+        ManifestError: the manifest has tensors that are not in these files.
         CheckpointError: the checkpoint is not there, its files are not those that the engine was built from, or they change
             while they are being read.
     """
@@ -42,6 +43,7 @@ def bind_weights(
     checkpoint, device = Checkpoint(directory), torch.device(manifest.build.device)
     with _unchanged(checkpoint):  # 4.
         _check_files(manifest, engine_dir, directory, checkpoint)  # 1.
+        _check_tensors(manifest, engine_dir, checkpoint)
         weights, wanted = {}, []
         for binding, weight in manifest.weights.items():
             if device.type == "cpu" and weight.transform == "none" and len(weight.tensors) == 1:  # 2.
@@ -92,6 +94,26 @@ def _check_files(manifest: Manifest, engine_dir: Path, directory: Path, checkpoi
                 f"{directory / name}: got {got}, expected the {expected.size_bytes} bytes that engine {engine_dir} was built "
                 "from; build the engine again"
             )
+
+
+def _check_tensors(manifest: Manifest, engine_dir: Path, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        ManifestError: the manifest has other tensors than the files that it was made from, and is damaged.
+    """
+    for binding, weight in manifest.weights.items():
+        known = weight.tensors and checkpoint.names() >= set(weight.tensors)
+        if not known or (weight.transform != "arrange" and weight.shape != _joined(map(checkpoint.shape, weight.tensors))):
+            raise ManifestError(
+                f"{engine_dir / FILE_NAME}: {binding}: got {', '.join(weight.tensors) or 'no tensor'} as {list(weight.shape)}, "
+                "which the checkpoint does not have; build the engine again with --force"
+            )
+
+
+def _joined(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of tensors one after the other along the first axis."""
+    first, *others = shapes
+    return (sum(shape[0] for shape in (first, *others)), *first[1:]) if others else first
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from contract.checkpoint import CheckpointError
 from contract.manifest import BuildConfig, ManifestError, read_manifest
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+_MOST = 2**31 - 1
 _DEFAULTS = {name: field.default for name, field in BuildConfig.model_fields.items()}
 
 
@@ -67,11 +68,11 @@ def build(
     device: Annotated[DeviceOption, typer.Option(help="Where the engine runs; auto is the GPU where there is one.")] = (
         DeviceOption.auto
     ),
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
-    max_encode_tokens: Annotated[int, typer.Option(min=1, help="Tokens one encode pass may take.")] = (
+    page_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
+    max_encode_tokens: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens one encode pass may take.")] = (
         _DEFAULTS["max_encode_tokens"]
     ),
-    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences one denoising step may take.")] = _DEFAULTS[
+    max_sequences: Annotated[int, typer.Option(min=1, max=_MOST, help="Sequences one denoising step may take.")] = _DEFAULTS[
         "max_sequences"
     ],
     expert_activations: Annotated[
@@ -84,7 +85,9 @@ def build(
             "bits, a scale for 32; auto is plain or packed, and says why."
         ),
     ] = WeightsOption.auto,
-    max_head_rows: Annotated[int, typer.Option(min=1, help="Rows one head pass may take.")] = _DEFAULTS["max_head_rows"],
+    max_head_rows: Annotated[int, typer.Option(min=1, max=_MOST, help="Rows one head pass may take.")] = _DEFAULTS[
+        "max_head_rows"
+    ],
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
     force: Annotated[
@@ -155,11 +158,11 @@ def manifest(
     dtype: Annotated[DtypeOption, typer.Option(help="Of weights, activations and KV pages; auto is the checkpoint's.")] = (
         DtypeOption.auto
     ),
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
-    max_encode_tokens: Annotated[int, typer.Option(min=1, help="Tokens one encode pass may take.")] = (
+    page_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
+    max_encode_tokens: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens one encode pass may take.")] = (
         _DEFAULTS["max_encode_tokens"]
     ),
-    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences one denoising step may take.")] = _DEFAULTS[
+    max_sequences: Annotated[int, typer.Option(min=1, max=_MOST, help="Sequences one denoising step may take.")] = _DEFAULTS[
         "max_sequences"
     ],
     expert_weights: Annotated[

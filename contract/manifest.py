@@ -8,12 +8,13 @@ engines/<name>/
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationError, model_validator
+import torch
+from pydantic import AfterValidator, ValidationError, model_validator
 
 from contract.checkpoint import FileFingerprint
-from contract.model_config import LayerType, ModelConfig, Record
+from contract.model_config import LayerType, ModelConfig, Record, Size
 from contract.stored_file import StoredFile
 
 FORMAT_VERSION = 3
@@ -38,11 +39,20 @@ class ManifestError(Exception):
     """An engine directory that cannot be used: what, got, expected, remedy."""
 
 
+def _is_dtype(name: str) -> str:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError("none of PyTorch's dtypes")
+    return name
+
+
+Dtype = Annotated[str, AfterValidator(_is_dtype)]
+
+
 class Binding(Record):
     """One input or output of a program: a fixed size, or the name of a size that varies with its minimum and maximum."""
 
     name: str
-    dtype: str
+    dtype: Dtype
     shape: tuple[int | str, ...]
 
 
@@ -102,7 +112,7 @@ class Weight(Record):
 
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
-    dtype: str
+    dtype: Dtype
     transform: Literal["none", "cast", "arrange"]
     arrangement: Arrangement | None = None
 
@@ -144,10 +154,10 @@ class BuildConfig(Record):
     target: Target
     dtype: Literal["float32", "bfloat16"]
     device: Device = "cpu"
-    page_size: int = 32
-    max_encode_tokens: int = 2048
-    max_sequences: int = 64
-    max_head_rows: int = 2048
+    page_size: Size = 32
+    max_encode_tokens: Size = 2048
+    max_sequences: Size = 64
+    max_head_rows: Size = 2048
     expert_activations: ExpertActivations = "full"
     expert_weights: ExpertWeights = "plain"
 
@@ -176,6 +186,8 @@ class Manifest(Record):
     def _check_files(self) -> "Manifest":
         if unknown := sorted(set(self.program_files) - self.files.keys()):
             raise ValueError(f"no size and SHA-256 of {', '.join(unknown)}")
+        if unbound := sorted({name for each in self.programs.values() for name in each.weights} - self.weights.keys()):
+            raise ValueError(f"nothing about the weight {unbound[0]}, which a program reads")
         return self
 
     @property

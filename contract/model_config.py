@@ -1,8 +1,11 @@
 """The resolved model: every fact about a checkpoint that shapes a program or the runtime, nothing left to default."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class Record(BaseModel):
@@ -28,8 +31,8 @@ class RopeConfig(Record):
 class AttentionConfig(Record):
     """One layer type's attention. `window` 0 means no window; else a token sees itself and window - 1 tokens before."""
 
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: Size
+    head_dim: Size
     window: int
     has_v_proj: bool
     rope: RopeConfig
@@ -47,20 +50,20 @@ class VisionConfig(Record):
     soft_tokens_per_image: at most, where a request does not say. Source: transformers' `Gemma4VisionConfig`.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_kv_heads: int
-    head_dim: int
-    patch_size: int
-    pooling_kernel_size: int
-    position_embedding_size: int
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Size
+    num_attention_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    patch_size: Size
+    pooling_kernel_size: Size
+    position_embedding_size: Size
     rope_theta: float
     rms_norm_eps: float
     standardize: bool
     clipped: bool
-    soft_tokens_per_image: int
+    soft_tokens_per_image: Size
 
 
 class ModelConfig(Record):
@@ -70,26 +73,26 @@ class ModelConfig(Record):
     Source of the meanings: transformers' `DiffusionGemmaTextConfig` and `DiffusionGemmaConfig`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_experts: int
-    top_k_experts: int
-    num_attention_heads: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    moe_intermediate_size: Size
+    num_experts: Size
+    top_k_experts: Size
+    num_attention_heads: Size
     layer_types: tuple[LayerType, ...]
     attention: dict[LayerType, AttentionConfig]
     rms_norm_eps: float
     final_logit_softcapping: float | None
-    max_position_embeddings: int
-    canvas_length: int
+    max_position_embeddings: Size
+    canvas_length: Size
     bidirectional_images: bool
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    image_token_id: int | None
-    boi_token_id: int | None = None
-    eoi_token_id: int | None = None
+    bos_token_id: TokenId | None
+    eos_token_ids: tuple[TokenId, ...]
+    pad_token_id: TokenId
+    image_token_id: TokenId | None
+    boi_token_id: TokenId | None = None
+    eoi_token_id: TokenId | None = None
     vision: VisionConfig | None = None
     dtype: str
     experts_dtype: ExpertsDtype | None = None

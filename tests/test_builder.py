@@ -31,6 +31,7 @@ from builder.targets import inductor
 from builder.targets.compiled import Compiled
 from builder.weights import (
     EMBEDDING,
+    FINAL_NORM,
     VISION_PREFIXES,
     VISION_PROJECTION,
     all_weights,
@@ -933,6 +934,23 @@ def test_manifests_that_cannot_be_used(tmp_path, engine_dir):
     (tmp_path / "manifest.json").write_text(text)
     edit_json(tmp_path / "manifest.json", lambda manifest: manifest["files"].pop("operators.so"))
     with pytest.raises(ManifestError, match=r"format 3 \(file: .*no size and SHA-256 of operators\.so\); build the engine"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda m: m["build"].update(page_size=0), "build.page_size: Input should be greater than or equal to 1"),
+        (lambda m: m["model"].update(bos_token_id=-2), "model.bos_token_id: Input should be greater than or equal to 0"),
+        (lambda m: m["weights"][FINAL_NORM].update(dtype="float33"), f"weights.{FINAL_NORM}.dtype: .*none of PyTorch's dtypes"),
+        (lambda m: m["weights"].pop(FINAL_NORM), f"file: .*nothing about the weight {FINAL_NORM}, which a program reads"),
+    ],
+    ids=["a page of no tokens", "a negative token id", "an unknown dtype", "a weight less"],
+)
+def test_a_manifest_that_says_what_cannot_be(change, where, engine_dir, tmp_path):
+    (tmp_path / "manifest.json").write_text((engine_dir / "manifest.json").read_text())
+    edit_json(tmp_path / "manifest.json", change)
+    with pytest.raises(ManifestError, match=rf"format 3 \({where}"):
         read_manifest(tmp_path)
 
 

@@ -18,7 +18,7 @@ from builder.config import read_model_config
 from builder.description import describe
 from builder.weights import bindings, text_weights
 from contract.checkpoint import Checkpoint, CheckpointError
-from contract.manifest import BuildConfig, Weight
+from contract.manifest import BuildConfig, ManifestError, Weight
 
 PIECE = 512
 SHAPES = {
@@ -51,7 +51,9 @@ def checkpoint(stored, tmp_path) -> Checkpoint:
 
 def wanted(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Wanted]:
     """Every tensor, its target full of NaN."""
-    transform = None if dtype == torch.bfloat16 else transform_of(Weight(tensors=(), shape=(), dtype="", transform="cast"))
+    transform = (
+        None if dtype == torch.bfloat16 else transform_of(Weight(tensors=(), shape=(), dtype="float32", transform="cast"))
+    )
     return {
         name: Wanted(
             extent=checkpoint.extent(name),
@@ -201,6 +203,16 @@ def test_a_checkpoint_that_has_moved(random, tmp_path):
         f"{tmp_path / 'gone'}: no such directory; expected the checkpoint that engine {tmp_path / 'engine'} was built from; "
         f"move it back, or build again from where it is now: python -m builder build CHECKPOINT {tmp_path / 'engine'}"
     )
+
+
+@pytest.mark.parametrize("change", [{"tensors": ()}, {"tensors": ("gone",)}, {"shape": (7,)}], ids=str)
+def test_a_manifest_with_other_tensors_than_the_checkpoint(change, random, tmp_path):
+    manifest = described(random, "float32")
+    binding, weight = next(iter(manifest.weights.items()))
+    weights = manifest.weights | {binding: weight.model_copy(update=change)}
+    message = rf"manifest\.json: {binding}: got .*, which the checkpoint does not have; build the engine again"
+    with pytest.raises(ManifestError, match=message):
+        bind_weights(manifest.model_copy(update={"weights": weights}), tmp_path / "engine", random)
 
 
 @pytest.mark.parametrize(
