@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from backend.__main__ import app
 from backend.engine import EngineLimits
 from backend.images.limits import ImageLimits
-from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY
+from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, TritonServer
 from backend.triton_server.model_config import Instances, ModelConfigError, changed_config, config_pbtxt, seconds_to_load
 from backend.triton_server.request import READERS
 from backend.triton_server.settings import Settings
@@ -148,6 +148,15 @@ def test_a_config_that_cannot_be_written(tmp_path):
     result = CliRunner().invoke(app, ["config", "--output", str(output)])
     reason = "cannot be written (No such file or directory), expected a file in an existing directory"
     assert (result.exit_code, result.output) == (1, f"error: --output: {output} {reason}\n")
+
+
+def test_an_engine_that_is_a_link_to_itself_is_left_to_its_reader(tmp_path):
+    """Which says what is wrong with it, in one line; pathlib's resolve raises."""
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert str(loop) in changed_config(COMMITTED, {"engine_dir": str(loop)})
+    assert Settings(engine_dir=str(loop)).worker_config(tmp_path, {}).engine_dir == loop
+    TritonServer(engine_dir=loop, model_repository=loop)
 
 
 @pytest.mark.parametrize("given", ["0,one", ",", "1,-2", "2147483648"])

@@ -61,11 +61,11 @@ class TritonServer:
         exit_timeout_s: int = 10,
         report: Callable[[str], None] = lambda line: None,
     ):
-        self._model_dir = Path(model_repository).resolve() / MODEL_NAME
+        self._model_dir = Path(os.path.realpath(model_repository), MODEL_NAME)
         self._parameters = dict(parameters or {})
         self._instances = instances
         if engine_dir is not None:
-            self._parameters["engine_dir"] = str(Path(engine_dir).resolve())
+            self._parameters["engine_dir"] = os.path.realpath(engine_dir)
         self._host = host
         self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._exit_timeout_s = exit_timeout_s

@@ -1,5 +1,6 @@
 """`config.pbtxt` of the model: written from `Settings` and `signature`, and changed for one start of a server."""
 
+import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def changed_config(path: Path, parameters: Mapping[str, str], instances: Instanc
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     engine_dir = config.parameters["engine_dir"].string_value or Settings().engine_dir
-    config.parameters["engine_dir"].string_value = str((path.parent / engine_dir).resolve())
+    config.parameters["engine_dir"].string_value = os.path.realpath(path.parent / engine_dir)
     if instances is not None:
         del config.instance_group[:]
         config.instance_group.append(instances.group())

@@ -3,6 +3,7 @@
 Settings ──▶ `parameters` and `instance_group` of config.pbtxt ──▶ Triton ──▶ initialize(args) ──▶ Settings
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,7 +97,7 @@ class Settings(BaseModel):
     def worker_config(self, model_dir: Path, environment: Mapping[str, str]) -> WorkerConfig:
         """What the engine worker is started with; `model_dir` is the folder of config.pbtxt."""
         return WorkerConfig(
-            engine_dir=(model_dir / self.engine_dir).resolve(),
+            engine_dir=Path(os.path.realpath(model_dir / self.engine_dir)),
             limits={
                 "max_sequences": self.max_sequences or None,
                 "max_cached_tokens": self.max_cached_tokens or None,
