@@ -1,11 +1,11 @@
 """The checkpoint's own choices for generation: its `generation_config.json`, which a request's SamplingConfig overrides."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from backend.json_text import json_object
 from backend.parameters import NUMBERS, TOKEN_ID, shown
 
 SAMPLER_CLASS = "EntropyBoundSamplerConfig"
@@ -71,13 +71,7 @@ class GenerationDefaults:
         if isinstance(source, Mapping):
             return cls._from_mapping(source, "generation_config")
         path = Path(source)
-        try:
-            parsed = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}; copy the file from the checkpoint again") from None
-        if not isinstance(parsed, dict):
-            raise ValueError(f"{path}: got {shown(parsed)}, expected a JSON object")
-        return cls._from_mapping(parsed, str(path))
+        return cls._from_mapping(json_object(path.read_bytes(), path), str(path))
 
     @classmethod
     def _from_mapping(cls, mapping: Mapping, source: str) -> "GenerationDefaults":

@@ -1,9 +1,13 @@
-"""JSON as it is taken from clients: what can be written as JSON again, in UTF-8, and means one thing."""
+"""JSON as it is taken from clients: what can be written as JSON again, in UTF-8, and means one thing; and objects from a
+checkpoint's files."""
 
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
+
+from backend.parameters import shown
 
 
 def read_json(text: str) -> Any:
@@ -23,6 +27,17 @@ def read_json(text: str) -> Any:
         raise ValueError("half of a surrogate pair, which is no character") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+    return value
+
+
+def json_object(text: str | bytes, path: Path) -> dict[str, Any]:
+    """The object in the file at `path`. Raises ValueError, one line that begins with the path, for what is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; copy the file from the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {shown(value)}, expected a JSON object")
     return value
 
 

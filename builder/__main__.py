@@ -19,10 +19,14 @@ from builder.errors import BuildError
 from builder.quantize import PROJECTIONS, quantize_checkpoint
 from contract.checkpoint import CheckpointError
 from contract.manifest import BuildConfig, ManifestError, read_manifest
+from contract.model_config import INT32_MAX
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-_MOST = 2**31 - 1
 _DEFAULTS = {name: field.default for name, field in BuildConfig.model_fields.items()}
+_PageSize = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Tokens a KV page.")]
+_MaxEncodeTokens = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Tokens one encode pass may take.")]
+_MaxSequences = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Sequences one denoising step may take.")]
+_MaxHeadRows = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Rows one head pass may take.")]
 
 
 class TargetOption(str, Enum):
@@ -68,13 +72,9 @@ def build(
     device: Annotated[DeviceOption, typer.Option(help="Where the engine runs; auto is the GPU where there is one.")] = (
         DeviceOption.auto
     ),
-    page_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
-    max_encode_tokens: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens one encode pass may take.")] = (
-        _DEFAULTS["max_encode_tokens"]
-    ),
-    max_sequences: Annotated[int, typer.Option(min=1, max=_MOST, help="Sequences one denoising step may take.")] = _DEFAULTS[
-        "max_sequences"
-    ],
+    page_size: _PageSize = _DEFAULTS["page_size"],
+    max_encode_tokens: _MaxEncodeTokens = _DEFAULTS["max_encode_tokens"],
+    max_sequences: _MaxSequences = _DEFAULTS["max_sequences"],
     expert_activations: Annotated[
         ActivationsOption, typer.Option(help="What FP8 experts multiply: full precision, or float8 with a scale for each row.")
     ] = ActivationsOption.full,
@@ -85,9 +85,7 @@ def build(
             "bits, a scale for 32; auto is plain or packed, and says why."
         ),
     ] = WeightsOption.auto,
-    max_head_rows: Annotated[int, typer.Option(min=1, max=_MOST, help="Rows one head pass may take.")] = _DEFAULTS[
-        "max_head_rows"
-    ],
+    max_head_rows: _MaxHeadRows = _DEFAULTS["max_head_rows"],
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
     force: Annotated[
@@ -158,13 +156,9 @@ def manifest(
     dtype: Annotated[DtypeOption, typer.Option(help="Of weights, activations and KV pages; auto is the checkpoint's.")] = (
         DtypeOption.auto
     ),
-    page_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens a KV page.")] = _DEFAULTS["page_size"],
-    max_encode_tokens: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens one encode pass may take.")] = (
-        _DEFAULTS["max_encode_tokens"]
-    ),
-    max_sequences: Annotated[int, typer.Option(min=1, max=_MOST, help="Sequences one denoising step may take.")] = _DEFAULTS[
-        "max_sequences"
-    ],
+    page_size: _PageSize = _DEFAULTS["page_size"],
+    max_encode_tokens: _MaxEncodeTokens = _DEFAULTS["max_encode_tokens"],
+    max_sequences: _MaxSequences = _DEFAULTS["max_sequences"],
     expert_weights: Annotated[
         WeightsOption, typer.Option(help="packed: the experts' bfloat16 weights in 12 bits each; int4: in 4.5; auto is plain.")
     ] = WeightsOption.auto,

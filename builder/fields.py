@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-_MOST, _MOST_COUNTED = 2**31 - 1, 4096
+from contract.model_config import INT32_MAX
+
+_MOST_COUNTED = 4096
 
 
 class Kind(NamedTuple):
@@ -32,10 +34,10 @@ def _is_integer(value: Any, least: int, most: int) -> bool:
 
 
 def _is_token_id(value: Any) -> bool:
-    return _is_integer(value, 0, _MOST)
+    return _is_integer(value, 0, INT32_MAX)
 
 
-SIZE = Kind(f"a positive integer of at most {_MOST}", lambda value: _is_integer(value, 1, _MOST))
+SIZE = Kind(f"a positive integer of at most {INT32_MAX}", lambda value: _is_integer(value, 1, INT32_MAX))
 COUNT = Kind(f"a positive integer of at most {_MOST_COUNTED}", lambda value: _is_integer(value, 1, _MOST_COUNTED))
 """Of layers or experts: each has names of its own, and what is wrong with a number of a billion is to be told before they are
 made."""

@@ -32,7 +32,7 @@ from plugins.moe.kernel_reference import align_reference, down_reference, gate_u
 from plugins.moe.kinds import experts
 from plugins.moe.launch import Tile
 from plugins.moe.nvfp4 import numbers_of, to_nvfp4
-from plugins.moe.packed_launch import MANY_ROWS, as_words
+from plugins.moe.packed_launch import MANY_ROWS
 from plugins.moe.packing import ROW_FACTOR, pack, unpack
 from plugins.triton_launch import HOPPER_CAPABILITY, Launch
 
@@ -64,7 +64,7 @@ def formed(weight: Tensor, stored: str, halves: int, unused: list[int]) -> tuple
         own = make(weight, halves)
         stands_for = read(own, *weight.shape[1:], halves)
     if stored != "int4":
-        as_words(own)[unused, :, -BLOCK:] = torch.tensor(float("nan"), device=own.device).view(torch.int32)
+        own.view(torch.int32)[unused, :, -BLOCK:] = torch.tensor(float("nan"), device=own.device).view(torch.int32)
     return own, stands_for
 
 

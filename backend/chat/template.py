@@ -3,7 +3,6 @@
 Rendering is transformers' own, in its sandbox, without PyTorch.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from backend.chat.reasoning import CHANNEL_CLOSE, CHANNEL_OPEN, REASONING_TAGS
 from backend.chat.stop_scope import AnswerText
 from backend.chat.tools import CALL_OPEN, TOOL_TAGS
 from backend.errors import refused
+from backend.json_text import json_object
 from backend.parameters import shown
 
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversations", "chat_template")
@@ -57,13 +57,7 @@ class ChatTemplate:
         Raises ValueError, one line, for a tokenizer_config.json that is not a JSON object, and a file that cannot be read.
         """
         file, path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-        text = _read(path) if path.is_file() else "{}"
-        try:
-            config = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}; copy the file from the checkpoint again") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{path}: got {shown(config)}, expected a JSON object")
+        config = json_object(_read(path), path) if path.is_file() else {}
         template = _read(file) if file.is_file() else config.get("chat_template")
         tokens = {name: value for name, value in config.items() if name.endswith("_token")}
         names = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}

@@ -4,6 +4,8 @@ See the package's docstring for its arguments, `plugins.moe.packed_kernel`, `plu
 `plugins.moe.hopper_down_kernel` for the kernels, and `plugins.moe.launch` for the stages that it shares with other weights.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -72,51 +74,6 @@ def has_hopper_down(activated: Tensor, hidden_size: int, tile: Tile) -> bool:
     return tile.rows == MANY_ROWS.rows and fits and on_hopper(activated)
 
 
-def hopper_gate_up(
-    hidden: Tensor,
-    gate_up_proj: Tensor,
-    row_order: Tensor,
-    tile_expert: Tensor,
-    top_k: int,
-    tile: Tile,
-    factor: float = ROW_FACTOR,
-) -> Launch:
-    """As `gate_up`, with the kernel for Hopper. tile: its rows are the kernel's, too."""
-    words, (num_rows, hidden_size) = as_words(gate_up_proj), hidden.shape
-    width = words.shape[1] * (BLOCK // 2)
-    own_tile = arranged_tile(tile.rows, PART * BLOCK, num_warps=4, num_stages=1)
-    return Launch(
-        kernel=hopper_gate_up_packed_kernel,
-        grid=(multiprocessors(hidden),),
-        inputs=(hidden, words, row_order, tile_expert),
-        scalars=(num_rows * top_k, tile_expert.shape[0]),
-        outputs=(hidden.new_empty(num_rows * top_k, width),),
-        constants=product_constants(words, hidden_size, width, own_tile, TOP_K=top_k) | {"FACTOR": factor},
-        num_warps=own_tile.num_warps,
-        num_stages=own_tile.num_stages,
-    )
-
-
-def hopper_down(
-    activated: Tensor,
-    down_proj: Tensor,
-    top_k_weights: Tensor,
-    row_order: Tensor,
-    tile_expert: Tensor,
-    hidden_size: int,
-    tile: Tile,
-) -> Launch:
-    """As `down`, with the kernel for Hopper. tile: of the first product."""
-    words = as_words(down_proj)
-    operands = (activated, words, top_k_weights, row_order, tile_expert, hidden_size)
-    return down(*operands, hopper_tile(words, tile), hopper_down_packed_kernel)
-
-
-def as_words(weight: Tensor) -> Tensor:
-    """A weight of any of the formats as int32."""
-    return weight.view(torch.int32)
-
-
 def gate_up(
     hidden: Tensor,
     gate_up_proj: Tensor,
@@ -141,6 +98,22 @@ def gate_up(
     )
 
 
+def hopper_gate_up(
+    hidden: Tensor,
+    gate_up_proj: Tensor,
+    row_order: Tensor,
+    tile_expert: Tensor,
+    top_k: int,
+    tile: Tile,
+    factor: float = ROW_FACTOR,
+) -> Launch:
+    """As `gate_up`, with the kernel for Hopper. tile: its rows are the kernel's, too."""
+    words, own_tile = gate_up_proj.view(torch.int32), arranged_tile(tile.rows, PART * BLOCK, num_warps=4, num_stages=1)
+    usual = gate_up(hidden, words, row_order, tile_expert, top_k, own_tile, factor)
+    scalars = (*usual.scalars, tile_expert.shape[0])
+    return replace(usual, kernel=hopper_gate_up_packed_kernel, grid=(multiprocessors(hidden),), scalars=scalars)
+
+
 def down(
     activated: Tensor,
     down_proj: Tensor,
@@ -163,6 +136,21 @@ def down(
         num_warps=tile.num_warps,
         num_stages=_stages(tile, down_proj),
     )
+
+
+def hopper_down(
+    activated: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    row_order: Tensor,
+    tile_expert: Tensor,
+    hidden_size: int,
+    tile: Tile,
+) -> Launch:
+    """As `down`, with the kernel for Hopper. tile: of the first product."""
+    words = down_proj.view(torch.int32)
+    operands = (activated, words, top_k_weights, row_order, tile_expert, hidden_size)
+    return down(*operands, hopper_tile(words, tile), hopper_down_packed_kernel)
 
 
 def _stages(tile: Tile, weight: Tensor) -> int:
