@@ -148,6 +148,12 @@ class CapturedLoop(TableLoop):
             if size not in self._steps:
                 self._prepare(size)
 
+    def rehearse(self) -> None:
+        """Runs a step of every bucket on the idle row, without capturing it."""
+        for size in self._buckets[::-1]:
+            for part in self._parts(size)[2]:
+                part()
+
     def _bucket(self, slots: Sequence[int]) -> int:
         return next(size for size in self._buckets if size >= len(slots))
 
@@ -165,6 +171,13 @@ class CapturedLoop(TableLoop):
         return _Inputs(staged=staged, on_device=staged.to(self._session.device, copy=True))
 
     def _prepare(self, size: int) -> _Step:
+        inputs, results, parts = self._parts(size)
+        first, second = self._ready(*parts)
+        self._steps[size] = _Step(inputs=inputs, results=results, first=first, second=second)
+        return self._steps[size]
+
+    def _parts(self, size: int) -> tuple[_Inputs, _Results, Sequence[Callable[[], object]]]:
+        """The two parts of a bucket's step, what they are given and what they fill."""
         pinned, inputs = {"pin_memory": self._on_gpu}, self._idle_inputs(size)
         results = _Results(
             finished=torch.zeros(size, dtype=torch.bool, **pinned),
@@ -172,11 +185,8 @@ class CapturedLoop(TableLoop):
             steps=torch.zeros(size, dtype=torch.int64, **pinned),
         )
         pending: list[Callable[[], None]] = []
-        first, second = self._ready(
-            lambda: pending.append(self._update_canvases(inputs.on_device, results)), lambda: pending.pop()()
-        )
-        self._steps[size] = _Step(inputs=inputs, results=results, first=first, second=second)
-        return self._steps[size]
+        parts = (lambda: pending.append(self._update_canvases(inputs.on_device, results)), lambda: pending.pop()())
+        return inputs, results, parts
 
     def _ready(self, *parts: Callable[[], object]) -> Sequence[Callable[[], object]]:
         """As graphs, or as they are where nothing is captured."""

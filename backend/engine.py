@@ -4,6 +4,7 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 from backend.answer_grammar import Grammars
@@ -64,9 +65,12 @@ class Engine:
             commit_last=limits.commit_last,
             max_pass_rows=max_pass_rows,
         )
-        loop.prepare()
         if session.device.type == "cuda" and build.target == "inductor":  # plans have their kernels inside
+            _compile_kernels(session, cache, loop)
+            loop.prepare()
             warm_up(session, cache)
+        else:
+            loop.prepare()
         grammars.prepare()
 
     @classmethod
@@ -113,3 +117,13 @@ def _canvas_loop(session: Session, cache: PagedKVCache, limits: EngineLimits, ma
     from backend.captured_loop import CapturedLoop  # only here: its kernels need triton
 
     return CapturedLoop(session, cache, workspace_bytes=limits.sampler_workspace_bytes, max_step_sequences=max_step_sequences)
+
+
+def _compile_kernels(session: Session, cache: PagedKVCache, loop: CanvasLoop) -> None:
+    """Those that programs and the loop call, at once, where Triton's compiler does not have them from before."""
+    from plugins.triton_launch import only_compiled  # only here: it imports triton
+
+    with only_compiled():
+        loop.rehearse()
+        warm_up(session, cache)
+    torch.cuda.empty_cache()  # what a step of the largest bucket took; as a graph it takes it from its own pool

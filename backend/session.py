@@ -24,6 +24,7 @@ RunProgram = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 """A compiled program: tensors in the manifest's order of inputs, then weights → its outputs."""
 
 _EMBEDDING = "model.decoder.embed_tokens.weight"
+_PACKAGED_MODEL = "model"  # what PyTorch calls the only one of a package
 
 
 class Session:
@@ -196,10 +197,15 @@ def _load_operators(path: Path) -> None:
 
 
 def load_program(path: Path) -> RunProgram:
-    """A program of the `inductor` target. It runs on the current stream and may be captured."""
+    """A program of the `inductor` target. It runs on the current stream and may be captured.
+
+    Not with `torch._inductor.aoti_load_package`: to warn of another machine than the program's it compiles a C++ program for
+    every instruction set that this CPU may have, for 40 s on the machine of an H200. What a manifest says of the machine is
+    checked before.
+    """
     try:
-        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _PACKAGED_MODEL, True, 1, -1)  # one thread, one runner
     except RuntimeError as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ManifestError(f"{path}: cannot be loaded ({first_line}); build the engine again with --force") from None
-    return package.loader.run
+    return loader.run

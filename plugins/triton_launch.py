@@ -4,7 +4,11 @@ A description needs only the tensors' shapes and dtypes; made of meta tensors it
 here, which is how the sm_90 check and a TensorRT plugin use it.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +44,26 @@ HOPPER_SHARED_BYTES = 227 * 1024
 """Shared memory that one program may have there; on an A100 163 KB, on GPUs of compute capability 8.6, 8.9 and 12.0 99 KB."""
 
 
+_only_compiled: ContextVar[bool] = ContextVar("only_compiled", default=False)
+
+
 def unwrapped(kernel: object) -> object:
     return kernel
+
+
+@contextmanager
+def only_compiled() -> Iterator[None]:
+    """Launches of this thread within the block are compiled and not launched; their outputs are zeros. As many are compiled at
+    once as there are cores, and all are ready when the block has ended.
+
+    One after the other, as they are launched, the kernels of a denoising step of the 26B model take 36 s (H200, Triton 3.6).
+    """
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, triton.AsyncCompileMode(threads):
+        before = _only_compiled.set(True)
+        try:
+            yield
+        finally:
+            _only_compiled.reset(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +83,15 @@ class Launch:
     num_stages: int
 
     def run(self, wrap: Wrap = unwrapped) -> tuple[Tensor, ...]:
-        """Launches on the current stream, without waiting for it, and returns `outputs`."""
-        wrap(self.kernel)[self.grid](
-            *self.inputs,
-            *self.scalars,
-            *self.outputs,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-        )
+        """Launches on the current stream, without waiting for it, and returns `outputs`. See `only_compiled`."""
+        arguments = (*self.inputs, *self.scalars, *self.outputs)
+        options = {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        if _only_compiled.get():
+            self.kernel.warmup(*arguments, grid=self.grid, **options)
+            for each in self.outputs:
+                each.zero_()
+        else:
+            wrap(self.kernel)[self.grid](*arguments, **options)
         return self.outputs
 
     def signature(self) -> dict[str, str]:

@@ -129,6 +129,7 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
     loop, slots = loop_of(CapturedLoop, session, prefixes, max_step_sequences=3)
     sizes, prepare = [], loop._prepare
     monkeypatch.setattr(loop, "_prepare", lambda size: sizes.append(size) or prepare(size))
+    loop.rehearse()
     loop.prepare()
     assert sizes == [3, 2, 1]
     assert run(session, loop, slots) == plain
