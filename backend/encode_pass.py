@@ -3,7 +3,7 @@
 Images among the tokens go through the vision program first, one by one. Each is in one pass whole, so it is looked at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,15 +77,11 @@ def warm_up(session: Session, cache: PagedKVCache) -> None:
     """Runs a pass of every kind once, so that no request waits for what is made when it is first used: kernels that are called
     by a program are compiled then, on Hopper four of attention, 4 s each. Nothing is cached, and what the passes give is
     dropped.
-
-    Kinds: each variant of the program at its fewest tokens, and at its most; where few tokens see a long prefix, several
-    programs share the keys.
     """
     encode, most = session.manifest.programs["encode"], session.manifest.build.max_encode_tokens
-    fewest = min(ROW_MULTIPLE, most)
-    sizes = sorted({fewest, *(variant.minimum for variant in encode.variants), most})
+    sizes = pass_sizes(most, (variant.minimum for variant in encode.variants))
     int32 = {"dtype": torch.int32}
-    for num_tokens, columns in [(fewest, 1), *((size, None) for size in sizes)]:
+    for num_tokens, columns in [(sizes[0], 1), *((size, None) for size in sizes)]:
         session.encode(
             torch.zeros(num_tokens, **int32),
             torch.arange(num_tokens, **int32),
@@ -93,3 +89,16 @@ def warm_up(session: Session, cache: PagedKVCache) -> None:
             torch.zeros(1, **int32),
             {kind: table[-1:, :columns].clone() for kind, table in cache.device_tables.items()},  # of no slot
         )
+
+
+def pass_sizes(most: int, minimums: Iterable[int]) -> list[int]:
+    """Tokens of passes over a long prefix, ascending, of which one is of every kind: at most `most`. minimums: of the program's
+    variants.
+
+    Few tokens have several programs share the keys, and kernels differ by the power of two that these are at most. Their number
+    is inverse to that of the tokens, so sizes of which each is at most one and a half of the one before miss none.
+    """
+    fewest = min(ROW_MULTIPLE, most)
+    doublings = [fewest << times for times in range((most // fewest).bit_length())]
+    between = [each + each // 2 for each in doublings[1:]]
+    return sorted({size for size in doublings + between if size <= most} | {most, *minimums})

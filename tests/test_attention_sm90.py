@@ -3,6 +3,8 @@
 Run with `-s` to see registers, shared memory and instructions of each.
 """
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton's langua
 
 from hopper import check_compiles, check_exponentials_are_spread, check_factors_stay_until_they_are_read
 
+from backend.encode_pass import pass_sizes
 from plugins.attention import hopper_launch
 from plugins.attention.launch import (
     attention_launch,
@@ -148,6 +151,21 @@ def test_splits_fill_the_device(tokens, prefix, window, expected):
     """H200: 132 multiprocessors. A canvas has 16 tiles of 4 programs each."""
     inputs = attention_inputs(kv_heads=2, head_dim=512, tokens=tokens, columns=prefix // PAGE_SIZE)
     assert choose_num_splits(inputs, window, 132) == expected
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("multiprocessors", [78, 114, 132])
+def test_passes_when_an_engine_is_loaded_have_every_kind_of_splits(layer, multiprocessors):
+    """No pass of a request has results of another power of two to be combined, whatever its tokens and its page table."""
+    kv_heads, head_dim, window = LAYERS[layer].values()
+
+    def kinds(tokens: Iterable[int], widths: Iterable[int]) -> set[int]:
+        sizes = {"kv_heads": kv_heads, "head_dim": head_dim}
+        inputs = (attention_inputs(tokens=each, columns=width, **sizes) for each in tokens for width in widths)
+        splits = {choose_num_splits(each, window, multiprocessors) for each in inputs}
+        return {(each - 1).bit_length() for each in splits}
+
+    assert kinds(range(16, 2049, 16), (1, 8, 16, 32, 64, 128, 2048)) <= kinds(pass_sizes(2048, []), [2048])
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "expected"), [(256, 65536, 4), (256, 256, 2), (1024, 65536, 1), (1, 65536, 4)])

@@ -9,7 +9,7 @@ from small_checkpoints import network_session, random_checkpoint
 from sparse_checkpoint import SHAPE_26B
 
 from backend.canvas_loop import CanvasLoop
-from backend.encode_pass import warm_up
+from backend.encode_pass import pass_sizes, warm_up
 from backend.engine import Engine
 from backend.kv_cache import PagedKVCache
 from backend.pass_memory import denoise_bytes, encode_bytes
@@ -63,9 +63,22 @@ def test_a_pass_of_every_kind_warms_an_engine_up(engine_dir, monkeypatch):
     before = [pages.clone() for pages in cache.pages]
     warm_up(session, cache)
     most, wide = session.manifest.build.max_encode_tokens, cache.device_tables["full_attention"].shape[1]
-    assert ran == [(16, 1), (16, wide), (64, wide), (most, wide)]
+    assert ran == [(16, 1), *((size, wide) for size in pass_sizes(most, [64]))]
     assert all(torch.equal(*each) for each in zip(before, cache.pages, strict=True))
     assert cache.length == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("most", "minimums", "expected"),
+    [
+        (8, [], [8]),
+        (40, [], [16, 32, 40]),
+        (511, [], [16, 32, 48, 64, 96, 128, 192, 256, 384, 511]),
+        (600, [512], [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 600]),
+    ],
+)
+def test_passes_that_are_run_when_an_engine_is_loaded(most, minimums, expected):
+    assert pass_sizes(most, minimums) == expected
 
 
 def test_plans_of_tensorrt_have_no_more_pages_than_a_tensor_may(tmp_path):
