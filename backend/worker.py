@@ -6,7 +6,6 @@ It ends when its parent does: the connection closes, or the kernel sends it SIGK
 """
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -26,10 +25,10 @@ from backend.job import CanvasOutput, DraftOutput, Job
 from backend.metrics import MetricsDelta
 from backend.worker_messages import BEAT_INTERVAL_S, Cancel, Failure, LoadFailed, Ready, Report, Submit, is_last
 from contract.checkpoint import CheckpointError
+from contract.end_with_parent import end_with
 from contract.manifest import ManifestError
 
 _logger = logging.getLogger("engine worker")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TAKING_S = 0.05
 _MAX_FAILED_STEPS = 3
 
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--limits", type=json.loads, required=True, help="fields of EngineLimits, a JSON object")
     options = parser.parse_args()
 
-    _end_with(options.parent)
+    end_with(options.parent)  # a step that hangs would never see the connection close
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     os.set_inheritable(options.connection, False)  # a process of our own must not keep the connection open
@@ -70,15 +69,6 @@ def main() -> None:
 def _refuse(connection: Connection, reason: str) -> NoReturn:
     connection.send(LoadFailed(message=" ".join(reason.split())))
     sys.exit(1)
-
-
-def _end_with(parent: int) -> None:
-    """Has the kernel end this process when the parent ends: a step that hangs would never see the connection close."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it ended before the call
-        sys.exit(1)
 
 
 class Inbox:

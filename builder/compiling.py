@@ -1,8 +1,11 @@
-"""The programs of an engine, traced and compiled: for TensorRT one after the other; with AOTInductor, for a GPU, all at once,
-each in its own process.
+"""The programs of an engine, traced and compiled: for TensorRT one after the other; with AOTInductor in processes of their own,
+for a GPU all at once.
 
-What these leave in the compiler's cache goes with the build. The cache that PyTorch has for all is written in place, under
-names that follow from the programs: of two builds of the same programs at once, each would take files that the other is
+A signal that ends a build is an exception in this process. Inside of PyTorch, where C++ and Python call each other, one may
+end the process without a clean-up, or come out as an error of the program that is compiled.
+
+What the processes leave in the compiler's cache goes with the build. The cache that PyTorch has for all is written in place,
+under names that follow from the programs: of two builds of the same programs at once, each would take files that the other is
 writing.
 """
 
@@ -23,6 +26,7 @@ from builder.errors import BuildError
 from builder.export import TracedProgram, export_program, minimums, signatures
 from builder.onnx_export import traced_for_onnx
 from builder.targets import Compile, compiler
+from contract.end_with_parent import end_with
 from contract.manifest import BuildConfig, Program, Variant
 from contract.model_config import ModelConfig
 from contract.own_directory import own_directory
@@ -33,7 +37,7 @@ def compile_programs(
 ) -> dict[str, Program]:
     """Every program of the `inductor` target with its variants, written into `directory`.
 
-    For a GPU, a script that calls this needs `if __name__ == "__main__"` around it, as all that starts Python processes does.
+    A script that calls this needs `if __name__ == "__main__"` around it, as all that starts Python processes does.
 
     Raises:
         BuildError: a program cannot be compiled or written, or a process was ended from outside.
@@ -45,15 +49,11 @@ def compile_programs(
     with own_directory("diffusiongemma_compile_") as caches:
         tasks = [(name, minimum) for name, least in wanted.items() for minimum in least]
         at_once = min(len(tasks), len(os.sched_getaffinity(0))) if build.device == "cuda" else 1
-        if at_once == 1:
-            with own_cache(caches):
-                done = {task: _compile(model, build, *task, directory) for task in tasks}
-        else:
-            with processes(at_once) as pool:
-                running = {pool.submit(_compile_alone, caches, model, build, *task, directory): task for task in tasks}
-                for future in as_completed(running):
-                    done[running[future]] = future.result()
-                    report(f"compiled {future.result().file}")
+        with processes(at_once) as pool:
+            running = {pool.submit(_compile_alone, caches, model, build, *task, directory): task for task in tasks}
+            for future in as_completed(running):
+                done[running[future]] = future.result()
+                report(f"compiled {future.result().file}")
     return {
         name: done[name, 1].model_copy(
             update={"variants": tuple(Variant(minimum=each, file=done[name, each].file) for each in least[1:])}
@@ -108,8 +108,10 @@ def _compile_alone(caches: Path, *task: Any) -> Program:
 def processes(at_once: int) -> Iterator[ProcessPoolExecutor]:
     """They end with the block, whatever ends it. Raises BuildError if one of them was ended from outside."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, context, initializer=_leave_interrupts_to_the_builder) as pool:
+    with ProcessPoolExecutor(at_once, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
         try:
+            with _interrupts_held_back():
+                pool.submit(int)  # starts all of them
             yield pool
         except BrokenProcessPool:
             raise BuildError(
@@ -122,8 +124,15 @@ def processes(at_once: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _leave_interrupts_to_the_builder() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes that are started in the block never get SIGINT, which a terminal sends to all of its processes; this one gets
+    what came meanwhile when the block ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

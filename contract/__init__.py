@@ -6,5 +6,6 @@ what both need.
 | `model_config` | the resolved model: every size and constant that a program or the runtime needs |
 | `checkpoint` | the tensors of a checkpoint directory, memory-mapped |
 | `manifest` | `manifest.json` of an engine directory |
+| `end_with_parent` | a child process that ends when its parent does |
 | `own_directory` | temporary directories, which do not outlive their process for long |
 """

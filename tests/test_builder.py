@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -415,6 +416,7 @@ def quick(monkeypatch):
         (directory / "operators.so").write_text("operators")
         return "operators.so"
 
+    monkeypatch.setattr("builder.compiling.processes", ThreadPoolExecutor)  # where the others of these are replaced, too
     monkeypatch.setattr("builder.compiling.compiler", lambda build, model: compile_program)
     monkeypatch.setattr("builder.build.compile_operators", compile_operators)
     monkeypatch.setattr(

@@ -3,13 +3,32 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from small_checkpoints import TINY
 from waiting import wait_until
 
-from builder.compiling import processes
+from builder import compiling
+from builder.compiling import compile_programs, processes
+from builder.config import read_model_config
 from builder.errors import BuildError
+from contract.manifest import BuildConfig, Program
+
+PARENT = """
+import os, signal
+from builder import compiling
+from builder.compiling import processes
+if __name__ == "__main__":
+    with processes(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(signal.pause)
+        signal.pause()
+"""
 
 
 def started(count: int) -> list[multiprocessing.Process]:
@@ -28,6 +47,17 @@ def test_processes_end_with_the_build(stop):
     assert multiprocessing.active_children() == []
 
 
+def test_processes_end_with_a_build_that_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    root = str(Path(__file__).parent.parent)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
+    ) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
+
+
 def test_a_process_that_is_ended_ends_the_build_in_one_line():
     with pytest.raises(BuildError) as refused, processes(2) as pool:
         running = pool.submit(time.sleep, 600)
@@ -41,4 +71,23 @@ def test_a_process_that_is_ended_ends_the_build_in_one_line():
 def test_interrupts_are_the_builders():
     """A terminal sends them to all of its processes."""
     with processes(1) as pool:
-        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+        assert signal.SIGINT in pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_programs_for_a_cpu_are_compiled_in_a_process_of_their_own(tmp_path, monkeypatch):
+    """An exception that a signal handler raises inside of PyTorch may end the process as a crash does."""
+    numbers, lines = [], []
+
+    def recorded(at_once: int) -> ThreadPoolExecutor:
+        numbers.append(at_once)
+        return ThreadPoolExecutor(at_once)
+
+    monkeypatch.setattr(compiling, "processes", recorded)
+    monkeypatch.setattr(
+        compiling, "_compile", lambda model, build, name, *_: Program(file=name, inputs=(), weights=(), outputs=())
+    )
+    build = BuildConfig(target="inductor", dtype="float32")
+    programs = compile_programs(read_model_config(TINY), build, tmp_path, lines.append)
+    assert numbers == [1] and [program.file for program in programs.values()] == ["encode", "denoise", "head", "vision"]
+    assert lines[1:] == ["compiled encode", "compiled denoise", "compiled head", "compiled vision"]
