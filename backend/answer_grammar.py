@@ -24,6 +24,7 @@ from backend.grammar import Grammar
 from backend.grammar_check import told
 from backend.sampling_config import ResolvedSampling
 from backend.text_stream import special_tokens
+from contract.manifest import ManifestError
 
 _KEPT_MATCHERS = 32
 """Of grammars as requests bring them. One may take half a second to make, and microseconds to copy."""
@@ -40,11 +41,11 @@ class Grammars:
         self._special = np.array([token for token in sorted(special_tokens(tokenizer)) if token < vocab_size], dtype=np.int64)
         self._matcher = lru_cache(_KEPT_MATCHERS)(self._new_matcher)
         thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._tokenizer = thread.submit(lambda: LLTokenizer(tokenizer.to_str()))
+        self._tokenizer = thread.submit(_as_llguidance_has_it, tokenizer, vocab_size)
         thread.shutdown(wait=False)
 
     def prepare(self) -> None:
-        """Waits until no request would have to."""
+        """Waits until no request would have to. Raises ManifestError for a tokenizer of which llguidance makes nothing."""
         self._tokenizer.result()
 
     def answer(self, sampling: ResolvedSampling) -> "AnswerGrammar":
@@ -56,6 +57,24 @@ class Grammars:
     def _new_matcher(self, grammar: Grammar) -> LLMatcher:
         limits = LLParserLimits(max_items_in_row=grammar.max_readings, verbose_errors=False)
         return LLMatcher(self._tokenizer.result(), grammar.text, log_level=0, limits=limits)
+
+
+def _as_llguidance_has_it(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
+    """Raises ManifestError."""
+    vocabulary = tokenizer.get_vocab()
+    token, highest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
+    if highest >= vocab_size + len(vocabulary):  # llguidance takes memory for every id below: with billions the process ends
+        raise _damaged(f"the id {highest} of the token {token!r} among {len(vocabulary)} tokens")
+    try:
+        return LLTokenizer(tokenizer.to_str())
+    except BaseException as error:  # a panic of its Rust is no Exception; and nothing interrupts this thread
+        raise _damaged(f"what llguidance refuses: {told(str(error))}") from error
+
+
+def _damaged(got: str) -> ManifestError:
+    return ManifestError(
+        f"tokenizer.json: got {got}; expected that of the checkpoint; download it again, and build the engine again"
+    )
 
 
 class AnswerGrammar:

@@ -32,7 +32,7 @@ class Engine:
         """Allocates the KV pages and the canvases; what that comes to is in `plan`, and logged.
 
         Raises:
-            ManifestError: see `plan_memory`, and on a GPU `check_free`.
+            ManifestError: see `plan_memory`, `Grammars.prepare`, and on a GPU `check_free`.
         """
         model, build = session.manifest.model, session.manifest.build
         grammars = Grammars(tokenizer, model.vocab_size)

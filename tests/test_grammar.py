@@ -17,6 +17,7 @@ from backend.generation_defaults import GenerationDefaults
 from backend.grammar import MAX_GRAMMAR_LENGTH
 from backend.grammar_check import check_grammar
 from backend.session import Session
+from contract.manifest import ManifestError
 
 EOS, STOP = 1, 6
 ANSWER = {
@@ -55,6 +56,32 @@ def ids(tokenizer):
 
 def names(tokenizer: Tokenizer, allowed: np.ndarray) -> set[str]:
     return {tokenizer.id_to_token(int(token)) for token in np.flatnonzero(allowed)}
+
+
+def rename(vocab: dict[str, int], token: str, name: str) -> None:
+    vocab[name] = vocab.pop(token)
+
+
+@pytest.mark.parametrize(
+    ("damage", "got"),
+    [
+        (lambda vocab: rename(vocab, "<0xE1>", "<0x:1>"), "what llguidance refuses: called `Result::unwrap()` on an"),
+        (lambda vocab: rename(vocab, "<0x3B>", "<0x3B>9"), "what llguidance refuses: assertion failed: !tok_name"),
+        (lambda vocab: vocab.update({"b": vocab["a"]}), "what llguidance refuses: error loading tokenizer"),
+        (lambda vocab: vocab.update({"x1": 4_000_000_000}), "the id 4000000000 of the token 'x1' among "),
+    ],
+    ids=["a byte of no number", "a byte and more", "an id of two tokens", "an id out of all bounds"],
+)
+def test_a_tokenizer_that_llguidance_cannot_take(damage, got):
+    """For some its Rust panics, which is no Exception."""
+    content = json.loads((TINY / "tokenizer.json").read_text())
+    damage(content["model"]["vocab"])
+    grammars = Grammars(Tokenizer.from_str(json.dumps(content)), 448)
+    with pytest.raises(ManifestError) as refused:
+        grammars.prepare()
+    line = str(refused.value)
+    assert line.startswith(f"tokenizer.json: got {got}") and "\n" not in line
+    assert line.endswith("; expected that of the checkpoint; download it again, and build the engine again")
 
 
 @pytest.mark.parametrize(
