@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from tqdm import tqdm
 
 from builder.errors import BuildError
 from builder.export import TracedProgram, export_program, minimums, signatures
@@ -108,7 +110,7 @@ def _compile_alone(caches: Path, *task: Any) -> Program:
 def processes(at_once: int) -> Iterator[ProcessPoolExecutor]:
     """They end with the block, whatever ends it. Raises BuildError if one of them was ended from outside."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, context, initializer=end_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(at_once, context, initializer=_begin, initargs=(os.getpid(),)) as pool:
         try:
             with _interrupts_held_back():
                 pool.submit(int)  # starts all of them
@@ -122,6 +124,12 @@ def processes(at_once: int) -> Iterator[ProcessPoolExecutor]:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def _begin(parent: int) -> None:
+    end_with(parent)
+    # PyTorch counts with tqdm, whose own lock is for several processes: Python warns of those that one leaves when it is ended.
+    tqdm.set_lock(threading.RLock())
 
 
 @contextmanager

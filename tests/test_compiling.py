@@ -29,6 +29,14 @@ if __name__ == "__main__":
         pool.submit(signal.pause)
         signal.pause()
 """
+ENDED = """
+from builder.compiling import processes
+from tqdm import tqdm
+if __name__ == "__main__":
+    with processes(1) as pool:
+        pool.submit(tqdm.get_lock).exception()
+        raise SystemExit(143)
+"""
 
 
 def started(count: int) -> list[multiprocessing.Process]:
@@ -47,12 +55,20 @@ def test_processes_end_with_the_build(stop):
     assert multiprocessing.active_children() == []
 
 
+def script(tmp_path: Path, text: str) -> dict:
+    """Of `subprocess`: how to run it."""
+    (tmp_path / "script.py").write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return {"args": [sys.executable, tmp_path / "script.py"], "env": environment, "text": True, "stdout": subprocess.PIPE}
+
+
+def test_a_build_that_is_ended_leaves_no_word_of_its_processes(tmp_path):
+    ended = subprocess.run(**script(tmp_path, ENDED), stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (143, "")
+
+
 def test_processes_end_with_a_build_that_is_killed(tmp_path):
-    (tmp_path / "parent.py").write_text(PARENT)
-    root = str(Path(__file__).parent.parent)
-    with subprocess.Popen(
-        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
-    ) as parent:
+    with subprocess.Popen(**script(tmp_path, PARENT)) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
     wait_until(lambda: not Path(f"/proc/{child}").exists())
