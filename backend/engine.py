@@ -19,6 +19,7 @@ from backend.prompt_tokens import PromptTokenizer
 from backend.scheduler import Scheduler
 from backend.session import Session
 from contract.manifest import ManifestError, read_manifest
+from contract.regular_file import regular
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -104,7 +105,7 @@ class Engine:
 
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(regular(path)))
     except Exception as error:  # what `tokenizers` raises is a bare Exception
         raise ManifestError(f"{path}: cannot be loaded ({error}); build the engine again with --force") from None
 

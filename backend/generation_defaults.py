@@ -7,6 +7,7 @@ from pathlib import Path
 
 from backend.json_text import json_object
 from backend.parameters import NUMBERS, TOKEN_ID, shown
+from contract.regular_file import regular
 
 SAMPLER_CLASS = "EntropyBoundSamplerConfig"
 
@@ -71,7 +72,7 @@ class GenerationDefaults:
         if isinstance(source, Mapping):
             return cls._from_mapping(source, "generation_config")
         path = Path(source)
-        return cls._from_mapping(json_object(path.read_bytes(), path), str(path))
+        return cls._from_mapping(json_object(regular(path).read_bytes(), path), str(path))
 
     @classmethod
     def _from_mapping(cls, mapping: Mapping, source: str) -> "GenerationDefaults":

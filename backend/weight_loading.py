@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 
 from contract.checkpoint import CheckpointError, Extent
+from contract.regular_file import regular
 
 Transform = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 """Slices of a tensor as they are stored, and the dtype that they are bound in → the same slices as they are bound. Runs on the
@@ -173,7 +174,7 @@ class _Queue:
 
 def _open(path: Path, opened: ExitStack) -> int:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(regular(path), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); download this file again") from None
     opened.callback(os.close, file)

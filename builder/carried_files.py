@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 
 from builder.errors import BuildError
 from contract.manifest import COPIED_FILES
+from contract.regular_file import regular
 
 _TOKENIZER = "tokenizer.json"
 
@@ -40,6 +41,6 @@ def are_current(engine: Path, files: dict[str, bytes]) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except OSError as error:
         raise BuildError(f"{path}: cannot be read ({error}); give access to it, or replace it") from error

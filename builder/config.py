@@ -13,6 +13,7 @@ from builder.errors import BuildError
 from builder.fields import COUNT, FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, TOKEN_ID, TOKEN_IDS, Fields
 from builder.quantization import NVFP4, NVFP4_GROUP, read_quantization
 from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig, VisionConfig
+from contract.regular_file import regular
 
 # Keys that do not change what the network computes at inference.
 _INERT = frozenset(
@@ -46,7 +47,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     except UnicodeEncodeError:  # the reader of safetensors takes no other path, nor does a manifest
         raise BuildError(f"{str(checkpoint)!r}: got a path that is not UTF-8, expected one that is; rename it") from None
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(regular(path).read_text())
     except FileNotFoundError:
         raise BuildError(f"{path}: no such file; expected the directory of a Hugging Face checkpoint") from None
     except OSError as error:

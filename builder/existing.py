@@ -9,6 +9,7 @@ from pathlib import Path
 
 from builder.errors import BuildError
 from contract.manifest import COPIED_FILES, FILE_NAME, Checkpoint, Manifest, ManifestError, read_manifest
+from contract.regular_file import regular
 
 _COMPILED = re.compile(r"operators\.so|(encode|denoise|head|vision)(\.\d+)?\.(pt2|plan|onnx)")
 """Files that builds make, of every target and format of the manifest."""
@@ -59,7 +60,7 @@ def check_same_checkpoint(engine: Path, wanted: Manifest) -> None:
 def _checkpoint_of(directory: Path) -> Checkpoint | None:
     """What the manifest in `directory` says that it was built from; None where none says so."""
     try:
-        return Checkpoint.model_validate(json.loads((directory / FILE_NAME).read_text())["checkpoint"])
+        return Checkpoint.model_validate(json.loads(regular(directory / FILE_NAME).read_text())["checkpoint"])
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from contract.model_config import Record
 from contract.problems import in_few_lines, of_another_model
+from contract.regular_file import regular
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -55,8 +56,8 @@ class Checkpoint:
     """The tensors of one directory by name. Opening reads headers only; `tensor` maps pages of the file.
 
     Raises:
-        CheckpointError: no safetensors files, an index that names missing files, or files that are truncated or damaged;
-            every problem is listed.
+        CheckpointError: no safetensors files, an index that names missing files, files that are truncated or damaged, or
+            a tensor in two; every problem is listed.
     """
 
     def __init__(self, directory: Path):
@@ -68,7 +69,7 @@ class Checkpoint:
         for name in self._file_names():
             path = directory / name
             try:
-                opened = safe_open(path, framework="pt")
+                opened = safe_open(regular(path), framework="pt")
             except FileNotFoundError:  # also where there is no permission
                 if os.path.exists(path):
                     problems.append(f"{path}: cannot be read; give access to it")
@@ -79,7 +80,14 @@ class Checkpoint:
                 problems.append(f"{path}: truncated or damaged ({error}); download this file again")
                 continue
             self._files[name] = opened
-            self._file_of.update(dict.fromkeys(opened.keys(), name))
+            found = opened.keys()
+            if again := sorted(self._file_of.keys() & found):  # of which tools that do not look would take the last
+                others = f"{len(again)} tensors of other files" if len(again) > 1 else "a tensor of another file"
+                problems.append(
+                    f"{path}: holds {others}, {again[0]} of {self._file_of[again[0]]}, expected each in one; download the "
+                    "checkpoint again"
+                )
+            self._file_of.update(dict.fromkeys(found, name))
             self._extents.update(_extents(path))
         if problems:
             raise CheckpointError("\n".join(problems))
@@ -92,7 +100,7 @@ class Checkpoint:
         if not index_path.exists():
             raise CheckpointError(f"{self.directory}: found neither {_SINGLE} nor {_INDEX}; expected a Hugging Face checkpoint")
         try:
-            names = set(json.loads(index_path.read_text())["weight_map"].values())
+            names = set(json.loads(regular(index_path).read_text())["weight_map"].values())
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("a file name that is no string")
             if outside := [name for name in sorted(names) if os.path.isabs(name) or ".." in Path(name).parts]:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, ValidationError, model_validator
 
 from contract.checkpoint import FileFingerprint
 from contract.model_config import LayerType, ModelConfig, Record, Size
+from contract.regular_file import regular
 from contract.stored_file import StoredFile
 
 FORMAT_VERSION = 3
@@ -214,7 +215,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / FILE_NAME
     remedy = "build the engine with: python -m builder build CHECKPOINT ENGINE"
     try:
-        text = path.read_text()
+        text = regular(path).read_text()
     except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(f"{path}: no such file; expected an engine directory; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:

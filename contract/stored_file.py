@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from contract.model_config import Record
+from contract.regular_file import regular
 
 
 class StoredFile(Record):
@@ -17,7 +18,7 @@ class StoredFile(Record):
 
     @classmethod
     def of(cls, path: Path) -> "StoredFile":
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
         return cls(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def fault(self, path: Path) -> str | None:

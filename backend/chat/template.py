@@ -26,6 +26,7 @@ from backend.chat.tools import CALL_OPEN, TOOL_TAGS
 from backend.errors import refused
 from backend.json_text import json_object
 from backend.parameters import shown
+from contract.regular_file import regular
 
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversations", "chat_template")
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
@@ -57,8 +58,8 @@ class ChatTemplate:
         Raises ValueError, one line, for a tokenizer_config.json that is not a JSON object, and a file that cannot be read.
         """
         file, path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-        config = json_object(_read(path), path) if path.is_file() else {}
-        template = _read(file) if file.is_file() else config.get("chat_template")
+        config = json_object(_read(path), path) if path.exists() else {}
+        template = _read(file) if file.exists() else config.get("chat_template")
         tokens = {name: value for name, value in config.items() if name.endswith("_token")}
         names = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
         return cls(template, {name: value for name, value in names.items() if isinstance(value, str)}, tokenizer)
@@ -129,7 +130,7 @@ class ChatTemplate:
 def _read(path: Path) -> str:
     """Raises ValueError, one line, for a file that is no text or may not be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return regular(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); give access to it, or copy it from the checkpoint again") from None
 
