@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_checkpoints import LEAST_VISION, TINY, random_checkpoint
 from sparse_checkpoint import sparse_checkpoint
 from typer.testing import CliRunner
@@ -284,6 +284,22 @@ def test_missing_and_truncated_shards_are_listed_together(checkpoint):
     missing, truncated = str(raised.value).splitlines()
     assert f"{first}: missing" in missing
     assert f"{second}: truncated or damaged" in truncated
+
+
+@pytest.mark.parametrize("num_again", [1, 2])
+def test_a_tensor_in_two_shards(num_again, checkpoint):
+    """Tools disagree about which of the two it is, whatever the index says."""
+    first, _, third, *_ = shards(checkpoint)
+    of_first, of_third = (load_file(path) for path in (first, third))
+    again = dict(sorted(of_first.items())[:num_again])
+    assert len(again) == num_again
+    save_file(of_third | {name: tensor + 1 for name, tensor in again.items()}, third)
+    with pytest.raises(CheckpointError) as refused:
+        Checkpoint(checkpoint)
+    held = "a tensor of another file" if num_again == 1 else "2 tensors of other files"
+    assert str(refused.value) == (
+        f"{third}: holds {held}, {next(iter(again))} of {first.name}, expected each in one; download the checkpoint again"
+    )
 
 
 @pytest.mark.parametrize(
