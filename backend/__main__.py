@@ -17,6 +17,7 @@ from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerErr
 from backend.triton_server.model_config import Instances, config_pbtxt
 from backend.triton_server.request import parse_json_object
 from backend.triton_server.settings import Settings
+from contract.problems import printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -188,7 +189,7 @@ def generate(
                 f"[{result.finish_reason}, {len(result.token_ids)} tokens, denoising steps a canvas: {steps}]", file=sys.stderr
             )
     except (RequestError, ManifestError, CheckpointError) as error:
-        _fail(str(error))
+        _fail(*str(error).split("\n") if isinstance(error, CheckpointError) else [str(error)])
 
 
 @app.command()
@@ -219,7 +220,7 @@ def chat(
             notes.print(HELP, style="dim")
         all_answered = session.run(_typed_lines(notes.input) if is_typed else sys.stdin)
     except (RequestError, ManifestError, CheckpointError) as error:
-        _fail(str(error))
+        _fail(*str(error).split("\n") if isinstance(error, CheckpointError) else [str(error)])
     if not all_answered and notes is not console:
         raise typer.Exit(1)
 
@@ -301,8 +302,9 @@ def _note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _fail(line: str) -> NoReturn:
-    print(f"error: {line}", file=sys.stderr)
+def _fail(*lines: str) -> NoReturn:
+    for line in lines:
+        print(f"error: {printable(line)}", file=sys.stderr)
     raise typer.Exit(1)
 
 

@@ -20,6 +20,7 @@ from builder.quantize import PROJECTIONS, quantize_checkpoint
 from contract.checkpoint import CheckpointError
 from contract.manifest import BuildConfig, ManifestError, read_manifest
 from contract.model_config import INT32_MAX
+from contract.problems import printable
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _DEFAULTS = {name: field.default for name, field in BuildConfig.model_fields.items()}
@@ -224,8 +225,8 @@ def _num_elements(shape: tuple[int, ...]) -> int:
 
 def _fail(error: Exception) -> None:
     """One line a problem on standard error; exit status 1."""
-    for line in str(error).splitlines():
-        typer.echo(f"error: {line}", err=True)
+    for line in [str(error)] if isinstance(error, ManifestError) else str(error).split("\n"):
+        typer.echo(f"error: {printable(line)}", err=True)
     raise typer.Exit(1)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from builder.errors import BuildError
 from builder.fields import COUNT, FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, TOKEN_ID, TOKEN_IDS, Fields
+from builder.paths import check_path
 from builder.quantization import NVFP4, NVFP4_GROUP, read_quantization
 from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig, VisionConfig
+from contract.problems import printable
 from contract.regular_file import regular
 
 # Keys that do not change what the network computes at inference.
@@ -42,10 +44,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
         BuildError: the file is missing or not JSON, or one line for each key that is missing, wrong, unsupported or unknown.
     """
     path = checkpoint / "config.json"
-    try:
-        os.path.realpath(checkpoint).encode()
-    except UnicodeEncodeError:  # the reader of safetensors takes no other path, nor does a manifest
-        raise BuildError(f"{str(checkpoint)!r}: got a path that is not UTF-8, expected one that is; rename it") from None
+    check_path(checkpoint)
     try:
         values = json.loads(regular(path).read_text())
     except FileNotFoundError:
@@ -65,7 +64,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     problems: list[str] = []
     config = _parse(values, problems)
     if problems or config is None:
-        raise BuildError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise BuildError("\n".join(f"{path}: {printable(problem)}" for problem in problems))
     return config
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from builder.errors import BuildError
 from builder.existing import check_replaceable
+from builder.paths import check_path
 from contract.own_directory import own_directory
 
 # Of Linux, <fcntl.h> and <stdio.h>.
@@ -23,8 +24,9 @@ def real_place(directory: Path) -> Path:
     """`directory` with links followed: what a link points to is written, and the link stays.
 
     Raises:
-        BuildError: a file is there, or a link to itself.
+        BuildError: a file is there, or a link to itself; or see `check_path`.
     """
+    check_path(directory)
     place = Path(os.path.realpath(directory))
     with writing(place):
         if os.path.lexists(place) and not place.is_dir():

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from contract.model_config import Record
-from contract.problems import in_few_lines, of_another_model
+from contract.problems import in_few_lines, of_another_model, printable
 from contract.regular_file import regular
 
 _SINGLE = "model.safetensors"
@@ -103,6 +103,8 @@ class Checkpoint:
             names = set(json.loads(regular(index_path).read_text())["weight_map"].values())
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("a file name that is no string")
+            if odd := [name for name in sorted(names) if printable(name) != name]:
+                raise ValueError(f"{odd[0]!r}, a file name that cannot be printed")
             if outside := [name for name in sorted(names) if os.path.isabs(name) or ".." in Path(name).parts]:
                 raise ValueError(f"{outside[0]!r}, a file outside of its directory")
         except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

@@ -780,6 +780,34 @@ def refused():
 
 
 @pytest.mark.parametrize("command", ["build", "manifest", "quantize"])
+def test_a_path_with_control_characters_is_refused_in_one_line(command, refused, checkpoint, tmp_path):
+    odd = tmp_path / "a\nb\x1b[2J"
+    for arguments in ((odd, tmp_path / "e"), (checkpoint, odd)):
+        line = refused(command, *arguments)
+        assert line == f"error: {str(odd)!r}: got a path with control characters, expected one without; rename it"
+
+
+def test_what_a_checkpoint_names_is_told_in_one_line(refused, checkpoint, tmp_path):
+    config = (checkpoint / "config.json").read_text()
+    edit_json(checkpoint / "config.json", lambda values: values.update({"a\nb\r": 1}))
+    line = refused("build", checkpoint, tmp_path / "e")
+    assert r"config.json: a\nb\r: unknown key" in line
+    (checkpoint / "config.json").write_text(config)
+    first = shards(checkpoint)[0]
+    save_file(load_file(first) | {"x\ny\u2028z": torch.ones(1)}, first)
+    line = refused("build", checkpoint, tmp_path / "e")
+    assert rf"error: {checkpoint}: x\ny\u2028z: unexpected tensor" in line
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b\nc"}}))
+    line = refused("build", checkpoint, tmp_path / "e")
+    assert "not a safetensors index" in line and r"'b\nc', a file name that cannot be printed" in line
+
+
+def test_inspect_tells_of_any_path_in_one_line(refused, tmp_path):
+    line = refused("inspect", tmp_path / "a\n\x1bb")
+    assert line.startswith(rf"error: {tmp_path}/a\n\x1bb/manifest.json: no such file; expected an engine directory; build")
+
+
+@pytest.mark.parametrize("command", ["build", "manifest", "quantize"])
 def test_places_that_cannot_be_written_are_told_before_anything_long(command, refused, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("builder.build.compile_programs", None)
     monkeypatch.setattr("builder.quantize.quantize_layer", None)

@@ -75,6 +75,14 @@ def test_options_are_named(arguments, line, never_started):
     assert refused(*arguments).startswith(line)
 
 
+@pytest.mark.parametrize("command", ["plan", "generate", "chat"])
+def test_any_path_is_told_of_in_one_line(command, tmp_path):
+    engine = str(tmp_path / "a\n\x1bb")
+    arguments = {"plan": [engine, "--memory", "80GB"], "generate": ["--engine", engine, "x"], "chat": ["--engine", engine]}
+    line = refused(command, *arguments[command])
+    assert line.startswith(rf"{tmp_path}/a\n\x1bb/manifest.json: no such file; expected an engine directory; build")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
