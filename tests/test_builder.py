@@ -799,7 +799,7 @@ def test_what_a_checkpoint_names_is_told_in_one_line(refused, checkpoint, tmp_pa
     assert rf"error: {checkpoint}: x\ny\u2028z: unexpected tensor" in line
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b\nc"}}))
     line = refused("build", checkpoint, tmp_path / "e")
-    assert "not a safetensors index" in line and r"'b\nc', a file name that cannot be printed" in line
+    assert "not a safetensors index" in line and r"'b\\nc', a file name that cannot be printed" in line
 
 
 def test_inspect_tells_of_any_path_in_one_line(refused, tmp_path):
