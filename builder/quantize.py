@@ -28,7 +28,7 @@ from builder.staging import real_place
 from builder.stored_nvfp4 import StoredNvfp4
 from builder.stored_weights import StoredWeights
 from builder.unfinished import check_is_new, unfinished
-from builder.weights import VISION_PREFIXES, Shapes, layer_prefix, text_weights
+from builder.weights import CLIPPING, VISION_PREFIXES, Shapes, layer_prefix, text_weights, vision_weights
 from contract.checkpoint import Checkpoint
 from contract.model_config import ExpertsDtype, ModelConfig
 from plugins.moe.fp8 import from_fp8, to_fp8
@@ -66,7 +66,7 @@ def quantize_checkpoint(
     model, tensors, place = read_model_config(checkpoint), Checkpoint(checkpoint), real_place(output)
     check_is_new(place)
     stored: Stored = StoredNvfp4(tensors) if model.experts_dtype == NVFP4 else StoredWeights(tensors)
-    stored.check(text_weights(model.model_copy(update={"experts_dtype": None})))
+    stored.check(_expected(model.model_copy(update={"experts_dtype": None}), tensors))
     quantized, dtype = model.model_copy(update={"experts_dtype": model.experts_dtype or FP8}), getattr(torch, model.dtype)
     files, carried = plan(quantized, stored), _carried(checkpoint, quantized.experts_dtype)
     with unfinished(place, _record(model, tensors)) as written:
@@ -87,7 +87,7 @@ def quantize_checkpoint(
                 metadata = found[name]
                 if metadata is None:
                     with _reading(checkpoint):
-                        content = {other: stored.read(other, dtype).contiguous() for other in file.others}
+                        content = {other: _finite(other, stored.read(other, dtype).contiguous()) for other in file.others}
                         of_layer = {} if file.layer is None else quantize_layer(model, stored, file.layer, content)
                     metadata = {"format": "pt"} | {f"error.{each}": repr(error) for each, error in of_layer.items()}
                     written.save(name, content, metadata)
@@ -101,6 +101,23 @@ def quantize_checkpoint(
         written.put_in_place()
     report(f"{output} written")
     return errors
+
+
+def _expected(model: ModelConfig, tensors: Checkpoint) -> Shapes:
+    """Of the text model, and of its vision tower if the checkpoint has one."""
+    has_vision = any(name.startswith(VISION_PREFIXES) for name in tensors.names())
+    return text_weights(model) | (vision_weights(model) if has_vision else {})
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    """
+    Raises:
+        BuildError: some of its numbers are not finite; but a bound of the vision tower's may be infinite, for none.
+    """
+    wrong = tensor.isnan() if name.endswith(CLIPPING) else ~tensor.isfinite()
+    if wrong.any():
+        raise BuildError(f"{name}: has numbers that are not finite, expected none; download the checkpoint again")
+    return tensor
 
 
 def plan(quantized: ModelConfig, stored: Stored) -> dict[str, PlannedFile]:

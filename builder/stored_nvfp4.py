@@ -18,8 +18,8 @@ from torch import Tensor
 
 from builder.errors import BuildError
 from builder.quantization import FP8
-from builder.stored_weights import by_itself, joined, unexpected_line
-from builder.weights import CAST_FROM, VISION_PREFIXES, Shapes, is_of_experts
+from builder.stored_weights import by_itself, joined, of_vision, unexpected_line
+from builder.weights import CAST_FROM, Shapes, is_of_experts
 from contract.checkpoint import Checkpoint
 from plugins.moe.fp8 import from_fp8
 from plugins.moe.nvfp4 import GROUP, NVFP4_DTYPE, all_finite, numbers_of, row_bytes, rows_of
@@ -73,7 +73,7 @@ class StoredNvfp4:
         return *outer, 2 * pairs
 
     def check(self, shapes: Shapes) -> None:
-        """Compares what will be read with `shapes`, those of the text model's weights. Reads headers only.
+        """As `StoredWeights.check`, of weights none of which is in NVFP4.
 
         Raises:
             BuildError: tensors that are missing, unexpected, or of another shape or dtype, a line for each of the first of a
@@ -95,9 +95,8 @@ class StoredNvfp4:
                 dtypes |= {parts.numbers: (NVFP4_DTYPE,), parts.scales: (FP8,), parts.factor: ("float32",)}
             if not in_nvfp4:
                 read[name], dtypes[name] = shape, CAST_FROM
-        vision = {name for name in self.names if name.startswith(VISION_PREFIXES)}
-        of_vision = [parts for name, parts in self._parts.items() if name.startswith(VISION_PREFIXES)]
-        read |= {part: self._shape_of(part) for parts in of_vision for part in parts}
+        vision = of_vision(self.names, shapes)
+        read |= {part: self._shape_of(part) for name in of_vision(self._parts, shapes) for part in self._parts[name]}
         unexpected = [unexpected_line(name) for name in sorted(self.names - read.keys() - vision - set(self.left_out))]
         others = self.tensors.of_other_dtypes({name: dtypes[name] for name in dtypes.keys() & self.names})
         if problems := self.tensors.problems(read, unexpected, others):

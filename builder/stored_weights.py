@@ -43,7 +43,8 @@ class StoredWeights:
         return self.tensors.shape(name)
 
     def check(self, shapes: Shapes) -> None:
-        """Compares what will be read with `shapes`, those of the text model's weights, none in FP8. Reads headers only.
+        """Compares what will be read with `shapes`, those of the model's weights, none in FP8. Reads headers only. Where
+        `shapes` has no vision tower, one that is there is taken as it is.
 
         Raises:
             BuildError: tensors that are missing, unexpected, or of another shape or dtype, a line for each of the first of a
@@ -52,7 +53,7 @@ class StoredWeights:
         read: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             read |= self._stored_as(name, shape) if is_of_experts(name) else {name: shape}
-        vision = {name for name in self.names if name.startswith(VISION_PREFIXES) and not name.endswith(_SCALES_OF_ACTIVATIONS)}
+        vision = {name for name in of_vision(self.names, shapes) if not name.endswith(_SCALES_OF_ACTIVATIONS)}
         known = self.names & (read.keys() | vision) - self.scales
         dtypes = dict.fromkeys(known, (*CAST_FROM, FP8)) | dict.fromkeys(self.scales, CAST_FROM)
         of_missing = {name + SCALE_SUFFIX for name in read.keys() - self.names}
@@ -127,6 +128,13 @@ def _unexpected(name: str) -> str:
     if name.endswith(_SCALES_OF_ACTIVATIONS):
         return f"{name}: a fixed scale of activations, expected none; quantize the original checkpoint"
     return unexpected_line(name)
+
+
+def of_vision(names: Iterable[str], expected: Shapes) -> set[str]:
+    """Those that are a vision tower's, where it is not among what is `expected`."""
+    if any(name.startswith(VISION_PREFIXES) for name in expected):
+        return set()
+    return {name for name in names if name.startswith(VISION_PREFIXES)}
 
 
 def unexpected_line(name: str) -> str:

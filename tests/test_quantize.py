@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from small_checkpoints import TINY, change_tensors, network_session, random_checkpoint
+from small_checkpoints import LEAST_VISION, TINY, change_tensors, network_session, random_checkpoint
 from typer.testing import CliRunner
 
 from builder import build as building
@@ -20,7 +21,7 @@ from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.quantization import EXPERTS_ONLY
 from builder.quantize import quantize_checkpoint
-from builder.weights import text_weights
+from builder.weights import VISION_PROJECTION, text_weights
 from contract.checkpoint import Checkpoint
 from plugins.moe.fp8 import from_fp8, to_fp8
 
@@ -294,6 +295,12 @@ CHANGES = {
         name: tensor for name, tensor in tensors.items() if name != f"{EXPERTS}.down_proj"
     },
     r"down_proj_scale: unexpected tensor": lambda tensors: tensors | {f"{EXPERTS}.down_proj_scale": torch.ones(12, 48)},
+    r"embedding_projection\.weight: got shape \[47, ": lambda tensors: (
+        tensors | {VISION_PROJECTION: tensors[VISION_PROJECTION][:-1].clone()}
+    ),
+    r"vision_tower\.strange: unexpected tensor": lambda tensors: (
+        tensors | {"model.encoder.vision_tower.strange": tensors[NORM].clone()}
+    ),
     r"strange: unexpected tensor": lambda tensors: tensors | {"model.decoder.strange": tensors[NORM].clone()},
 }
 
@@ -321,6 +328,30 @@ def test_numbers_that_are_not_finite_are_refused(value, layout, original, quanti
     with pytest.raises(BuildError, match=r"layers\.1\.experts\.down_proj: expert 7 has numbers that are not finite, expected"):
         quantize_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [NORM, VISION_PROJECTION])
+def test_other_numbers_that_are_not_finite_are_refused(name, original, tmp_path):
+    tensors = every_tensor(original)
+    tensors[name] = torch.full_like(tensors[name], float("inf"))
+    source = rewritten(original, tmp_path / "source", tensors)
+    with pytest.raises(BuildError, match=rf"^{re.escape(name)}: has numbers that are not finite, expected none; download"):
+        quantize_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bound_of_the_vision_tower_may_be_infinite_and_no_number_none(tmp_path):
+    """transformers' clipped layers have such before they are trained."""
+    source = random_checkpoint(tmp_path / "source", vision=LEAST_VISION | {"use_clipped_linears": True})
+    tensors = every_tensor(source)
+    bound = next(name for name in tensors if name.endswith(".input_max"))
+    for value, is_taken in ((float("inf"), True), (float("nan"), False)):
+        changed = rewritten(source, tmp_path / str(value), tensors | {bound: torch.tensor(value)})
+        if is_taken:
+            quantize_checkpoint(changed, tmp_path / "out")
+        else:
+            with pytest.raises(BuildError, match=rf"^{re.escape(bound)}: has numbers that are not finite"):
+                quantize_checkpoint(changed, tmp_path / "other")
 
 
 def test_more_experts_than_the_configuration_has_are_refused(original, quantized, tmp_path):
