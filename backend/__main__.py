@@ -18,6 +18,7 @@ from backend.triton_server.model_config import Instances, config_pbtxt
 from backend.triton_server.request import parse_json_object
 from backend.triton_server.settings import Settings
 from contract.problems import printable
+from contract.standard_streams import standard_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -309,10 +310,9 @@ def _fail(*lines: str) -> NoReturn:
 
 
 def main() -> None:
-    """The command line. What the encoding of a terminal or a log lacks is printed as a question mark."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
-    app()
+    """The command line."""
+    with standard_streams():
+        app()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from contract.checkpoint import CheckpointError
 from contract.manifest import BuildConfig, ManifestError, read_manifest
 from contract.model_config import INT32_MAX
 from contract.problems import printable
+from contract.standard_streams import standard_streams
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _DEFAULTS = {name: field.default for name, field in BuildConfig.model_fields.items()}
@@ -232,12 +233,12 @@ def _fail(error: Exception) -> None:
 
 def main() -> None:
     """The command line. SIGTERM, and a terminal that is closed, end it like an error does, so that what is half written is
-    removed; under nohup it goes on. What the terminal's encoding lacks is printed as a question mark."""
-    sys.stdout.reconfigure(errors="replace")
+    removed; under nohup it goes on."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    app()
+    with standard_streams():
+        app()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ what both need.
 | `checkpoint` | the tensors of a checkpoint directory, memory-mapped |
 | `manifest` | `manifest.json` of an engine directory |
 | `end_with_parent` | a child process that ends when its parent does |
+| `standard_streams` | the standard streams of a command, closed or full |
+| `problems` | what is wrong, in lines |
 | `regular_file` | paths that are opened to be read, of files alone |
 | `own_directory` | temporary directories, which do not outlive their process for long |
 """
