@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from backend.__main__ import app, main
 from builder.build import write_manifest
+from contract.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,17 @@ def test_serve_looks_at_every_port_before_it_starts_anything(option, never_start
 )
 def test_options_are_named(arguments, line, never_started):
     assert refused(*arguments).startswith(line)
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--engine", "e", "x"], ["chat", "--engine", "e"]], ids=["generate", "chat"])
+def test_a_checkpoints_problems_are_a_line_each(arguments, monkeypatch):
+    def broken(*_, **__):
+        raise CheckpointError("a.safetensors: missing\nb\x1b.safetensors: missing")
+
+    monkeypatch.setattr("backend.LLM", broken)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.output == "error: a.safetensors: missing\nerror: b\\x1b.safetensors: missing\n"
 
 
 @pytest.mark.parametrize("command", ["plan", "generate", "chat"])
