@@ -67,7 +67,7 @@ def rename(vocab: dict[str, int], token: str, name: str) -> None:
     [
         (lambda vocab: rename(vocab, "<0xE1>", "<0x:1>"), "what llguidance refuses: called `Result::unwrap()` on an"),
         (lambda vocab: rename(vocab, "<0x3B>", "<0x3B>9"), "what llguidance refuses: assertion failed: !tok_name"),
-        (lambda vocab: vocab.update({"b": vocab["a"]}), "what llguidance refuses: error loading tokenizer"),
+        (lambda vocab: vocab.update({"Add": vocab["▁f"]}), "what llguidance refuses: error loading tokenizer"),
         (lambda vocab: vocab.update({"x1": 4_000_000_000}), "the id 4000000000 of the token 'x1' among "),
     ],
     ids=["a byte of no number", "a byte and more", "an id of two tokens", "an id out of all bounds"],
