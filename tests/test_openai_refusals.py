@@ -16,7 +16,12 @@ from backend.openai_server.settings import OpenAISettings, checked_origins
 
 CHAT = {"model": "diffusiongemma", "messages": [{"role": "user", "content": "a"}]}
 COMPLETION = {"model": "diffusiongemma", "prompt": "a"}
-ROUTES = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{name}, GET /health, GET /metrics"
+ROUTES = ", ".join(
+    [
+        *("POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses"),
+        *("GET /v1/models", "GET /v1/models/{name}", "GET /health", "GET /metrics"),
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def client():
         ("POST", "/chat/completions", "expected /v1/chat/completions; is /v1 missing from base_url?"),
         ("GET", "/models/diffusiongemma", "expected /v1/models/diffusiongemma; is /v1 missing from base_url?"),
         ("POST", "/v1/chat/completions/", f"expected one of {ROUTES}"),
-        ("POST", "/v1/responses", f"expected one of {ROUTES}"),
+        ("GET", "/v1/responses/resp_1", f"expected one of {ROUTES}"),
         ("GET", "/v1/chat", f"expected one of {ROUTES}"),
         ("GET", "/", f"expected one of {ROUTES}"),
     ],

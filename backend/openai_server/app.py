@@ -4,6 +4,7 @@
 |----------------------------|-----------------------------------------------------------------------------------|
 | POST /v1/chat/completions  | see `chat`; with `stream`, server-sent events that end with `data: [DONE]`        |
 | POST /v1/completions       | see `completions`; likewise                                                       |
+| POST /v1/responses         | see `responses`; with `stream`, events with names, of which the last says the end |
 | GET  /v1/models            | the one model                                                                     |
 | GET  /health               | 200 if the Triton model would take a request, else 503                            |
 | GET  /metrics              | the Triton server's metrics, passed on                                            |
@@ -35,11 +36,14 @@ from backend.openai_server.completions import Completions
 from backend.openai_server.errors import ApiError, client_gone
 from backend.openai_server.parameters import new_id
 from backend.openai_server.requests import CHAT, COMPLETION, body_schema, read_body
+from backend.openai_server.response_body import RESPONSE
+from backend.openai_server.responses import Responses
 from backend.openai_server.routes import no_such_method, no_such_route
 from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import TritonModel
 
 T = TypeVar("T")
+_DONE = "data: [DONE]\n\n"
 _METRICS_TIMEOUT_S = 10
 
 
@@ -58,7 +62,7 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
     documented = {}
 
     def post(path: str, adapter) -> Any:
-        schema, components = body_schema(adapter, settings.served_name)
+        schema, components = body_schema(adapter, settings.served_name, path.removeprefix("/v1/").replace("/", "."))
         documented.update(components)
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         return app.post(path, dependencies=guarded, openapi_extra={"requestBody": body})
@@ -72,6 +76,11 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
     async def completions(request: Request) -> Response:
         body = await read_body(request, COMPLETION, settings)
         return await _answer(request, Completions(app.state.model, body), body)
+
+    @post("/v1/responses", RESPONSE)
+    async def responses(request: Request) -> Response:
+        body = await read_body(request, RESPONSE, settings)
+        return await _answer(request, Responses(app.state.model, body), body, last="")
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
@@ -141,7 +150,7 @@ class _Service(FastAPI):
                 MutableHeaders(scope=message)["x-request-id"] = scope["request_id"]
             await send(message)
 
-        scope["request_id"] = new_id("req")
+        scope["request_id"] = new_id("req-")
         await super().__call__(scope, receive, send_with_id)
 
 
@@ -154,14 +163,17 @@ def _answer_without_route(request: Request, error: HTTPException) -> Response:
     return JSONResponse(answer.body(), answer.status, headers=error.headers)
 
 
-async def _answer(request: Request, completions: ChatCompletions | Completions, body: dict[str, Any]) -> Response:
-    """What goes wrong before the first chunk has a status of its own; after it, the error is the last event."""
-    request.scope["request_id"] = completions.id
+async def _answer(
+    request: Request, asked: ChatCompletions | Completions | Responses, body: dict[str, Any], *, last: str = _DONE
+) -> Response:
+    """What goes wrong before the first chunk has a status of its own; after it, the error is the last event. last: what ends a
+    stream without one."""
+    request.scope["request_id"] = asked.id
     if not body.get("stream"):
-        return JSONResponse(await _unless_disconnected(request, completions.whole()))
-    chunks = completions.chunks()
+        return JSONResponse(await _unless_disconnected(request, asked.whole()))
+    chunks = asked.chunks()
     first = await _unless_disconnected(request, anext(chunks))
-    return _EventStream(_events(request, first, chunks), chunks)
+    return _EventStream(_events(request, first, chunks, last), chunks)
 
 
 class _EventStream(StreamingResponse):
@@ -179,20 +191,24 @@ class _EventStream(StreamingResponse):
             await self._chunks.aclose()  # for events that never began
 
 
-async def _events(request: Request, first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _events(
+    request: Request, first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], last: str
+) -> AsyncIterator[str]:
     yield _event(first)
     try:
         while True:
             yield _event(await _unless_disconnected(request, anext(chunks)))
     except StopAsyncIteration:
-        yield "data: [DONE]\n\n"
+        yield last
     except ApiError as error:
         yield _event(error.body())
 
 
 def _event(data: dict[str, Any]) -> str:
-    """In ASCII: U+2028 and a few others, which may stand in a line, are the end of one for some clients."""
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+    """In ASCII: U+2028 and a few others, which may stand in a line, are the end of one for some clients. The type that
+    events of a response have is their name."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _unless_disconnected(request: Request, result: Awaitable[T]) -> T:

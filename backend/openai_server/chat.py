@@ -13,7 +13,6 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
-from backend.openai_server.errors import ApiError
 from backend.openai_server.parameters import chat_inputs, client_names, new_id
 from backend.openai_server.triton_model import Part, TritonModel
 
@@ -25,7 +24,7 @@ class ChatCompletions:
         self._model, self._name = model, body["model"]
         self._inputs, self._client_names = chat_inputs(body), client_names(body)
         self._include_usage = bool(body.get("stream_options", {}).get("include_usage"))
-        self.id, self._created = new_id("chatcmpl"), int(time.time())
+        self.id, self._created = new_id("chatcmpl-"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
 
     async def whole(self) -> dict[str, Any]:
@@ -69,14 +68,11 @@ class ChatCompletions:
             yield self._chunk([], usage=usage(self._choices, len(self._choices)))
 
     async def _parts(self, *, stream: bool) -> AsyncIterator[tuple[int, Part]]:
-        inputs = [each | {"stream": stream} for each in self._inputs]
-        async with aclosing(parts_of_choices(self._model, inputs, self.id)) as parts:
-            try:
-                async for index, part in parts:
-                    self._choices[index].add(part)
-                    yield index, part
-            except ApiError as error:
-                raise error.renamed(self._client_names) from None
+        asked = {"stream": stream, "client_names": self._client_names}
+        async with aclosing(parts_of_choices(self._model, self._inputs, self.id, **asked)) as parts:
+            async for index, part in parts:
+                self._choices[index].add(part)
+                yield index, part
 
     def _chunk(self, choices: list[ChunkChoice], **more: Any) -> dict[str, Any]:
         if self._include_usage:

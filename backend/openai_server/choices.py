@@ -4,19 +4,28 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from openai.types.completion_usage import CompletionTokensDetails, CompletionUsage
 
+from backend.openai_server.errors import ApiError
 from backend.openai_server.triton_model import Part, TritonModel
+
+_SAME_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 async def parts_of_choices(
-    model: TritonModel, inputs: Sequence[Mapping[str, Any]], request_id: str
+    model: TritonModel,
+    inputs: Sequence[Mapping[str, Any]],
+    request_id: str,
+    *,
+    stream: bool,
+    client_names: Mapping[str, str] = _SAME_NAMES,
 ) -> AsyncIterator[tuple[int, Part]]:
-    """Yields (index, part) of every choice, as the parts come. Leaving the iteration early cancels them all, and so does the
-    first error, which is raised."""
-    together = {"num_choices": len(inputs)} if len(inputs) > 1 else {}
+    """Yields (index, part) of every choice, as the parts come; without `stream` a choice is one part. Leaving the iteration
+    early cancels them all, and so does the first error, which is raised. client_names: see `ApiError.renamed`."""
+    together = {"stream": stream} | ({"num_choices": len(inputs)} if len(inputs) > 1 else {})
     arrived: asyncio.Queue[tuple[int, Part | None]] = asyncio.Queue()
 
     async def run(index: int) -> None:
@@ -38,6 +47,8 @@ async def parts_of_choices(
             else:
                 running -= 1
                 await tasks[index]  # raises what ended it
+    except ApiError as error:
+        raise error.renamed(client_names) from None
     finally:
         for task in tasks:
             task.cancel()

@@ -21,7 +21,7 @@ class Completions:
         self._inputs = completion_inputs(body)
         self._choices_a_prompt = choices_a_prompt(body)
         self._include_usage = bool(body.get("stream_options", {}).get("include_usage"))
-        self.id, self._created = new_id("cmpl"), int(time.time())
+        self.id, self._created = new_id("cmpl-"), int(time.time())
         self._choices = [Choice() for _ in self._inputs]
 
     async def whole(self) -> dict[str, Any]:
@@ -42,8 +42,7 @@ class Completions:
             yield self._completion([], usage=usage(self._choices, self._choices_a_prompt))
 
     async def _parts(self, *, stream: bool) -> AsyncIterator[tuple[int, Part]]:
-        inputs = [each | {"stream": stream} for each in self._inputs]
-        async with aclosing(parts_of_choices(self._model, inputs, self.id)) as parts:
+        async with aclosing(parts_of_choices(self._model, self._inputs, self.id, stream=stream)) as parts:
             async for index, part in parts:
                 self._choices[index].add(part)
                 yield index, part

@@ -37,11 +37,17 @@ class ApiError(Exception):
         return {"error": error.model_dump(exclude_unset=True)}
 
     def renamed(self, names: Mapping[str, str]) -> "ApiError":
-        """With the client's name of the parameter at fault. names: the model's → the client's, where they differ."""
-        if self.param not in names:
+        """With the client's name of the parameter at fault. names: the model's → the client's, where they differ, of parameters
+        and parts of them; the longest counts."""
+        line = str(self)
+        if not self.param or not line.startswith(self.param):
             return self
-        name = names[self.param]
-        return ApiError(self.status, name + str(self).removeprefix(self.param), code=self.code, param=name)
+        within = [name for name in names if re.match(re.escape(name) + r"(?!\w)", self.param)]
+        if not within:
+            return self
+        longest = max(within, key=len)
+        param = names[longest] + self.param.removeprefix(longest)
+        return ApiError(self.status, param + line.removeprefix(self.param), code=self.code, param=param)
 
 
 def bad_request(message: str) -> ApiError:

@@ -7,7 +7,8 @@ know by name.
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
@@ -59,6 +60,7 @@ _NEUTRAL = {
     "suffix": "",
     "verbosity": "medium",
 }
+_REMOVE: Mapping[str, str] = MappingProxyType({})
 MAX_CHOICES = 128
 _SEED = Number(kind=int, minimum=-(1 << 63), maximum=(1 << 64) - 1)  # OpenAI's have a sign, the model's have not
 
@@ -178,12 +180,21 @@ def choices_a_prompt(body: Mapping[str, Any]) -> int:
     return body.get("n", 1)
 
 
+def refuse_missing(
+    body: Mapping[str, Any], missing: Set[str], neutral: Mapping[str, Any], remedies: Mapping[str, str] = _REMOVE
+) -> None:
+    """A parameter of OpenAI's that nothing here has must ask for nothing, as its value in `neutral` does. Raises ApiError
+    400."""
+    for name, value in body.items():
+        if name in missing and (name not in neutral or value != neutral[name]):
+            remedy = remedies.get(name, "remove it")
+            raise bad_request(f"{name}: got {shown_json(value)}, but this server does not have it; {remedy}")
+
+
 def _given(body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """What the model is to know. A parameter of OpenAI's that nothing here has must ask for nothing."""
+    """What the model is to know."""
     unknown = set(known) - _SAMPLING - _READ - _FRONT_END - _WITHOUT_EFFECT
-    refused = [name for name in body if name in unknown and (name not in _NEUTRAL or body[name] != _NEUTRAL[name])]
-    if refused:
-        raise bad_request(f"{refused[0]}: got {shown_json(body[refused[0]])}, but this server does not have it; remove it")
+    refuse_missing(body, unknown, _NEUTRAL)
     if "stream_options" in body and not body.get("stream"):
         got = shown_json(body["stream_options"])
         raise bad_request(f"stream_options: got {got} without stream; set stream to true, or remove it")
@@ -212,7 +223,7 @@ def _checked(number: Number, name: str, value: Any) -> int | float:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(16)}"
+    return f"{prefix}{secrets.token_hex(16)}"
 
 
 def _json(value: Any) -> str:

@@ -80,9 +80,10 @@ async def _limited(request: Request, max_bytes: int) -> bytes:
     return bytes(received)
 
 
-def body_schema(adapter: TypeAdapter, served_name: str) -> tuple[dict, dict]:
-    """The body in the OpenAPI document, and the components that it refers to."""
-    schema = adapter.json_schema(ref_template="#/components/schemas/{model}")
-    components = schema.pop("$defs", {})
+def body_schema(adapter: TypeAdapter, served_name: str, prefix: str) -> tuple[dict, dict]:
+    """The body in the OpenAPI document, and the components that it refers to. prefix: of their names, which several routes have
+    for different things."""
+    schema = adapter.json_schema(ref_template=f"#/components/schemas/{prefix}.{{model}}")
+    components = {f"{prefix}.{name}": each for name, each in schema.pop("$defs", {}).items()}
     schema["properties"]["model"] = {"const": served_name}
     return schema, components
