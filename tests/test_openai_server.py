@@ -329,6 +329,67 @@ def test_log_probabilities(client, render):
     assert completion.logprobs.top_logprobs == [{top.token: top.logprob for top in entry.top_logprobs} for entry in entries]
 
 
+def test_a_response_thinks_and_answers(client):
+    [question] = some("thought", 1)
+    asked = {"model": MODEL, "input": question.messages, "reasoning": {"effort": "low"}, "max_output_tokens": 512}
+    response = client.responses.create(**asked, extra_body={"seed": 1})
+    thought, message = response.output
+    assert (thought.content[0].text, response.output_text) == thought_and_answer(question)
+    assert (response.status, message.status, response.incomplete_details) == ("completed", "completed", None)
+    asked = {"model": MODEL, "messages": question.messages, "reasoning_effort": "low", "max_tokens": 512, "seed": 1}
+    used, chat = response.usage, client.chat.completions.create(**asked).usage
+    assert (used.input_tokens, used.output_tokens) == (chat.prompt_tokens, chat.completion_tokens)
+    assert used.total_tokens == chat.total_tokens
+    assert used.output_tokens_details.reasoning_tokens == chat.completion_tokens_details.reasoning_tokens > 0
+    conversation = [*question.messages, *response.output, *user("And?")]
+    again = client.responses.create(model=MODEL, input=conversation, max_output_tokens=1)
+    assert again.usage.input_tokens > used.input_tokens
+
+
+def test_a_response_makes_the_full_round_with_a_tool(client):
+    question = next(each for each in some("tool", 20) if each.task == "tool" and "weather" in each.answer)
+    [function] = [tool["function"] for tool in question.tools]
+    asked = {"model": MODEL, "tools": [{"type": "function", "strict": True, **function}], "extra_body": {"seed": 1}}
+    first = client.responses.create(input=question.messages, **asked)
+    [call] = first.output
+    thing = question.answer.split('<|"|>')[1]
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"city": thing})
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "mist"}
+    second = client.responses.create(input=[*question.messages, *first.output, result], **asked)
+    assert (second.output_text, second.status) == (f"{thing}: mist", "completed")
+
+
+def test_a_response_streams_canvas_by_canvas(client):
+    question = next(each for each in some("count", 20) if len(each.answer) > 64)
+    asked = {"model": MODEL, "input": question.messages, "extra_body": {"seed": 1}}
+    with client.responses.stream(**asked) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert len(pieces) > 1 and "".join(pieces) == final.output_text == question.answer
+    *_, cut = client.responses.create(**asked, max_output_tokens=5, stream=True)
+    assert (cut.type, cut.response.incomplete_details.reason) == ("response.incomplete", "max_output_tokens")
+    assert cut.response.usage.output_tokens == 5 and question.answer.startswith(cut.response.output_text)
+
+
+def test_a_response_in_the_form_of_a_pydantic_model(client):
+    class Sum(BaseModel):
+        answer: int
+
+    asked = {"model": MODEL, "input": "What is 17 + 25?", "max_output_tokens": 128, "extra_body": {"seed": 1}}
+    parsed = client.responses.parse(**asked, text_format=Sum).output_parsed
+    assert isinstance(parsed, Sum)
+    with client.responses.stream(**asked, text_format=Sum) as stream:
+        assert stream.get_final_response().output_parsed == parsed
+
+
+def test_a_response_has_log_probabilities(client):
+    asked = {"model": MODEL, "input": "What is 17 + 25?", "extra_body": {"seed": 1}, "top_logprobs": 2}
+    response = client.responses.create(**asked, include=["message.output_text.logprobs"])
+    entries = response.output[0].content[0].logprobs
+    assert "".join(entry.token for entry in entries) == response.output_text == "42"
+    assert all(bytes(entry.bytes).decode() == entry.token and len(entry.top_logprobs) == 2 for entry in entries)
+
+
 def test_models_health_and_metrics(server, client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -435,6 +496,23 @@ def test_a_client_that_goes_frees_its_place(server, stream):
                 await asyncio.gather(*pending, return_exceptions=True)
 
     asyncio.run(ask_and_go())
+    assert_a_place_is_free(server)
+
+
+def test_a_client_that_leaves_a_response_frees_its_place(server):
+    extra = {name: ENDLESS[name] for name in ("ignore_eos", "confidence_threshold")}
+    asked = {"model": MODEL, "input": "Count.", "max_output_tokens": 4000, "extra_body": extra}
+
+    async def ask_and_go() -> None:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+            for each in await asyncio.gather(*[client.responses.create(**asked, stream=True) for _ in range(8)]):
+                await each.close()
+
+    asyncio.run(ask_and_go())
+    assert_a_place_is_free(server)
+
+
+def assert_a_place_is_free(server: FrontEnd) -> None:
     with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
         completion = client.completions.create(model=MODEL, prompt="Count.", max_tokens=1)
     assert completion.usage.completion_tokens == 1
@@ -530,7 +608,8 @@ def test_no_request_that_the_document_allows_is_a_server_error(server):
         operation = data.draw(st.sampled_from([each.ok() for each in schema.get_all_operations()]))
         case = data.draw(operation.as_strategy())
         if isinstance(case.body, dict):
-            case.body["max_tokens"] = 4  # answers are not what is tested
+            limit = "max_output_tokens" if "responses" in case.path else "max_tokens"
+            case.body[limit] = 4  # answers are not what is tested
         response = case.call(headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
         statuses.append(response.status_code)
         assert response.status_code < 500, (response.text, case.as_curl_command())

@@ -96,11 +96,11 @@ def chat_messages(given: str | Sequence[Mapping[str, Any]], instructions: str | 
 
 
 class _Chat:
-    """names: of messages and of what in them has another name, and the client's."""
+    """names: of each message, and of what in it the client has elsewhere → the client's."""
 
     def __init__(self):
         self.messages: list[dict[str, Any]] = []
-        self.names = {"messages": "input"}
+        self.names: dict[str, str] = {}
 
     def add(self, message: dict[str, Any], name: str) -> None:
         self.names[f"messages[{len(self.messages)}]"] = name

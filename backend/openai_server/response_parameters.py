@@ -15,7 +15,7 @@ from backend.openai_server.errors import bad_request
 from backend.openai_server.parameters import refuse_missing
 from backend.openai_server.response_body import LOGPROBS, ReasoningOptions
 from backend.openai_server.response_input import chat_messages
-from backend.parameters import shown_json
+from backend.parameters import shown, shown_json
 
 # Of responses alone: read below, or without effect.
 _READ = {"include", "input", "instructions", "max_output_tokens", "max_tool_calls", "reasoning", "text"}
@@ -81,7 +81,7 @@ def _options(body: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
     given, known = body.get(name, {}), kind.__annotations__
     for each in given:
         if each not in known:
-            raise bad_request(f"{name}.{each}: unknown, expected one of {', '.join(sorted(known))}; remove it")
+            raise bad_request(f"{name}: got the key {shown(each)}, expected some of {', '.join(sorted(known))}; remove it")
     return {each: value for each, value in given.items() if value is not None}
 
 
