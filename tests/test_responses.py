@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -313,14 +313,20 @@ ANSWERED = {
 TEXT = {"type": "text", "text": "b"}
 
 
-def asked_of_the_model(route: str, body: Mapping[str, Any]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def asked_of_the_model() -> Iterator[Callable[[str, Mapping[str, Any]], dict[str, Any]]]:
+    """The model's inputs for a body that is posted to a route, but for `stream`."""
     model = Answering(part(text="b", finish_reason="stop"))
-    with TestClient(create_app(OpenAISettings(), model)) as http:
+
+    def asked(route: str, body: Mapping[str, Any]) -> dict[str, Any]:
         reply = http.post(f"/v1/{route}", json={"model": "diffusiongemma", **body})
-    assert reply.status_code == 200, reply.text
-    [inputs] = model.asked
-    read = {name: json.loads(inputs[name]) for name in ("messages", "sampling_parameters")}
-    return {**inputs, **read, "stream": None}
+        assert reply.status_code == 200, reply.text
+        inputs = model.asked.pop()
+        read = {name: json.loads(inputs[name]) for name in ("messages", "sampling_parameters")}
+        return {**inputs, **read, "stream": None}
+
+    with TestClient(create_app(OpenAISettings(), model)) as http:
+        yield asked
 
 
 def user(content: Any = "a") -> dict[str, Any]:
@@ -350,7 +356,11 @@ def user(content: Any = "a") -> dict[str, Any]:
         ),
         (
             {"input": [user(), {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "…"}, user("c")]},
-            {"messages": [user(), {"role": "assistant", "reasoning_content": ""}, user("c")]},
+            {"messages": [user(), user("c")]},
+        ),
+        (
+            {"input": [user(), THOUGHT, {**THOUGHT, "content": [{"type": "text", "text": "m"}]}, user("c")]},
+            {"messages": [user(), {"role": "assistant", "reasoning_content": "Hmm"}, user("c")]},
         ),
         (
             {"input": [user(), ANSWERED, {"role": "assistant", "content": "c"}]},
@@ -443,7 +453,7 @@ def user(content: Any = "a") -> dict[str, Any]:
         ),
     ],
 )
-def test_the_model_is_asked_as_by_a_chat_completion(response, chat):
+def test_the_model_is_asked_as_by_a_chat_completion(asked_of_the_model, response, chat):
     expected = asked_of_the_model("chat/completions", {"messages": [user()], **chat})
     assert asked_of_the_model("responses", {"input": "a", **response}) == expected
 

@@ -80,7 +80,7 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
     @post("/v1/responses", RESPONSE)
     async def responses(request: Request) -> Response:
         body = await read_body(request, RESPONSE, settings)
-        return await _answer(request, Responses(app.state.model, body), body, last="")
+        return await _answer(request, Responses(app.state.model, body), body, end="")
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
@@ -164,16 +164,16 @@ def _answer_without_route(request: Request, error: HTTPException) -> Response:
 
 
 async def _answer(
-    request: Request, asked: ChatCompletions | Completions | Responses, body: dict[str, Any], *, last: str = _DONE
+    request: Request, asked: ChatCompletions | Completions | Responses, body: dict[str, Any], *, end: str = _DONE
 ) -> Response:
-    """What goes wrong before the first chunk has a status of its own; after it, the error is the last event. last: what ends a
-    stream without one."""
+    """What goes wrong before the first chunk has a status of its own; after it, the error is the last event. end: what follows
+    the last chunk."""
     request.scope["request_id"] = asked.id
     if not body.get("stream"):
         return JSONResponse(await _unless_disconnected(request, asked.whole()))
     chunks = asked.chunks()
     first = await _unless_disconnected(request, anext(chunks))
-    return _EventStream(_events(request, first, chunks, last), chunks)
+    return _EventStream(_events(request, first, chunks, end), chunks)
 
 
 class _EventStream(StreamingResponse):
@@ -192,14 +192,14 @@ class _EventStream(StreamingResponse):
 
 
 async def _events(
-    request: Request, first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], last: str
+    request: Request, first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], end: str
 ) -> AsyncIterator[str]:
     yield _event(first)
     try:
         while True:
             yield _event(await _unless_disconnected(request, anext(chunks)))
     except StopAsyncIteration:
-        yield last
+        yield end
     except ApiError as error:
         yield _event(error.body())
 

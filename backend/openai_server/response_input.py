@@ -4,7 +4,7 @@
 |------------------------|----------------------------------------------------------------------------------------|
 | a text                 | a message of the user                                                                  |
 | `message`, or no type  | a message; parts `input_text` and `output_text` are text, `input_image` is `image_url` |
-| `reasoning`            | `reasoning_content` of the assistant's message that it begins                          |
+| `reasoning`            | `reasoning_content` of the assistant's message that it begins; nothing without text    |
 | `function_call`        | one of the `tool_calls` of the assistant's message                                     |
 | `function_call_output` | a message of the tool                                                                  |
 
@@ -110,9 +110,9 @@ class _Chat:
         """name: the item's, as the client has it."""
         match item.get("type", "message"):
             case "reasoning":
-                text = "".join(part["text"] for part in item.get("content") or ())
-                turn = self._turn(name, without=("content", "tool_calls"))
-                turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+                if text := "".join(part["text"] for part in item.get("content") or ()):
+                    turn = self._turn(name, without=("content", "tool_calls"))
+                    turn["reasoning_content"] = turn.get("reasoning_content", "") + text
             case "function_call":
                 calls = self._turn(name).setdefault("tool_calls", [])
                 self.names[f"messages[{len(self.messages) - 1}].tool_calls[{len(calls)}].function"] = name
