@@ -48,13 +48,13 @@ def main() -> None:
     parser.add_argument("--canvases", type=command_line.count, default=2, help="of an answer")
     parser.add_argument("--steps", type=command_line.count, default=48, help="fixed denoising steps a canvas")
     parser.add_argument("--gpus", type=int, nargs="+", default=(), help="a replica on each; without it, one")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="of config.pbtxt")
+    parser.add_argument("--set", dest="settings", type=setting, action="append", default=[], help="NAME=VALUE, of config.pbtxt")
     options = parser.parse_args()
     report = Report(benchmark=f"serving, {options.engine.name}")
     started_s = time.perf_counter()
     with TritonServer(
         engine_dir=options.engine,
-        parameters=dict(each.split("=", 1) for each in options.settings),
+        parameters=dict(options.settings),
         instances=Instances(gpus=tuple(options.gpus)) if options.gpus else None,
         report=lambda line: print(line, file=sys.stderr),
         **ANY_PORTS,
@@ -65,6 +65,14 @@ def main() -> None:
         for clients in options.clients:
             measure(server, options, num_tokens, clients, report)
     report.finish()
+
+
+def setting(text: str) -> tuple[str, str]:
+    """An option of argparse."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"got {text}, expected NAME=VALUE")
+    return name, value
 
 
 def measure(server: TritonServer, options: argparse.Namespace, num_tokens: int, clients: int, report: Report) -> None:

@@ -5,10 +5,12 @@ import asyncio
 import contextlib
 import importlib
 import json
+import re
 import runpy
 import subprocess
 import sys
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +39,7 @@ COMMANDS = {
     "prefill": "--rounds 1 --lengths 8 9999".split(),
     "parameters": "--rounds 1 --batches 1 2 --steps 2".split(),
     "server": "--rounds 1 --canvases 1 --canvases-a-request 1 --steps 2 --clients 1 2".split(),
+    "serving": "--clients 1 2 --requests-a-client 1 --canvases 1 --steps 2".split(),
     "loading": "--no-build --rounds 1 --sequences 1".split(),
     "step_profile": "--batch 2 --steps 2".split(),
     "memory": "--counts 1 --vocab-size 256".split(),
@@ -46,6 +49,7 @@ TAKES = {
     "prefill": "checkpoint engine",
     "parameters": "engine",
     "server": "engine",
+    "serving": "engine",
     "step_profile": "engine",
     "loading": "checkpoint engine",
 }
@@ -81,6 +85,8 @@ def test_every_command_ends_with_its_report(run, name):
 
 REFUSALS = {
     "memory --counts 0": "argument --counts: got 0, expected 1 or more",
+    "serving --set max_sequences": "argument --set: got max_sequences, expected NAME=VALUE",
+    "full_checkpoint {empty}": "{empty}: is there, expected a new name; choose another",
     "server --engine {tiny}": "argument --engine: got {tiny}, expected a directory with a manifest.json",
     "expert_quality --checkpoint /nowhere": "argument --checkpoint: got /nowhere, expected a directory that is there",
     "expert_quality --checkpoint {empty}": "argument --checkpoint: got {empty}, expected a directory with a config.json",
@@ -116,6 +122,25 @@ def test_kernels_are_measured_on_a_gpu_alone(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     with pytest.raises(SystemExit, match="error: PyTorch finds no CUDA device here"):
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+def test_a_checkpoint_of_full_size_has_random_products_and_norms_of_one(monkeypatch, tmp_path):
+    """Of its tensors, a few: the files are the real one's for these."""
+    module = importlib.import_module("full_checkpoint")
+    few = {
+        name: header for name, header in module.headers_26b().items() if re.search(r"decoder\.layers\.7\.(router|.*norm)", name)
+    }
+    monkeypatch.setattr(module, "headers_26b", lambda: few)
+    monkeypatch.setattr(module, "sparse_checkpoint", partial(module.sparse_checkpoint, headers=few))
+    num_bytes = module.make_full_checkpoint(tmp_path / "full", seed=3)
+    made, again = Checkpoint(tmp_path / "full"), tmp_path / "again"
+    assert num_bytes == sum(made.extent(name).num_bytes for name in few)
+    for name, (_, shape) in few.items():
+        numbers = made.tensor(name).float()
+        assert numbers.std().item() == pytest.approx(1, rel=0.01) if len(shape) > 1 else bool((numbers == 1).all())
+    module.make_full_checkpoint(again, seed=3)
+    assert all(torch.equal(made.tensor(name), Checkpoint(again).tensor(name)) for name in few)
+    assert read_model_config(again).vocab_size == module.VOCAB_SIZE
 
 
 @pytest.mark.parametrize("num_requests", [1, 5])
