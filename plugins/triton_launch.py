@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -130,7 +129,11 @@ class Launch:
 
 
 def least(number: int | torch.SymInt) -> int:
-    """The largest power of two that a number, symbolic or not, is known to reach; 1 where nothing is known."""
+    """The largest power of two, up to 2^20, that a number, symbolic or not, is known to reach; 1 where nothing is known."""
+    if isinstance(number, int):
+        return 1 << min(max(number, 1).bit_length() - 1, 20)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # only where PyTorch traces: it imports sympy
+
     bound = 1
     while bound < 1 << 20 and statically_known_true(number >= 2 * bound):
         bound *= 2
