@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,8 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
 
 def test_variants_are_compiled_and_recorded(monkeypatch, tmp_path):
     model = read_model_config(TINY).model_copy(update={"canvas_length": 256})
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})  # in this process, where the compiler is replaced
+    # In this process, where the compiler is replaced.
+    monkeypatch.setattr("builder.compiling.processes", lambda at_once: ThreadPoolExecutor(1))
     monkeypatch.setattr("builder.compiling.compiler", lambda *_: lambda program, _: Compiled(file=f"{program.name}.pt2"))
     programs = compile_programs(model, build_config(max_encode_tokens=8192), tmp_path, lambda line: None)
     assert programs["encode"].file == "encode.pt2"
