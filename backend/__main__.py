@@ -2,18 +2,17 @@
 
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from backend.addresses import answers, free_ports, host_and_port, host_and_port_of_url, ipv4_address
+from backend.addresses import answers, host_and_port, host_and_port_of_url
 from backend.errors import RequestError
 from backend.parameters import INT32_MAX
-from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, TritonServer, leave_on_signals
+from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, leave_on_signals
 from backend.triton_server.model_config import Instances, config_pbtxt
 from backend.triton_server.request import parse_json_object
 from backend.triton_server.settings import Settings
@@ -22,7 +21,6 @@ from contract.standard_streams import standard_streams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-_CHECK_INTERVAL_S = 0.5
 _FEWEST_BYTES = 1_000_000  # no engine takes so few: a number that is lower lacks its unit
 _Settings = Annotated[
     list[str], typer.Option("--set", metavar="NAME=VALUE", help="A setting of config.pbtxt; may be repeated.")
@@ -53,60 +51,38 @@ def serve(
     gpus: _Gpus = "",
 ) -> None:
     """Serve an engine with Triton Inference Server, and OpenAI's API in front of it, until it is told to stop."""
-    from backend.openai_server.serve import FrontEnd, FrontEndError
+    from backend import serving
+    from backend.openai_server.serve import FrontEndError
     from backend.openai_server.settings import OpenAISettings, checked_origins, read_api_keys
 
     leave_on_signals("stopping; requests under way have a few seconds")
     parameters = _parameters(setting)
     if engine is not None and "engine_dir" in parameters:
         _fail(f"--set engine_dir: got {parameters['engine_dir']} beside --engine {engine}; remove one")
-    wanted = {"--grpc-port": grpc_port, "--http-port": http_port, "--metrics-port": metrics_port}
     try:
-        api_keys = read_api_keys(api_key_file) if api_key_file else ()
-        allowed_origins = checked_origins(allowed_origin)
-        # All four before anything starts: loading an engine takes minutes.
-        ports = free_ports(ipv4_address(host), wanted | ({"--openai-port": openai_port} if openai else {}))
-        server = TritonServer(
-            engine_dir=engine,
-            model_repository=model_repository,
+        keys = read_api_keys(api_key_file) if api_key_file else ()
+        origins = checked_origins(allowed_origin)
+        front_end = OpenAISettings(host=host, port=openai_port, api_keys=keys, allowed_origins=origins)
+        serving.serve(
+            front_end if openai else None,
             host=host,
-            grpc_port=ports["--grpc-port"],
-            http_port=ports["--http-port"],
-            metrics_port=ports["--metrics-port"],
-            parameters=parameters,
+            ports={"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port},
             instances=_instances(instances, gpus),
             report=_note,
+            engine_dir=engine,
+            model_repository=model_repository,
+            parameters=parameters,
         )
-        with ExitStack() as running:
-            parts: list[TritonServer | FrontEnd] = [running.enter_context(server)]
-            addresses = f"gRPC {server.grpc_url}  HTTP {server.http_url}  metrics {server.metrics_url}"
-            logs = f"log {server.log_path}"
-            if openai:
-                settings = OpenAISettings(
-                    triton_url=server.grpc_url,
-                    triton_metrics_url=server.metrics_url,
-                    host=host,
-                    port=ports["--openai-port"],
-                    api_keys=api_keys,
-                    allowed_origins=allowed_origins,
-                )
-                front_end = running.enter_context(FrontEnd(settings, server.log_path.with_name("openai.log")))
-                parts.append(front_end)
-                addresses += f"  OpenAI {front_end.url}/v1"
-                logs += f"  OpenAI log {front_end.log_path}"
-            print(f"ready  {addresses}  {logs}", flush=True)
-            while True:
-                for part in parts:
-                    part.check_alive()
-                time.sleep(_CHECK_INTERVAL_S)
     except (ServerError, FrontEndError, ValueError, OSError) as error:
         _fail(" ".join(str(error).split()))
 
 
 @app.command("openai")
 def openai_front_end(
-    triton: Annotated[str, typer.Option(help="host:port of the Triton server's gRPC service.")] = "localhost:8001",
-    triton_metrics: Annotated[str | None, typer.Option(help="URL that /metrics passes on.")] = None,
+    triton: Annotated[
+        list[str], typer.Option(metavar="HOST:PORT", help="A Triton server's gRPC service; repeated, they share the load.")
+    ] = ("localhost:8001",),
+    triton_metrics: Annotated[str | None, typer.Option(help="URL that /metrics passes on; for one server.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 9000,
     model: Annotated[str, typer.Option(help="Triton model.")] = "diffusiongemma",
@@ -116,17 +92,23 @@ def openai_front_end(
     allowed_origin: _AllowedOrigins = (),
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request, images in base64 included.")] = 192 * 1024**2,
 ) -> None:
-    """Serve OpenAI's API in front of a running Triton server until SIGINT or SIGTERM."""
+    """Serve OpenAI's API in front of running Triton servers until SIGINT or SIGTERM."""
     from backend.openai_server.serve import FrontEndError, serve
     from backend.openai_server.settings import OpenAISettings, checked_origins, read_api_keys
 
     if not all(key.strip() for key in api_key or []):
         _fail("--api-key: got an empty key, expected at least one character; leave the option out to serve without keys")
     try:
-        triton_at = host_and_port("--triton", triton)
-        metrics_at = host_and_port_of_url("--triton-metrics", triton_metrics) if triton_metrics else None
+        wanted = [("--triton", each, host_and_port("--triton", each)) for each in triton]
+        if twice := [each for at, each in enumerate(triton) if each in triton[:at]]:
+            _fail(f"--triton: got {twice[0]} twice, expected each server once; remove one")
+        if triton_metrics:
+            wanted.append(("--triton-metrics", triton_metrics, host_and_port_of_url("--triton-metrics", triton_metrics)))
+            if len(triton) > 1:
+                got = f"got {triton_metrics} beside {len(triton)} of --triton, expected it beside one"
+                _fail(f"--triton-metrics: {got}; leave it out, and scrape /metrics of each server")
         settings = OpenAISettings(
-            triton_url=triton,
+            triton_urls=tuple(triton),
             triton_metrics_url=triton_metrics,
             model=model,
             served_name=served_name,
@@ -136,8 +118,8 @@ def openai_front_end(
             allowed_origins=checked_origins(allowed_origin),
             max_body_bytes=max_body_bytes,
         )
-        for option, given, at in (("--triton", triton, triton_at), ("--triton-metrics", triton_metrics, metrics_at)):
-            if at and not answers(*at):
+        for option, given, at in wanted:
+            if not answers(*at):
                 _note(f"{option}: nothing answers at {given} yet; starting all the same")
         serve(settings)
     except (FrontEndError, ValueError, OSError) as error:

@@ -3,7 +3,7 @@
 import errno
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
@@ -24,14 +24,14 @@ def ipv4_address(host: str) -> str:
         raise AddressError(f"--host: got {host!r}, which has no IPv4 address ({reason}); pass another --host") from None
 
 
-def free_ports(host: str, ports: Mapping[str, int]) -> dict[str, int]:
-    """ports: by the option that chooses each. Gives them with every 0 replaced by a free one.
+def free_ports(host: str, ports: Iterable[tuple[str, int]]) -> list[int]:
+    """ports: each with the option that chooses it. Gives them with every 0 replaced by a free one.
 
     host: numbers. Raises AddressError for a port that is taken, by another program or by another of these options."""
-    chosen = {}
+    chosen = []
     with ExitStack() as sockets:  # all held until the last is chosen, so that no port is chosen twice
-        for option, port in ports.items():
-            chosen[option] = sockets.enter_context(listening(host, port, option)).getsockname()[1]
+        for option, port in ports:
+            chosen.append(sockets.enter_context(listening(host, port, option)).getsockname()[1])
     return chosen
 
 

@@ -10,22 +10,22 @@ HOST = "127.0.0.1"
 
 
 def test_free_ports_differ_and_chosen_ones_stay():
-    [free] = free_ports(HOST, {"--a": 0}).values()
-    chosen = free_ports(HOST, {"--a": free, "--b": 0, "--c": 0})
-    assert chosen["--a"] == free and len(set(chosen.values())) == 3
-    for option, port in chosen.items():
-        listening(HOST, port, option).close()
+    [free] = free_ports(HOST, [("--a", 0)])
+    chosen = free_ports(HOST, [("--a", free), ("--b", 0), ("--c", 0)])
+    assert chosen[0] == free and len(set(chosen)) == 3
+    for port in chosen:
+        listening(HOST, port, "--a").close()
 
 
 def test_a_port_that_is_taken_is_named_by_its_option():
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(AddressError) as raised:
-            free_ports(HOST, {"--grpc-port": 0, "--openai-port": port})
+            free_ports(HOST, [("--grpc-port", 0), ("--openai-port", port)])
     reason = "cannot be used (Address already in use)"
     assert str(raised.value) == f"--openai-port: {HOST}:{port} {reason}; pass another --openai-port, or 0"
     with pytest.raises(AddressError, match=f"--b: {HOST}:{port} cannot be used"):
-        free_ports(HOST, {"--a": port, "--b": port})
+        free_ports(HOST, [("--a", port), ("--b", port)])
 
 
 def test_an_address_of_another_machine_and_a_name_of_none():

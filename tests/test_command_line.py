@@ -38,7 +38,7 @@ def never_started(monkeypatch):
         raise AssertionError("something was started")
 
     monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)
-    monkeypatch.setattr("backend.__main__.TritonServer", start)
+    monkeypatch.setattr("backend.serving.TritonServer", start)
     monkeypatch.setattr("backend.openai_server.serve.serve", start)
 
 

@@ -45,7 +45,7 @@ def server(engine_dir, tmp_path_factory) -> Iterator[FrontEnd]:
     parameters = {"max_sequences": "8"}
     with TritonServer(engine_dir=engine, parameters=parameters, grpc_port=0, http_port=0, metrics_port=0) as triton:
         settings = OpenAISettings(
-            triton_url=triton.grpc_url, triton_metrics_url=triton.metrics_url, port=0, api_keys=(KEY, "another")
+            triton_urls=(triton.grpc_url,), triton_metrics_url=triton.metrics_url, port=0, api_keys=(KEY, "another")
         )
         with FrontEnd(settings, engine / "openai.log") as front_end:
             yield front_end
@@ -519,7 +519,7 @@ def assert_a_place_is_free(server: FrontEnd) -> None:
 
 
 def test_without_a_triton_server_it_says_so(tmp_path):
-    settings = OpenAISettings(triton_url="127.0.0.1:1", port=0, max_body_bytes=1000)
+    settings = OpenAISettings(triton_urls=("127.0.0.1:1",), port=0, max_body_bytes=1000)
     with FrontEnd(settings, tmp_path / "openai.log") as front_end, httpx2.Client(trust_env=False) as http:
         for reply in (
             http.get(f"{front_end.url}/health"),
@@ -556,7 +556,7 @@ def test_proxies_close_idle_connections_first(monkeypatch):
 
 def test_the_process_of_the_front_end_knows_the_origins_that_are_allowed(tmp_path):
     origins = ("https://chat.example.com", "http://localhost:3000")
-    settings = OpenAISettings(triton_url="127.0.0.1:1", port=0, allowed_origins=origins)
+    settings = OpenAISettings(triton_urls=("127.0.0.1:1",), port=0, allowed_origins=origins)
     with FrontEnd(settings, tmp_path / "openai.log") as front_end, httpx2.Client(trust_env=False) as http:
         for origin in origins:
             reply = http.get(f"{front_end.url}/v1/models", headers={"origin": origin})

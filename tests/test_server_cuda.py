@@ -77,7 +77,7 @@ def test_answers_are_right(server, render, held_out):
 def test_openais_client_gets_answers_whole_and_in_pieces(server, tmp_path):
     chat = {"model": "diffusiongemma", "max_tokens": 160, "seed": 1}
     chat["messages"] = [{"role": "user", "content": "What is 17 + 25?"}]
-    settings = OpenAISettings(triton_url=server.grpc_url, triton_metrics_url=server.metrics_url, port=0)
+    settings = OpenAISettings(triton_urls=(server.grpc_url,), triton_metrics_url=server.metrics_url, port=0)
     with FrontEnd(settings, tmp_path / "openai.log") as front_end:
         client = OpenAI(base_url=f"{front_end.url}/v1", api_key="none", max_retries=0)
         whole = client.chat.completions.create(**chat).choices[0].message.content

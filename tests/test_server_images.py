@@ -38,7 +38,7 @@ def server(engine_dir) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="module")
 def client(server, tmp_path_factory) -> Iterator[OpenAI]:
-    settings = OpenAISettings(triton_url=server.grpc_url, port=0)
+    settings = OpenAISettings(triton_urls=(server.grpc_url,), port=0)
     log = tmp_path_factory.mktemp("front") / "openai.log"
     with FrontEnd(settings, log) as front, OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0) as connected:
         yield connected

@@ -1,6 +1,6 @@
 """The OpenAI front end: HTTP in OpenAI's form → the Triton model over gRPC.
 
-    openai client ──HTTP──▶ app ──▶ chat, completions, responses ──▶ triton_model ──gRPC──▶ Triton Inference Server
+    openai client ──HTTP──▶ app ──▶ chat, completions, responses ──▶ balancer ──▶ triton_model ──gRPC──▶ Triton Inference Server
 
 | module | one idea |
 |---|---|
@@ -15,6 +15,7 @@
 | `parameters` | a request's parameters → inputs of the Triton model |
 | `logprobs` | log probabilities in the form of `/v1/completions` |
 | `choices` | several answers to one request, at once |
+| `balancer` | several Triton servers as one |
 | `triton_model` | the Triton model as a stream of parts |
 | `errors` | what can go wrong, in OpenAI's form |
 | `settings`, `serve` | starting it |

@@ -6,8 +6,8 @@
 | POST /v1/completions       | see `completions`; likewise                                                       |
 | POST /v1/responses         | see `responses`; with `stream`, events with names, of which the last says the end |
 | GET  /v1/models            | the one model                                                                     |
-| GET  /health               | 200 if the Triton model would take a request, else 503                            |
-| GET  /metrics              | the Triton server's metrics, passed on                                            |
+| GET  /health               | 200 if the model of any Triton server would take a request, else 503              |
+| GET  /metrics              | the metrics of the only Triton server, passed on                                  |
 
 With API keys, everything under /v1 wants `Authorization: Bearer KEY`. Every response has an `x-request-id`. Pages of allowed
 origins may call all of it.
@@ -31,6 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from backend.openai_server.balancer import Balancer
 from backend.openai_server.chat import ChatCompletions
 from backend.openai_server.completions import Completions
 from backend.openai_server.errors import ApiError, client_gone
@@ -47,12 +48,12 @@ _DONE = "data: [DONE]\n\n"
 _METRICS_TIMEOUT_S = 10
 
 
-def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> FastAPI:
-    """The front end. `model`: a stand-in for the Triton model of the settings, which is connected to when the app starts."""
+def create_app(settings: OpenAISettings, model: Balancer | None = None) -> FastAPI:
+    """The front end. `model`: a stand-in for the settings' Triton servers, which are connected to when the app starts."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
-        app.state.model = model or TritonModel(settings.triton_url, settings.model)
+        app.state.model = model or Balancer([TritonModel(url, settings.model) for url in settings.triton_urls])
         yield
         await app.state.model.close()
 
@@ -97,12 +98,13 @@ def create_app(settings: OpenAISettings, model: TritonModel | None = None) -> Fa
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not await app.state.model.is_ready():
-            raise ApiError(503, f"Triton server at {settings.triton_url}: model {settings.model} is not ready; try again later")
+            servers = f"Triton server at {' and at '.join(settings.triton_urls)}"
+            raise ApiError(503, f"{servers}: model {settings.model} is not ready; try again later")
         return {"status": "ready"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return await _passed_on_metrics(settings.triton_metrics_url)
+        return await _passed_on_metrics(settings)
 
     app.add_exception_handler(ApiError, lambda _, error: JSONResponse(error.body(), error.status))
     app.add_exception_handler(HTTPException, _answer_without_route)
@@ -251,7 +253,10 @@ def _described(name: str, created: int) -> dict[str, Any]:
     return Model(id=name, object="model", created=created, owned_by="google").model_dump()
 
 
-async def _passed_on_metrics(url: str | None) -> Response:
+async def _passed_on_metrics(settings: OpenAISettings) -> Response:
+    url, num_servers = settings.triton_metrics_url, len(settings.triton_urls)
+    if num_servers > 1:  # each has series of the same names and labels
+        raise ApiError(404, f"metrics: got {num_servers} Triton servers, expected one; scrape /metrics of each of them instead")
     if url is None:
         raise ApiError(404, "metrics: this front end was not told of a Triton server's; start it with --triton-metrics")
     try:

@@ -12,15 +12,16 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 
+from backend.openai_server.balancer import Balancer
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
 from backend.openai_server.parameters import chat_inputs, client_names, new_id
-from backend.openai_server.triton_model import Part, TritonModel
+from backend.openai_server.triton_model import Part
 
 
 class ChatCompletions:
     """One request for a chat completion. Raises ApiError 400 when made for parameters that are refused."""
 
-    def __init__(self, model: TritonModel, body: Mapping[str, Any]):
+    def __init__(self, model: Balancer, body: Mapping[str, Any]):
         self._model, self._name = model, body["model"]
         self._inputs, self._client_names = chat_inputs(body), client_names(body)
         self._include_usage = bool(body.get("stream_options", {}).get("include_usage"))

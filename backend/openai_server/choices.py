@@ -9,14 +9,15 @@ from typing import Any
 
 from openai.types.completion_usage import CompletionTokensDetails, CompletionUsage
 
+from backend.openai_server.balancer import Balancer
 from backend.openai_server.errors import ApiError
-from backend.openai_server.triton_model import Part, TritonModel
+from backend.openai_server.triton_model import Part
 
 _SAME_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 async def parts_of_choices(
-    model: TritonModel,
+    model: Balancer,
     inputs: Sequence[Mapping[str, Any]],
     request_id: str,
     *,

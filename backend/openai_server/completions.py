@@ -7,16 +7,17 @@ from typing import Any
 
 from openai.types import Completion, CompletionChoice
 
+from backend.openai_server.balancer import Balancer
 from backend.openai_server.choices import Choice, finish_reason, parts_of_choices, usage
 from backend.openai_server.logprobs import TextOffsets, completion_logprobs
 from backend.openai_server.parameters import choices_a_prompt, completion_inputs, new_id
-from backend.openai_server.triton_model import Part, TritonModel
+from backend.openai_server.triton_model import Part
 
 
 class Completions:
     """One request for a completion. Raises ApiError 400 when made for parameters that are refused."""
 
-    def __init__(self, model: TritonModel, body: Mapping[str, Any]):
+    def __init__(self, model: Balancer, body: Mapping[str, Any]):
         self._model, self._name = model, body["model"]
         self._inputs = completion_inputs(body)
         self._choices_a_prompt = choices_a_prompt(body)

@@ -50,6 +50,13 @@ class ApiError(Exception):
         return ApiError(self.status, param + line.removeprefix(self.param), code=self.code, param=param)
 
 
+class ServerAway(ApiError):
+    """503 of a Triton server that cannot be reached, or does not have the model now."""
+
+    def __init__(self, message: str):
+        super().__init__(503, message)
+
+
 def bad_request(message: str) -> ApiError:
     """A 400; the parameter at fault is the one that the line begins with. The code is one that clients look for."""
     found = _AT_FAULT.match(message)

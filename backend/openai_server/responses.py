@@ -16,18 +16,19 @@ from openai.types.responses import (
 )
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 
+from backend.openai_server.balancer import Balancer
 from backend.openai_server.choices import Choice, parts_of_choices
 from backend.openai_server.errors import ApiError
 from backend.openai_server.parameters import chat_inputs, client_names, new_id
 from backend.openai_server.response_output import Event, Events, Output
 from backend.openai_server.response_parameters import chat_body
-from backend.openai_server.triton_model import Part, TritonModel
+from backend.openai_server.triton_model import Part
 
 
 class Responses:
     """One request for a response. Raises ApiError 400 when made for parameters that are refused."""
 
-    def __init__(self, model: TritonModel, body: Mapping[str, Any]):
+    def __init__(self, model: Balancer, body: Mapping[str, Any]):
         chat, self._names = chat_body(body)
         try:
             self._inputs = chat_inputs(chat)

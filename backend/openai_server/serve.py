@@ -28,7 +28,7 @@ def serve(settings: OpenAISettings) -> None:
     except AddressError as error:
         raise FrontEndError(str(error)) from None
     host, port = opened.getsockname()[:2]
-    print(f"ready  OpenAI API http://{host}:{port}/v1  Triton {settings.triton_url}", flush=True)
+    print(f"ready  OpenAI API http://{host}:{port}/v1  Triton {', '.join(settings.triton_urls)}", flush=True)
     timeouts = {"timeout_keep_alive": _KEEP_ALIVE_S, "timeout_graceful_shutdown": 5}
     server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", **timeouts))
     with closing(opened):
@@ -54,8 +54,9 @@ class FrontEnd:
 
     def __enter__(self) -> "FrontEnd":
         settings = self._settings
-        command = [sys.executable, "-m", "backend", "openai", "--triton", settings.triton_url, "--host", settings.host]
+        command = [sys.executable, "-m", "backend", "openai", "--host", settings.host]
         command += ["--port", str(settings.port), "--model", settings.model, "--served-name", settings.served_name]
+        command += [word for url in settings.triton_urls for word in ("--triton", url)]
         command += ["--max-body-bytes", str(settings.max_body_bytes)]
         if settings.triton_metrics_url:
             command += ["--triton-metrics", settings.triton_metrics_url]

@@ -14,14 +14,14 @@ _ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-
 
 
 class OpenAISettings(BaseModel):
-    """triton_url: host:port of the Triton server's gRPC service. triton_metrics_url: what `/metrics` passes on; without it
-    there is none. model: the Triton model. served_name: what clients call it. api_keys: any of them opens `/v1`; none leaves it
-    open. allowed_origins: of the pages whose scripts may call the server, "*" for all. max_body_bytes: of one request, before
-    it is read as JSON; the default holds seven images of 20 MiB in base64."""
+    """triton_urls: host:port of each Triton server's gRPC service. triton_metrics_url: what `/metrics` passes on of a single
+    server; without it there is none. model: the Triton model. served_name: what clients call it. api_keys: any of them opens
+    `/v1`; none leaves it open. allowed_origins: of the pages whose scripts may call the server, "*" for all. max_body_bytes: of
+    one request, before it is read as JSON; the default holds seven images of 20 MiB in base64."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    triton_url: str = "localhost:8001"
+    triton_urls: Annotated[tuple[str, ...], Field(min_length=1)] = ("localhost:8001",)
     triton_metrics_url: str | None = None
     model: str = "diffusiongemma"
     served_name: str = "diffusiongemma"

@@ -11,7 +11,7 @@ import numpy as np
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from backend.openai_server.errors import ApiError, bad_request
+from backend.openai_server.errors import ApiError, ServerAway, bad_request
 from backend.triton_server.signature import INPUTS
 
 _DATATYPES = {each.name: "BYTES" if each.datatype == "STRING" else each.datatype for each in INPUTS}
@@ -23,7 +23,12 @@ _CHANNEL = [
     # thousand tokens with their log probabilities.
     ("grpc.max_receive_message_length", grpcclient.MAX_GRPC_MESSAGE_SIZE),
     ("grpc.max_send_message_length", grpcclient.MAX_GRPC_MESSAGE_SIZE),
+    # A server that comes back is found within seconds, where gRPC may take two minutes, and one that does not answer at all is
+    # given up after five, not twenty: that is what the least of these means, whatever its name.
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.min_reconnect_backoff_ms", 5000),
 ]
+_AWAY = re.compile("unknown model|[Ss]erver not ready|[Ss]erver is stopping")
 _ERROR = re.compile(rf"(?:\[request id: [^\]]*\] )?\[(?P<code>{'|'.join(_STATUSES)})\] (?P<line>.*)", re.DOTALL)
 
 
@@ -78,27 +83,27 @@ class TritonModel:
             # To the end of the stream, after the last part too: a stream that is left is cancelled.
             async for result, error in responses:
                 if error is not None:
-                    failure = _api_error(error.message())
+                    failure = _api_error(error.message(), self.url)
                 else:
                     part = _part(result)
                     finished = part.finish_reason is not None
                     yield part
         except grpc.aio.AioRpcError as error:
-            failure = ApiError(503, f"Triton server at {self.url}: cannot be reached ({error.code().name}); try again later")
+            failure = ServerAway(f"Triton server at {self.url}: cannot be reached ({error.code().name}); try again later")
         finally:
             responses.cancel()  # nothing, unless the iteration was left early
         if not finished:
             raise failure
 
 
-def _api_error(message: str) -> ApiError:
-    """1. An error of our model, which says its code. 2. An error of the server itself."""
+def _api_error(message: str, url: str) -> ApiError:
+    """1. An error of our model, which says its code. 2. An error of the server itself: it has no such model, or ends."""
     ours = _ERROR.match(message)
     if ours:  # 1.
         status = _STATUSES[ours["code"]]
         return bad_request(ours["line"]) if status == 400 else ApiError(status, ours["line"])
     line = " ".join(message.split())  # 2.
-    return ApiError(503 if "unknown model" in line else 500, f"Triton server: {line}")
+    return ServerAway(f"Triton server at {url}: {line}") if _AWAY.search(line) else ApiError(500, f"Triton server: {line}")
 
 
 def _tensor(name: str, value: Any) -> grpcclient.InferInput:

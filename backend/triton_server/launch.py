@@ -42,9 +42,10 @@ class TritonServer:
     """A running server with one model, stopped when the `with` block ends. Entering waits until the model is ready.
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
-    parameters, `instances` its instance group. A model may take its load_timeout_s to load, one instance after the other; a
-    request may go on for `exit_timeout_s` after the stop began. `report` is called with what is told, a line at a time: where
-    the log is, how far loading is, and, when `check_alive` is called, that a worker died or the model unloads itself.
+    parameters, `instances` its instance group. `gpu`: the only one that the server sees, counted among those that this process
+    sees; it is number 0 for `instances`. A model may take its load_timeout_s to load, one instance after the other; a request
+    may go on for `exit_timeout_s` after the stop began. `report` is called with what is told, a line at a time: where the log
+    is, how far loading is, and, when `check_alive` is called, that a worker died or the model unloads itself.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class TritonServer:
         metrics_port: int = 8002,
         parameters: Mapping[str, str] | None = None,
         instances: Instances | None = None,
+        gpu: int | None = None,
         exit_timeout_s: int = 10,
         report: Callable[[str], None] = lambda line: None,
     ):
         self._model_dir = Path(os.path.realpath(model_repository), MODEL_NAME)
         self._parameters = dict(parameters or {})
-        self._instances = instances
+        self._instances, self._gpu = instances, gpu
         if engine_dir is not None:
             self._parameters["engine_dir"] = os.path.realpath(engine_dir)
         self._host = host
@@ -125,7 +127,7 @@ class TritonServer:
         """Reports what is new in the log. Raises ServerError with the reason from it if the server is no longer running."""
         self._report_news()
         if self._process.poll() is not None:
-            reason = failure_reason(self.log_path.read_text())
+            reason = failure_reason(self.log_path.read_text(), self._gpu)
             code = self._process.returncode
             raise ServerError(f"tritonserver ended with exit code {code}: {reason}; its log is {self.log_path}")
 
@@ -149,10 +151,10 @@ class TritonServer:
     def _choose_addresses(self) -> None:
         try:
             self._host = ipv4_address(self._host)
-            chosen = free_ports(self._host, {f"--{name}-port": port for name, port in self._ports.items()})
+            chosen = free_ports(self._host, [(f"--{name}-port", port) for name, port in self._ports.items()])
         except AddressError as error:
             raise ServerError(str(error)) from None
-        self._ports = dict(zip(self._ports, chosen.values(), strict=True))
+        self._ports = dict(zip(self._ports, chosen, strict=True))
 
     def _start(self) -> None:
         arguments = {
@@ -170,7 +172,7 @@ class TritonServer:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 [bundled("bin/tritonserver"), "--disable-auto-complete-config", *options],
-                env=server_environment() | {"TMPDIR": str(self._staging)},  # programs are unpacked there
+                env=server_environment(self._gpu) | {"TMPDIR": str(self._staging)},  # programs are unpacked there
                 cwd=self._staging,  # the stub puts its working directory first on sys.path
                 stdin=subprocess.DEVNULL,
                 stdout=log,

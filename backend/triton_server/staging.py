@@ -73,11 +73,27 @@ def bundled(path: str) -> Path:
     return file
 
 
-def server_environment() -> dict[str, str]:
-    """The server's environment: the stub finds this very Python, its shared library, and this very package."""
+def server_environment(gpu: int | None = None) -> dict[str, str]:
+    """The server's environment: the stub finds this very Python, its shared library, and this very package.
+
+    gpu: the only one that the server is to see, counted among those that this process sees. Raises ServerError if there are not
+    so many.
+    """
     first = {
         "PATH": str(Path(sys.executable).parent),
         "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR") or "",
         "PYTHONPATH": str(MODEL_REPOSITORY.parent),
     }
-    return os.environ | {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in first.items()}
+    paths = {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in first.items()}
+    return os.environ | paths | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": _visible(gpu)})
+
+
+def _visible(gpu: int) -> str:
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not seen:
+        return str(gpu)
+    devices = seen.split(",")
+    if gpu >= len(devices):
+        expected = f"expected at most {len(devices) - 1}, because CUDA_VISIBLE_DEVICES is {seen}"
+        raise ServerError(f"--gpus: got {gpu}, {expected}; pass other numbers")
+    return devices[gpu].strip()

@@ -1,0 +1,92 @@
+"""What `python -m backend serve` runs: a Triton server, or one a GPU, and OpenAI's API in front of it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from backend.addresses import AddressError, free_ports, ipv4_address
+from backend.openai_server.serve import FrontEnd
+from backend.openai_server.settings import OpenAISettings
+from backend.triton_server.launch import TritonServer
+from backend.triton_server.model_config import Instances
+
+_CHECK_INTERVAL_S = 0.5
+_PORTS_APART = 10
+
+
+def serve(
+    openai: OpenAISettings | None,
+    *,
+    host: str,
+    ports: Mapping[str, int],
+    instances: Instances | None,
+    report: Callable[[str], None],
+    **options: Any,
+) -> None:
+    """Serves until a signal leaves it, and prints a line with the addresses once all is ready.
+
+    openai: of the front end, whose port may be 0; None for none. ports: of the first server, by the names of `TritonServer`;
+    0 for free ones. options: others of `TritonServer`.
+
+    With a front end and replicas on several GPUs each GPU has a server of its own, because the front end gives a request to
+    the server that has the fewest; of several instances in one server, any may take it. Raises ServerError, FrontEndError and
+    ValueError.
+    """
+    gpus = instances.gpus if openai and instances and len(instances.gpus) > 1 else ()
+    # All of them before anything starts: loading an engine takes minutes.
+    ports_of_servers, openai_port = chosen_ports(host, ports, len(gpus) or 1, openai.port if openai else None)
+    if gpus:
+        replicas = Instances(count=instances.count, gpus=(0,))  # each server sees its own GPU alone
+        each = [{"instances": replicas, "gpu": gpu, "report": _of_gpu(report, gpu)} for gpu in gpus]
+    else:
+        each = [{"instances": instances, "report": report}]
+    with ExitStack() as running:
+        servers = [
+            running.enter_context(TritonServer(host=host, **its_ports, **its_own, **options))
+            for its_ports, its_own in zip(ports_of_servers, each, strict=True)
+        ]
+        parts: list[TritonServer | FrontEnd] = [*servers]
+        addresses = {"gRPC": _joined(servers, "grpc_url"), "HTTP": _joined(servers, "http_url")}
+        addresses["metrics"], logs = _joined(servers, "metrics_url"), {"log": _joined(servers, "log_path")}
+        if openai:
+            found = {"triton_urls": tuple(server.grpc_url for server in servers), "port": openai_port}
+            if len(servers) == 1:
+                found["triton_metrics_url"] = servers[0].metrics_url
+            front_end = FrontEnd(openai.model_copy(update=found), servers[0].log_path.with_name("openai.log"))
+            parts.append(running.enter_context(front_end))
+            addresses["OpenAI"], logs["OpenAI log"] = f"{front_end.url}/v1", front_end.log_path
+        print("ready", *(f"{name} {where}" for name, where in (addresses | logs).items()), sep="  ", flush=True)
+        while True:
+            for part in parts:
+                part.check_alive()
+            time.sleep(_CHECK_INTERVAL_S)
+
+
+def chosen_ports(
+    host: str, ports: Mapping[str, int], num_servers: int, openai_port: int | None
+) -> tuple[list[dict[str, int]], int | None]:
+    """Those of each server, and the front end's, with every 0 replaced by a free one. A server's are 10 above those before.
+
+    Raises AddressError for one that cannot be used.
+    """
+    wanted, most = [], 65535 - _PORTS_APART * (num_servers - 1)
+    for at in range(num_servers):
+        for name, first in ports.items():
+            option = f"--{name.replace('_', '-')}"
+            if first > most:
+                expected = f"expected at most {most} for {num_servers} servers, whose ports are {_PORTS_APART} apart"
+                raise AddressError(f"{option}: got {first}, {expected}; pass a lower one, or 0")
+            wanted.append((option, first and first + _PORTS_APART * at))
+    if openai_port is not None:
+        wanted.append(("--openai-port", openai_port))
+    chosen = iter(free_ports(ipv4_address(host), wanted))
+    return [{name: next(chosen) for name in ports} for _ in range(num_servers)], next(chosen, None)
+
+
+def _joined(servers: Sequence[TritonServer], attribute: str) -> str:
+    return ",".join(str(getattr(server, attribute)) for server in servers)
+
+
+def _of_gpu(report: Callable[[str], None], gpu: int) -> Callable[[str], None]:
+    return lambda line: report(f"GPU {gpu}: {line}")
