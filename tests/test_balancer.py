@@ -138,7 +138,7 @@ def test_the_next_is_the_one_with_the_fewest_of_the_others():
 def test_each_server_is_asked_once_and_the_last_refusal_is_told():
     async def work() -> None:
         servers = [Server(refusal=ApiError(503, f"{name}: full")) for name in "abc"]
-        with pytest.raises(ApiError, match="^c: full$"):
+        with pytest.raises(ApiError, match=r"^c: full$"):
             await whole(Balancer(servers))
         assert asked(servers) == [1, 1, 1]
 
@@ -149,7 +149,7 @@ def test_each_server_is_asked_once_and_the_last_refusal_is_told():
 def test_other_refusals_are_for_the_client(status):
     async def work() -> None:
         servers = [Server(refusal=ApiError(status, "no")), Server()]
-        with pytest.raises(ApiError, match="^no$"):
+        with pytest.raises(ApiError, match=r"^no$"):
             await whole(Balancer(servers))
         assert asked(servers) == [1, 0]
 

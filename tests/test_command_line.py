@@ -69,6 +69,16 @@ def test_serve_looks_at_every_port_before_it_starts_anything(option, never_start
         (["serve", "--allowed-origin", "https://a.example/"], "--allowed-origin: got 'https://a.example/', expected scheme://"),
         (["openai", "--allowed-origin", ""], "--allowed-origin: got '', expected scheme://host or scheme://host:port"),
         (["openai", "--triton", "localhost"], "--triton: got 'localhost', expected host:port, such as localhost:8001"),
+        (["openai", "--triton", "a:1", "--triton", "b"], "--triton: got 'b', expected host:port, such as localhost:8001"),
+        (
+            ["openai", "--triton", "a:1", "--triton", "b:1", "--triton", "a:1"],
+            "--triton: got a:1 twice, expected each server once; remove one",
+        ),
+        (
+            ["openai", "--triton", "a:1", "--triton", "b:1", "--triton-metrics", "http://a:2/metrics"],
+            "--triton-metrics: got http://a:2/metrics beside 2 of --triton, expected it beside one; leave it out, and scrape "
+            "/metrics of each server",
+        ),
         (["openai", "--triton-metrics", "nonsense"], "--triton-metrics: got 'nonsense', expected a URL such as http://"),
     ],
 )

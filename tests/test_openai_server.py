@@ -3,7 +3,10 @@
 import asyncio
 import itertools
 import json
+import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from schemathesis import GenerationMode
+from server_clients import ANY_PORTS
 from small_checkpoints import TINY
 from tiny_tasks import Question, questions
 from typer.testing import CliRunner
@@ -34,7 +38,7 @@ KEY = "a key"
 
 
 @pytest.fixture(scope="module")
-def server(engine_dir, tmp_path_factory) -> Iterator[FrontEnd]:
+def triton(engine_dir, tmp_path_factory) -> Iterator[TritonServer]:
     """The tiny engine with room for the longest answers that clients ask for: no program depends on the number of positions."""
     engine = tmp_path_factory.mktemp("engines") / "tiny"
     shutil.copytree(engine_dir, engine)
@@ -42,13 +46,17 @@ def server(engine_dir, tmp_path_factory) -> Iterator[FrontEnd]:
     manifest["model"]["max_position_embeddings"] = 40_000
     manifest["checkpoint"]["path"] = str(TINY)
     (engine / "manifest.json").write_text(json.dumps(manifest))
-    parameters = {"max_sequences": "8"}
-    with TritonServer(engine_dir=engine, parameters=parameters, grpc_port=0, http_port=0, metrics_port=0) as triton:
-        settings = OpenAISettings(
-            triton_urls=(triton.grpc_url,), triton_metrics_url=triton.metrics_url, port=0, api_keys=(KEY, "another")
-        )
-        with FrontEnd(settings, engine / "openai.log") as front_end:
-            yield front_end
+    with TritonServer(engine_dir=engine, parameters={"max_sequences": "8"}, **ANY_PORTS) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def server(triton, tmp_path_factory) -> Iterator[FrontEnd]:
+    settings = OpenAISettings(
+        triton_urls=(triton.grpc_url,), triton_metrics_url=triton.metrics_url, port=0, api_keys=(KEY, "another")
+    )
+    with FrontEnd(settings, tmp_path_factory.mktemp("logs") / "openai.log") as front_end:
+        yield front_end
 
 
 @pytest.fixture(scope="module")
@@ -516,6 +524,42 @@ def assert_a_place_is_free(server: FrontEnd) -> None:
     with OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
         completion = client.completions.create(model=MODEL, prompt="Count.", max_tokens=1)
     assert completion.usage.completion_tokens == 1
+
+
+def num_answered(triton: TritonServer) -> int:
+    with httpx2.Client(trust_env=False) as http:
+        text = http.get(triton.metrics_url).text
+    return sum(int(float(each)) for each in re.findall(r'diffusiongemma_requests_total{.*outcome="success".*} (\S+)', text))
+
+
+def test_requests_are_shared_by_two_servers_and_go_on_when_one_is_killed(triton, engine_dir, tmp_path):
+    already = num_answered(triton)
+    log = tmp_path / "openai.log"
+    with TritonServer(engine_dir=engine_dir, parameters={"max_sequences": "8"}, **ANY_PORTS) as other:
+        settings = OpenAISettings(triton_urls=(other.grpc_url, triton.grpc_url), port=0)
+        with FrontEnd(settings, log) as front_end, OpenAI(base_url=f"{front_end.url}/v1", api_key="none") as unkeyed:
+            client = unkeyed.with_options(max_retries=0)
+
+            def sums(n: int) -> set[str]:
+                asked = client.chat.completions.create(
+                    model=MODEL, messages=user("What is 17 + 25?"), n=n, max_tokens=64, seed=1
+                )
+                return {choice.message.content for choice in asked.choices}
+
+            assert sums(8) == {"42"}
+            wait_until(lambda: num_answered(other) + num_answered(triton) == already + 8)
+            assert num_answered(other) == 4
+            extra = {name: ENDLESS[name] for name in ("ignore_eos", "confidence_threshold")}
+            asked = {"model": MODEL, "prompt": "Count.", "max_tokens": 100, "extra_body": extra}
+            streams = [client.completions.create(**asked, stream=True) for _ in range(2)]  # one on each
+            os.killpg(other.pid, signal.SIGKILL)
+            with pytest.raises(openai.APIError, match=rf"Triton server at {other.grpc_url}: cannot be reached"):
+                list(streams[0])  # it has begun to answer
+            assert list(streams[1])[-1].choices[0].finish_reason == "length"
+            assert sums(4) == {"42"}
+            with httpx2.Client(trust_env=False) as http:
+                assert http.get(f"{front_end.url}/health").status_code == 200
+    assert log.read_text().count("meanwhile the others are asked first") == 1
 
 
 def test_without_a_triton_server_it_says_so(tmp_path):

@@ -50,6 +50,8 @@ def test_a_gpu_that_is_not_there(there, expected):
     log = f'E1128 20:04:34.8 1 model_repository_manager.cc:1460] "failed to load: {said}"\nerror: creating server: {said}\n'
     assert failure_reason(log) == f"--gpus: got 7, {expected}"
     assert failure_reason(f"error: creating server: {said}\n") == f"--gpus: got 7, {expected}"
+    alone = "--gpus: got 3, expected a GPU that Triton can use here; pass others, or leave it out"
+    assert failure_reason(log, 3) == alone
 
 
 def test_a_log_without_a_known_reason():

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import time
 
 import grpc
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
+from backend.openai_server.errors import ApiError, ServerAway
 from backend.openai_server.triton_model import Part, TritonModel
 
 NUMBERS = ("num_input_tokens", "num_output_tokens", "num_reasoning_tokens")
@@ -32,6 +35,19 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
             yield service_pb2.ModelStreamInferResponse(infer_response=response)
 
 
+class Refusing(service_pb2_grpc.GRPCInferenceServiceServicer):
+    def __init__(self, said: str):
+        self.said = said
+
+    async def ModelStreamInfer(self, requests, context):  # noqa: N802 - gRPC's name
+        async for _ in requests:
+            yield service_pb2.ModelStreamInferResponse(error_message=self.said)
+
+
+async def whole(model: TritonModel) -> list[Part]:
+    return [part async for part in model.generate({"text_input": "hello"}, "1")]
+
+
 def answered(logprobs: str) -> list[Part]:
     async def run() -> list[Part]:
         server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
@@ -40,7 +56,7 @@ def answered(logprobs: str) -> list[Part]:
         await server.start()
         model = TritonModel(f"127.0.0.1:{port}", "m")
         try:
-            return [part async for part in model.generate({"text_input": "hello"}, "1")]
+            return await whole(model)
         finally:
             await model.close()
             await server.stop(None)
@@ -54,3 +70,58 @@ def test_an_answer_of_any_length_arrives(num_tokens):
     [part] = answered(json.dumps(logprobs))
     assert (part.text, part.finish_reason, part.num_output_tokens) == ("é", "stop", 1)
     assert part.logprobs == logprobs
+
+
+@pytest.mark.parametrize(
+    ("said", "is_away"),
+    [
+        ("Request for unknown model: 'm' is not found", True),
+        ("[request id: 1] Server is stopping, scheduler for model has stopped accepting new inference requests", True),
+        ("Server not ready", True),
+        ("[request id: 1] [UNAVAILABLE] queue: got 9 waiting requests, at most 9; try again later", False),
+    ],
+)
+def test_a_refusal_of_the_server_itself_says_whether_it_is_away(said, is_away):
+    async def run() -> None:
+        server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Refusing(said), server)
+        url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        model = TritonModel(url, "m")
+        with pytest.raises(ApiError) as raised:
+            await whole(model)
+        assert (raised.value.status, isinstance(raised.value, ServerAway)) == (503, is_away)
+        assert str(raised.value) == (f"Triton server at {url}: {said}" if is_away else said.partition("[UNAVAILABLE] ")[2])
+        await model.close()
+        await server.stop(None)
+
+    asyncio.run(run())
+
+
+def test_a_server_that_comes_back_is_found_within_seconds():
+    """However long it was away: gRPC by itself would then not even try for two minutes."""
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            url = f"127.0.0.1:{free.getsockname()[1]}"
+        model, begun_s = TritonModel(url, "m"), time.monotonic()
+        while time.monotonic() < begun_s + 6:  # by then gRPC's pauses are longer than what is allowed below
+            with pytest.raises(ServerAway, match=f"^Triton server at {url}: cannot be reached \\(UNAVAILABLE\\); try again"):
+                await whole(model)
+            await asyncio.sleep(0.2)
+        server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Server("[]"), server)
+        server.add_insecure_port(url)
+        await server.start()
+        back_s = time.monotonic()
+        while True:
+            try:
+                await whole(model)
+                break
+            except ServerAway:
+                assert time.monotonic() < back_s + 2.9
+                await asyncio.sleep(0.1)
+        await model.close()
+        await server.stop(None)
+
+    asyncio.run(run())

@@ -1,0 +1,149 @@
+"""What `python -m backend serve` starts: one server, or one a GPU, their ports and what the front end is told of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from backend import serving
+from backend.__main__ import app
+from backend.addresses import AddressError
+from backend.openai_server.settings import OpenAISettings
+from backend.triton_server.errors import ServerError
+from backend.triton_server.model_config import Instances
+from backend.triton_server.staging import server_environment
+
+HOST = "127.0.0.1"
+PORTS = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+
+
+class Stop(Exception):
+    """Ends what would serve until a signal."""
+
+
+class Started:
+    """In the place of servers and of the front end. all: those that were started, in their order."""
+
+    all: list["Started"]
+
+    def __enter__(self) -> "Started":
+        Started.all.append(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.has_ended = True
+
+    def check_alive(self) -> None:
+        raise Stop
+
+
+class Server(Started):
+    def __init__(self, **options):
+        self.options = options
+        number = len(Started.all)
+        self.log_path = Path(f"/s{number}/server.log")
+        self.grpc_url, self.http_url, self.metrics_url = f"a:{number}", f"http://a:{number}", f"http://a:{number}/metrics"
+
+
+class FrontEnd(Started):
+    url = "http://a:9"
+
+    def __init__(self, settings: OpenAISettings, log_path: Path):
+        self.settings, self.log_path = settings, log_path
+
+
+@pytest.fixture
+def served(monkeypatch, capsys):
+    """(what was started, the line of standard output) of `serve` with these options."""
+    Started.all = []
+    monkeypatch.setattr(serving, "TritonServer", Server)
+    monkeypatch.setattr(serving, "FrontEnd", FrontEnd)
+
+    def serve(*arguments: object, **options: object) -> tuple[list[Started], str]:
+        with pytest.raises(Stop):
+            serving.serve(*arguments, **({"host": HOST, "ports": PORTS, "report": print} | options))
+        assert all(each.has_ended for each in Started.all)
+        return Started.all, capsys.readouterr().out
+
+    return serve
+
+
+def test_with_the_front_end_each_gpu_has_a_server(served):
+    instances = Instances(count=2, gpus=(0, 3))
+    (*servers, front_end), line = served(OpenAISettings(port=0), instances=instances, engine_dir="e")
+    assert [server.options["gpu"] for server in servers] == [0, 3]
+    assert all(server.options["instances"] == Instances(count=2, gpus=(0,)) for server in servers)
+    assert all(server.options["engine_dir"] == "e" for server in servers)
+    ports = {server.options[name] for server in servers for name in PORTS} | {front_end.settings.port}
+    assert len(ports) == 7 and 0 not in ports
+    assert (front_end.settings.triton_urls, front_end.settings.triton_metrics_url) == (("a:0", "a:1"), None)
+    assert line == (
+        "ready  gRPC a:0,a:1  HTTP http://a:0,http://a:1  metrics http://a:0/metrics,http://a:1/metrics  "
+        "OpenAI http://a:9/v1  log /s0/server.log,/s1/server.log  OpenAI log /s0/openai.log\n"
+    )
+
+
+def test_what_a_server_of_a_gpu_reports_says_which(served):
+    told = []
+    (first, second, _), _ = served(OpenAISettings(port=0), instances=Instances(gpus=(0, 3)), report=told.append)
+    first.options["report"]("starting")
+    second.options["report"]("starting")
+    assert told == ["GPU 0: starting", "GPU 3: starting"]
+
+
+@pytest.mark.parametrize(
+    ("openai", "instances"),
+    [
+        (OpenAISettings(port=0), None),
+        (OpenAISettings(port=0), Instances(count=3)),
+        (OpenAISettings(port=0), Instances(gpus=(1,))),
+        (None, Instances(gpus=(0, 1))),
+    ],
+    ids=["as config.pbtxt says", "replicas", "one GPU", "without the front end"],
+)
+def test_otherwise_there_is_one_server(openai, instances, served):
+    (server, *front_ends), _ = served(openai, instances=instances)
+    assert server.options["instances"] is instances and "gpu" not in server.options
+    assert [(each.settings.triton_urls, each.settings.triton_metrics_url) for each in front_ends] == (
+        [(("a:0",), "http://a:0/metrics")] if openai else []
+    )
+
+
+def test_further_servers_have_ports_that_are_10_higher(monkeypatch):
+    monkeypatch.setattr(serving, "free_ports", lambda host, ports: [port for _, port in ports])
+    ports = {"grpc_port": 8001, "http_port": 0}
+    chosen = serving.chosen_ports(HOST, ports, 3, 9000)
+    assert chosen == ([{"grpc_port": port, "http_port": 0} for port in (8001, 8011, 8021)], 9000)
+    assert serving.chosen_ports(HOST, ports, 1, None) == ([ports], None)
+
+
+def test_a_port_that_leaves_no_room_for_the_others():
+    with pytest.raises(AddressError) as raised:
+        serving.chosen_ports(HOST, {"grpc_port": 65530}, 2, None)
+    expected = "expected at most 65525 for 2 servers, whose ports are 10 apart"
+    assert str(raised.value) == f"--grpc-port: got 65530, {expected}; pass a lower one, or 0"
+
+
+def test_a_server_sees_the_gpu_that_is_meant(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in server_environment()
+    assert server_environment(3)["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5")
+    assert server_environment()["CUDA_VISIBLE_DEVICES"] == "4, GPU-5"
+    assert [server_environment(gpu)["CUDA_VISIBLE_DEVICES"] for gpu in (0, 1)] == ["4", "GPU-5"]
+    with pytest.raises(ServerError) as raised:
+        server_environment(2)
+    expected = "expected at most 1, because CUDA_VISIBLE_DEVICES is 4, GPU-5"
+    assert str(raised.value) == f"--gpus: got 2, {expected}; pass other numbers"
+
+
+@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="for a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named_as_it_was_given(engine_dir, monkeypatch):
+    monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)  # they are this process's
+    free = [word for name in ("grpc", "http", "metrics", "openai") for word in (f"--{name}-port", "0")]
+    result = CliRunner().invoke(app, ["serve", "--engine", str(engine_dir), "--gpus", "1,0", *free])
+    told, error = result.output.splitlines()
+    assert re.fullmatch(r"GPU 1: starting  log \S+", told) and result.exit_code == 1
+    expected = "expected a GPU that Triton can use here; pass others, or leave it out"
+    assert re.fullmatch(rf"error: tritonserver ended with exit code \d+: --gpus: got 1, {expected}; its log is \S+", error)
