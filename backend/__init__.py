@@ -29,6 +29,7 @@
 | `text_stream` | tokens → text, piece by piece, with stop strings |
 | `triton_server` | the Triton Inference Server model and its launcher |
 | `openai_server` | OpenAI's API in front of it |
+| `serving` | what `python -m backend serve` runs of both |
 """
 
 from backend.errors import RequestError
