@@ -41,11 +41,13 @@ def serve(
         each = [{"instances": replicas, "gpu": gpu, "report": _of_gpu(report, gpu)} for gpu in gpus]
     else:
         each = [{"instances": instances, "report": report}]
+    servers = [
+        TritonServer(host=host, **its_ports, **its_own, **options)
+        for its_ports, its_own in zip(ports_of_servers, each, strict=True)
+    ]
     with ExitStack() as running:
-        servers = [
-            running.enter_context(TritonServer(host=host, **its_ports, **its_own, **options))
-            for its_ports, its_own in zip(ports_of_servers, each, strict=True)
-        ]
+        for server in servers:
+            running.enter_context(server)
         parts: list[TritonServer | FrontEnd] = [*servers]
         addresses = {"gRPC": _joined(servers, "grpc_url"), "HTTP": _joined(servers, "http_url")}
         addresses["metrics"], logs = _joined(servers, "metrics_url"), {"log": _joined(servers, "log_path")}

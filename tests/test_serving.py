@@ -41,9 +41,12 @@ class Started:
 class Server(Started):
     def __init__(self, **options):
         self.options = options
+
+    def __enter__(self) -> "Server":
         number = len(Started.all)
         self.log_path = Path(f"/s{number}/server.log")
         self.grpc_url, self.http_url, self.metrics_url = f"a:{number}", f"http://a:{number}", f"http://a:{number}/metrics"
+        return super().__enter__()
 
 
 class FrontEnd(Started):
@@ -136,6 +139,16 @@ def test_a_server_sees_the_gpu_that_is_meant(monkeypatch):
         server_environment(2)
     expected = "expected at most 1, because CUDA_VISIBLE_DEVICES is 4, GPU-5"
     assert str(raised.value) == f"--gpus: got 2, {expected}; pass other numbers"
+
+
+def test_a_gpu_beyond_those_that_are_visible_is_refused_before_anything_starts(monkeypatch):
+    def start(_) -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    monkeypatch.setattr("backend.triton_server.launch.TritonServer.__enter__", start)
+    with pytest.raises(ServerError, match="--gpus: got 1, expected at most 0, because CUDA_VISIBLE_DEVICES is 4; pass other"):
+        serving.serve(OpenAISettings(port=0), host=HOST, ports=PORTS, instances=Instances(gpus=(0, 1)), report=print)
 
 
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="for a machine without a GPU")

@@ -43,9 +43,10 @@ class TritonServer:
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
     parameters, `instances` its instance group. `gpu`: the only one that the server sees, counted among those that this process
-    sees; it is number 0 for `instances`. A model may take its load_timeout_s to load, one instance after the other; a request
-    may go on for `exit_timeout_s` after the stop began. `report` is called with what is told, a line at a time: where the log
-    is, how far loading is, and, when `check_alive` is called, that a worker died or the model unloads itself.
+    sees (ServerError if there are not so many); it is number 0 for `instances`. A model may take its load_timeout_s to load,
+    one instance after the other; a request may go on for `exit_timeout_s` after the stop began. `report` is called with what is
+    told, a line at a time: where the log is, how far loading is, and, when `check_alive` is called, that a worker died or the
+    model unloads itself.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TritonServer:
         self._model_dir = Path(os.path.realpath(model_repository), MODEL_NAME)
         self._parameters = dict(parameters or {})
         self._instances, self._gpu = instances, gpu
+        self._environment = server_environment(gpu)
         if engine_dir is not None:
             self._parameters["engine_dir"] = os.path.realpath(engine_dir)
         self._host = host
@@ -172,7 +174,7 @@ class TritonServer:
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 [bundled("bin/tritonserver"), "--disable-auto-complete-config", *options],
-                env=server_environment(self._gpu) | {"TMPDIR": str(self._staging)},  # programs are unpacked there
+                env=self._environment | {"TMPDIR": str(self._staging)},  # programs are unpacked there
                 cwd=self._staging,  # the stub puts its working directory first on sys.path
                 stdin=subprocess.DEVNULL,
                 stdout=log,
