@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-ErrorCode = Literal["INVALID_ARGUMENT", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL"]
+ErrorCode = Literal["INVALID_ARGUMENT", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL"]
 
 
 class RequestError(Exception):

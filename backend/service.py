@@ -218,7 +218,7 @@ class Service:
             except Exception as error:  # of ours, whatever it is: without this thread every request would wait for ever
                 _logger.exception("supervising the engine worker failed")
                 reason = f"server: internal error ({type(error).__name__}); see its log"
-            self._fail(lambda request: request.sent, RequestError("UNAVAILABLE", f"{reason}; send the request again"))  # 2.
+            self._fail(lambda request: request.sent, RequestError("ABORTED", f"{reason}; send the request again"))  # 2.
             if not first_start.done():
                 first_start.set_exception(WorkerError(reason))
                 return

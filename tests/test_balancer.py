@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from backend.openai_server.app import create_app
 from backend.openai_server.balancer import Balancer
-from backend.openai_server.errors import ApiError, ServerAway
+from backend.openai_server.errors import ApiError, ServerAway, WorkerDied
 from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import Part
 
@@ -118,6 +118,22 @@ def test_what_one_server_refuses_the_next_answers(refusal):
         balancer = Balancer(servers)
         assert await whole(balancer) == " three four"
         assert asked(servers) == [1, 1, 0]
+
+    run(work())
+
+
+@pytest.mark.parametrize("others", [[], [FULL, AWAY]])
+def test_a_request_that_two_workers_died_of_goes_to_no_third(others):
+    """What refuses it for another reason does not count."""
+    died = WorkerDied("engine worker: ended by SIGKILL; send the request again")
+
+    async def work() -> None:
+        servers = [Server(refusal=each) for each in (died, *others, died)] + [Server()]
+        with pytest.raises(WorkerDied):
+            await whole(Balancer(servers))
+        assert asked(servers) == [1] * (len(servers) - 1) + [0]
+        servers = [Server(refusal=died), Server()]
+        assert await whole(Balancer(servers)) == " three four"
 
     run(work())
 

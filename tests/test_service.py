@@ -105,7 +105,7 @@ def test_a_lost_worker_fails_what_it_had_and_is_replaced(watched, number, words)
     assert all(isinstance(asked.next(), CanvasOutput) for asked in had)
     watched.signal(number)
     errors = [asked.last() for asked in had]
-    assert {error.code for error in errors} == {"UNAVAILABLE"}
+    assert {error.code for error in errors} == {"ABORTED"}
     assert all(words in str(error) and "\n" not in str(error) for error in errors)
     assert Asked(watched.service, SHORT).last().finish_reason == "length"
     assert watched.restarts == restarts + 1

@@ -11,7 +11,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
-from backend.openai_server.errors import ApiError, ServerAway
+from backend.openai_server.errors import ApiError, ServerAway, WorkerDied
 from backend.openai_server.triton_model import Part, TritonModel
 
 NUMBERS = ("num_input_tokens", "num_output_tokens", "num_reasoning_tokens")
@@ -73,15 +73,16 @@ def test_an_answer_of_any_length_arrives(num_tokens):
 
 
 @pytest.mark.parametrize(
-    ("said", "is_away"),
+    ("said", "kind"),
     [
-        ("Request for unknown model: 'm' is not found", True),
-        ("[request id: 1] Server is stopping, scheduler for model has stopped accepting new inference requests", True),
-        ("Server not ready", True),
-        ("[request id: 1] [UNAVAILABLE] queue: got 9 waiting requests, at most 9; try again later", False),
+        ("Request for unknown model: 'm' is not found", ServerAway),
+        ("[request id: 1] Server is stopping, scheduler for model has stopped accepting new inference requests", ServerAway),
+        ("Server not ready", ServerAway),
+        ("[request id: 1] [UNAVAILABLE] queue: got 9 waiting requests, at most 9; try again later", ApiError),
+        ("[ABORTED] engine worker: ended by SIGKILL; see the server's log; send the request again", WorkerDied),
     ],
 )
-def test_a_refusal_of_the_server_itself_says_whether_it_is_away(said, is_away):
+def test_a_refusal_says_whether_the_server_is_away_and_whether_its_worker_died(said, kind):
     async def run() -> None:
         server = grpc.aio.server()
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Refusing(said), server)
@@ -90,8 +91,8 @@ def test_a_refusal_of_the_server_itself_says_whether_it_is_away(said, is_away):
         model = TritonModel(url, "m")
         with pytest.raises(ApiError) as raised:
             await whole(model)
-        assert (raised.value.status, isinstance(raised.value, ServerAway)) == (503, is_away)
-        assert str(raised.value) == (f"Triton server at {url}: {said}" if is_away else said.partition("[UNAVAILABLE] ")[2])
+        assert (raised.value.status, type(raised.value)) == (503, kind)
+        assert str(raised.value) == (f"Triton server at {url}: {said}" if kind is ServerAway else said.rpartition("] ")[2])
         await model.close()
         await server.stop(None)
 

@@ -8,13 +8,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from backend.openai_server.errors import ApiError, ServerAway
+from backend.openai_server.errors import ApiError, ServerAway, WorkerDied
 from backend.openai_server.triton_model import Part, TritonModel
 
 _logger = logging.getLogger(__name__)
 # What is away is asked last for so long. A refusal of what cannot be reached costs next to nothing, but that of a server whose
 # model is gone takes a round trip, which would come first in every request: such a server has the fewest under way.
 _AWAY_S = 3.0
+_MOST_DEATHS = 2
 
 
 @dataclass(eq=False)
@@ -30,7 +31,8 @@ class Balancer:
 
     1. The server is the one with the fewest requests under way; those that are away come last, and equal ones take turns.
     2. If it refuses with status 503 (it cannot be reached, has no place, or its worker died) before the first part, the next
-       is asked, and no server twice. What has begun to answer is never asked for again.
+       is asked, and no server twice; but none once two workers have died, for it may be the request that they die of. What has
+       begun to answer is never asked for again.
     3. The last refusal is raised.
     """
 
@@ -58,7 +60,7 @@ class Balancer:
 
     async def generate(self, inputs: Mapping[str, Any], request_id: str) -> AsyncIterator[Part]:
         """As `TritonModel.generate`."""
-        unasked = list(self._servers)
+        unasked, num_deaths = list(self._servers), 0
         while True:
             server = self._next(unasked)  # 1.
             unasked.remove(server)
@@ -74,7 +76,8 @@ class Balancer:
             except ApiError as error:
                 if isinstance(error, ServerAway):
                     self._is_gone(server, error)
-                if error.status != 503 or has_begun or not unasked:  # 2., 3.
+                num_deaths += isinstance(error, WorkerDied)
+                if error.status != 503 or has_begun or not unasked or num_deaths == _MOST_DEATHS:  # 2., 3.
                     raise
             finally:
                 server.num_under_way -= 1

@@ -57,6 +57,13 @@ class ServerAway(ApiError):
         super().__init__(503, message)
 
 
+class WorkerDied(ApiError):
+    """503 of a Triton server whose worker had the request when it died. It may have died of it."""
+
+    def __init__(self, message: str):
+        super().__init__(503, message)
+
+
 def bad_request(message: str) -> ApiError:
     """A 400; the parameter at fault is the one that the line begins with. The code is one that clients look for."""
     found = _AT_FAULT.match(message)

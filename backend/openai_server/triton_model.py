@@ -11,12 +11,19 @@ import numpy as np
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from backend.openai_server.errors import ApiError, ServerAway, bad_request
+from backend.openai_server.errors import ApiError, ServerAway, WorkerDied, bad_request
 from backend.triton_server.signature import INPUTS
 
 _DATATYPES = {each.name: "BYTES" if each.datatype == "STRING" else each.datatype for each in INPUTS}
 # Codes of `RequestError`, which `triton_server/response.py` puts before the line.
-_STATUSES = {"INVALID_ARGUMENT": 400, "UNAVAILABLE": 503, "DEADLINE_EXCEEDED": 504, "CANCELLED": 503, "INTERNAL": 500}
+_STATUSES = {
+    "INVALID_ARGUMENT": 400,
+    "UNAVAILABLE": 503,
+    "ABORTED": 503,
+    "DEADLINE_EXCEEDED": 504,
+    "CANCELLED": 503,
+    "INTERNAL": 500,
+}
 _CHANNEL = [
     ("grpc.enable_http_proxy", 0),  # whatever proxy the environment names is not for a server that is named here
     # Without these, which tritonclient sets only where no others are given, gRPC refuses answers of more than 4 MiB: some
@@ -100,8 +107,10 @@ def _api_error(message: str, url: str) -> ApiError:
     """1. An error of our model, which says its code. 2. An error of the server itself: it has no such model, or ends."""
     ours = _ERROR.match(message)
     if ours:  # 1.
-        status = _STATUSES[ours["code"]]
-        return bad_request(ours["line"]) if status == 400 else ApiError(status, ours["line"])
+        code, line = ours["code"], ours["line"]
+        if code == "ABORTED":
+            return WorkerDied(line)
+        return bad_request(line) if code == "INVALID_ARGUMENT" else ApiError(_STATUSES[code], line)
     line = " ".join(message.split())  # 2.
     return ServerAway(f"Triton server at {url}: {line}") if _AWAY.search(line) else ApiError(500, f"Triton server: {line}")
 

@@ -266,7 +266,7 @@ class DiffusionGemmaModel:
 
 def _outcome(error: RequestError, *, was_accepted: bool) -> Outcome:
     """How the service ended a request. A time-out of its own is one of the queue; it is unavailable before a request was
-    accepted, because it is full, and after that, because its worker died."""
+    accepted, because it is full, and after that, because no worker is left."""
     if error.code == "UNAVAILABLE":
         return "failed" if was_accepted else "rejected"
     return "rejected" if error.code in ("INVALID_ARGUMENT", "DEADLINE_EXCEEDED") else "failed"

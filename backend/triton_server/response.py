@@ -41,10 +41,11 @@ from backend.job import CanvasOutput, DraftOutput
 from backend.text_stream import special_tokens
 from backend.triton_server.request import GenerationRequest
 
-# Triton's codes by ours, the best first: releases differ in what they have, and none has a deadline.
+# Triton's codes by ours, the best first: releases differ in what they have; none has a deadline, nor aborted.
 _TRITON_CODES = {
     "INVALID_ARGUMENT": ("INVALID_ARG",),
     "UNAVAILABLE": ("UNAVAILABLE",),
+    "ABORTED": ("UNAVAILABLE",),
     "DEADLINE_EXCEEDED": ("DEADLINE_EXCEEDED", "UNAVAILABLE"),
     "CANCELLED": ("CANCELLED", "UNAVAILABLE"),
     "INTERNAL": ("INTERNAL",),
