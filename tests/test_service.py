@@ -172,7 +172,7 @@ def test_a_worker_that_cannot_be_started_again_ends_all_requests(engine_dir, mon
     wait_until(lambda: watched.service.worker_pid is not None)
     asked = Asked(watched.service, ENDLESS)
     watched.signal(signal.SIGKILL)
-    assert asked.last().code == "UNAVAILABLE"
+    assert asked.last().code == "ABORTED"
     assert words in watched.gave_up.get(timeout=TIMEOUT_S)
     with pytest.raises(RequestError, match="load the model again"):
         Asked(watched.service, SHORT)
