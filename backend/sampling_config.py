@@ -40,6 +40,12 @@ _NEUTRAL_VALUES = {
     "bad_words": ([],),
     "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
 }
 
 

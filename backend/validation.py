@@ -1,5 +1,6 @@
 """JSON values checked against types, and what is wrong with one in a line: where, got, expected."""
 
+import re
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -43,11 +44,14 @@ def _line(name: str, value: object, error: ValidationError) -> str:
     if not meant and len({place[:-1] for place in others}) == 1:  # one value, which is none of several
         deepest["ctx"] = {"expected": " or ".join(each["ctx"]["expected"] for each in others.values())}
         deepest["msg"] = f"Input should be {deepest['ctx']['expected']}"
-    where, got = name, value
+    where, got, key = name, value, ""
     for step in deepest["loc"]:  # steps that are not in the data are pydantic's names of the alternatives
         if isinstance(step, int) and isinstance(got, list) and step < len(got):
             where, got = f"{where}[{step}]", got[step]
         elif isinstance(step, str) and isinstance(got, dict) and step in got:
+            if not re.fullmatch(r"[\w-]{1,64}", step):  # a key of the client's own
+                key, got = f" at {shown(step)}", got[step]
+                break
             where, got = f"{where}.{step}", got[step]
     kind, message, context = deepest["type"], deepest["msg"], deepest.get("ctx", {})
     if kind in ("missing", "union_tag_not_found"):
@@ -58,4 +62,4 @@ def _line(name: str, value: object, error: ValidationError) -> str:
         return f"{where}.{key}: got {shown(context['tag'])}, expected one of {context['expected_tags']}"
     message = _EXPECTED.get(kind, message)
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{where}: got {shown_json(got)}, expected {expected[:1].lower()}{expected[1:]}"
+    return f"{where}: got {shown_json(got)}{key}, expected {expected[:1].lower()}{expected[1:]}"

@@ -60,6 +60,19 @@ def test_a_tool_result_gets_the_name_of_its_call(template, chat_tokenizer):
     assert template.prompt(chat_request(sent, [WEATHER])).text == expected
 
 
+def test_a_call_may_say_null_for_what_it_has_not():
+    def calling(**call):
+        return [
+            USER,
+            {"role": "assistant", "tool_calls": [{"id": "c1", **call}]},
+            {"role": "tool", "tool_call_id": "c1", "content": ""},
+        ]
+
+    null = calling(type=None, function={"name": "weather", "arguments": None})
+    whole = calling(type="function", function={"name": "weather", "arguments": "{}"})
+    assert chat_request(null) == chat_request(whole)
+
+
 @pytest.mark.parametrize(
     ("tools", "choice", "prefill"),
     [

@@ -101,10 +101,35 @@ def test_what_is_null_is_as_if_it_were_not_there(route, body, known):
 
 
 def test_what_is_null_in_a_response_format_is_as_if_it_were_not_there():
-    described = {"name": "a", "schema": {}, "strict": None}
+    described = {"name": "a", "schema": {}, "strict": None, "description": None}
     for kind, schema in (("text", None), ("json_object", None), ("json_schema", described)):
         asked = {"type": kind, "json_schema": schema, "structural_tag": None}
         assert posted(json.dumps({**CHAT, "response_format": asked}), route="chat/completions")[0] == 200
+
+
+def test_what_is_null_in_a_schema_is_part_of_it():
+    for schema in ({"const": None}, {"properties": {"a": {"default": None}}, "enum": [None]}):
+        asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        [inputs] = posted(json.dumps({**CHAT, "response_format": asked}), route="chat/completions")[2]
+        assert json.loads(inputs["sampling_parameters"]) == {"structured_outputs": {"json": schema}}
+
+
+@pytest.mark.parametrize(("route", "body"), [("chat/completions", CHAT), ("completions", COMPLETION)])
+def test_what_is_null_in_stream_options_is_as_if_it_were_not_there(client, route, body):
+    reply = client.post(f"/v1/{route}", json={**body, "stream": True, "stream_options": {"include_usage": None}})
+    assert reply.status_code == 200 and '"usage"' not in reply.text
+
+
+def test_functions_of_old_clients_ask_for_nothing_when_there_are_none():
+    nothing = {"functions": [], "function_call": "none"}
+    assert posted(json.dumps({**CHAT, **nothing}), route="chat/completions")[0] == 200
+    for asked in ({"functions": [{"name": "f"}]}, {"function_call": "auto"}):
+        assert refusal(json.dumps({**CHAT, **asked}), route="chat/completions")[1] in asked
+
+
+def test_a_key_of_the_clients_own_does_not_break_the_line():
+    message = refusal(json.dumps({**CHAT, "metadata": {"a\nb": 1}}), route="chat/completions")
+    assert message == ("metadata: got 1 at 'a\\nb', expected string", "metadata")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +179,11 @@ STRUCTURE = {"structured_outputs": {"regex": "a"}, "response_format": {"type": "
         ),
         (
             {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
-            "response_format.schema: unknown with type 'json_object'; remove it",
+            "response_format: got the key 'schema' with type 'json_object', expected type alone; remove it",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}, "a\nb": 1}},
+            "response_format: got the key 'a\\nb' with type 'json_schema', expected type and json_schema alone; remove it",
         ),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}},

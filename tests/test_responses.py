@@ -394,6 +394,36 @@ def user(content: Any = "a") -> dict[str, Any]:
         ({"reasoning": {"effort": "low", "summary": "auto"}}, {"reasoning_effort": "low"}),
         ({"reasoning": {"effort": None, "context": "auto", "mode": "standard", "generate_summary": "auto"}}, {}),
         ({"text": {"format": {"type": "text"}, "verbosity": "medium"}}, {}),
+        ({"text": {"format": None}}, {}),
+        (
+            {"text": {"format": {"type": "json_schema", **SCHEMA, "description": None}}},
+            {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+        ),
+        (
+            {
+                "input": [
+                    {**user(), "type": None, "id": None, "status": None},
+                    {
+                        "type": "reasoning",
+                        "id": None,
+                        "summary": [],
+                        "content": None,
+                        "encrypted_content": None,
+                        "status": None,
+                    },
+                    {**ANSWERED, "phase": None},
+                    {**CALLS[0], "id": None, "status": "completed", "namespace": None},
+                    {"type": "function_call_output", "call_id": "call_1", "output": "rain", "id": None, "status": None},
+                ]
+            },
+            {
+                "messages": [
+                    user(),
+                    {"role": "assistant", "content": [TEXT], "tool_calls": TOOL_CALLS[:1]},
+                    {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+                ]
+            },
+        ),
         ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
         (
             {"text": {"format": {"type": "json_schema", **SCHEMA}, "verbosity": None}},
@@ -533,7 +563,11 @@ def said(*parts: dict[str, Any]) -> dict[str, Any]:
             "input[0].role: got 'robot', expected 'user', 'assistant', 'system' or 'developer'",
         ),
         ({"input": [{"role": "user"}]}, "input[0].content: got nothing, expected a value; add it"),
-        ({"input": [user(), {"type": "item_reference", "id": "a"}]}, f"input[1].type: got 'item_reference', expected {ITEMS}"),
+        (
+            {"input": [user(), {"type": "item_reference", "id": "a"}]},
+            "input[1]: got {'type': 'item_reference', 'id': 'a'}, expected the item itself, for nothing is stored; "
+            "set the client's store to false",
+        ),
         ({"input": [{"type": "web_search_call", "id": "a"}]}, f"input[0].type: got 'web_search_call', expected {ITEMS}"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id: got nothing, expected a value; add it"),
         (
@@ -579,7 +613,7 @@ def said(*parts: dict[str, Any]) -> dict[str, Any]:
         ),
         (
             {"text": {"format": {"type": "json_object", "schema": {}}}},
-            "text.format.schema: unknown with type 'json_object'; remove it",
+            "text.format: got the key 'schema' with type 'json_object', expected type alone; remove it",
         ),
         (
             {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},

@@ -215,6 +215,12 @@ def test_from_mapping(mapping, expected):
         ("bad_words", [[]], [["a"]]),
         ("prompt_logprobs", [None], [0, False]),
         ("include_stop_str_in_output", [False], [True]),
+        ("spaces_between_special_tokens", [True], [False]),
+        ("return_token_ids", [False], [True]),
+        ("add_generation_prompt", [True], [False]),
+        ("continue_final_message", [False], [True]),
+        ("include_reasoning", [True], [False]),
+        ("separate_reasoning", [True], [False]),
     ],
 )
 def test_unsupported_parameters(name, neutral, refused):

@@ -55,12 +55,12 @@ class UserMessage(Record):
 
 class CalledFunction(Record):
     name: str
-    arguments: str | dict[str, Any]  # a JSON object, as text or parsed
+    arguments: str | dict[str, Any] | None  # a JSON object, as text or parsed; null is without any
 
 
 class MessageToolCall(Record):
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
 
 
@@ -187,7 +187,7 @@ def _for_template(listed: list[Message], given: Sequence[Mapping[str, Any]]) -> 
     return result
 
 
-def _arguments(where: str, arguments: str | dict[str, Any]) -> dict[str, Any]:
+def _arguments(where: str, arguments: str | dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(arguments, dict):
         return arguments
     expected = "expected the text of a JSON object"

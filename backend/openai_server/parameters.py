@@ -15,7 +15,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
 from backend.openai_server.errors import bad_request
-from backend.parameters import NUMBERS, TOKEN_ID, Number, shown_json
+from backend.parameters import NUMBERS, TOKEN_ID, Number, shown, shown_json
 
 _SAMPLING = {
     "frequency_penalty",
@@ -55,6 +55,8 @@ _WITHOUT_EFFECT = {
 }
 # Values that ask for nothing, of parameters that nothing here has.
 _NEUTRAL = {
+    "function_call": "none",
+    "functions": [],
     "modalities": ["text"],
     "store": False,
     "suffix": "",
@@ -118,10 +120,11 @@ def _structure(response_format: Mapping[str, Any] | None) -> dict[str, Any] | No
     if not response_format:
         return None
     kind = response_format["type"]
-    known = {"type", "json_schema"} if kind == "json_schema" else {"type"}
-    for name, value in response_format.items():
-        if name not in known and value is not None:
-            raise bad_request(f"response_format.{name}: unknown with type {shown_json(kind)}; remove it")
+    known = ["type", "json_schema"] if kind == "json_schema" else ["type"]
+    for name in response_format:
+        if name not in known:
+            got = f"the key {shown(name)} with type {shown_json(kind)}"
+            raise bad_request(f"response_format: got {got}, expected {' and '.join(known)} alone; remove it")
     if kind == "text":
         return None
     if kind == "json_object":

@@ -33,10 +33,12 @@ class CompletionBody(CompletionParams, total=False):
 
 CHAT = TypeAdapter(ChatBody)
 COMPLETION = TypeAdapter(CompletionBody)
+# Parameters that are several options, and those of them that are such again.
+_OPTIONS = {"reasoning": (), "response_format": ("json_schema",), "stream_options": (), "text": ("format",)}
 
 
 async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISettings) -> dict[str, Any]:
-    """The body as it came, without what is null, if it is right as far as OpenAI's types say.
+    """The body as it came, without what is null (see `_without_nulls`), if it is right as far as OpenAI's types say.
 
     Raises:
         ApiError: 413 for one that is too large, 404 for another model, 499 for a client that goes before all has come, 400 for
@@ -52,7 +54,7 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
         raise bad_request(f"body: got {error}, expected a JSON object") from None
     if not isinstance(body, dict):
         raise bad_request(f"body: got {shown_json(body)}, expected a JSON object")
-    body = {name: value for name, value in body.items() if value is not None}  # many clients send what they leave open so
+    body = _without_nulls(body)
     try:
         checked("body", adapter, body)
     except RequestError as error:
@@ -64,6 +66,26 @@ async def read_body(request: Request, adapter: TypeAdapter, settings: OpenAISett
         got = f"{shown(copies)} choices of {len(sent)} bytes"
         raise bad_request(f"n: got {got}, expected at most {settings.max_body_bytes} bytes in all; send several requests")
     return body
+
+
+def _without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """Many clients write out all of a record, with null for what they leave open: parameters, their options, and items of a
+    response's input. A schema keeps its nulls, and what else the model reads."""
+    body = _not_null(body)
+    for name, within in _OPTIONS.items():
+        if name in body:
+            body[name] = options = _not_null(body[name])
+            for each in within:
+                if isinstance(options, dict) and each in options:
+                    options[each] = _not_null(options[each])
+    if isinstance(body.get("input"), list):
+        body["input"] = [_not_null(item) for item in body["input"]]
+    return body
+
+
+def _not_null(value: Any) -> Any:
+    """An object without its keys that are null; anything else as it is."""
+    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 async def _limited(request: Request, max_bytes: int) -> bytes:

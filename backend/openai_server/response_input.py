@@ -14,7 +14,8 @@ What the assistant said in a row is one message, as far as a message can hold it
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from backend.validation import Record
 
@@ -75,7 +76,17 @@ class ReasoningItem(Record):
     content: list[Annotated[ReasoningText | PlainText, Field(discriminator="type")]] | None = None
 
 
-Item = InputMessage | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
+def _no_reference(item: Any) -> Any:
+    """A client that sends a reference takes its items for stored, as they are at OpenAI unless `store` is false."""
+    if isinstance(item, Mapping) and item.get("type") == "item_reference":
+        raise PydanticCustomError("item_reference", "the item itself, for nothing is stored; set the client's store to false")
+    return item
+
+
+Item = Annotated[
+    InputMessage | FunctionCallItem | FunctionCallOutputItem | ReasoningItem,
+    BeforeValidator(_no_reference),
+]
 Input = Annotated[
     Annotated[str, Tag("text")] | Annotated[list[Item], Tag("items")],
     Discriminator(lambda value: "text" if isinstance(value, str) else "items"),

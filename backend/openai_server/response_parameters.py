@@ -77,12 +77,12 @@ def chat_body(body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _options(body: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
-    """What a parameter says that is several, without what is null. kind: its type."""
+    """What a parameter says that is several. kind: its type."""
     given, known = body.get(name, {}), kind.__annotations__
     for each in given:
         if each not in known:
             raise bad_request(f"{name}: got the key {shown(each)}, expected some of {', '.join(sorted(known))}; remove it")
-    return {each: value for each, value in given.items() if value is not None}
+    return given
 
 
 def _response_format(form: Mapping[str, Any]) -> Mapping[str, Any]:
