@@ -189,7 +189,7 @@ def _mma(
 ) -> Tile | Product:
     def compute() -> Tile:
         left = a.tensor if isinstance(a, Shared) else a
-        product = tile(left.float() @ b.tensor.float())
+        product = tile((left.double() @ b.tensor.double()).float())  # as `triton_interpreter` has it
         before = accumulator.result if isinstance(accumulator, Product) else accumulator
         return before + product if use_acc else product
 

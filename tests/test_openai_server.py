@@ -533,7 +533,6 @@ def num_answered(triton: TritonServer) -> int:
 
 
 def test_requests_are_shared_by_two_servers_and_go_on_when_one_is_killed(triton, engine_dir, tmp_path):
-    already = num_answered(triton)
     log = tmp_path / "openai.log"
     with TritonServer(engine_dir=engine_dir, parameters={"max_sequences": "8"}, **ANY_PORTS) as other:
         settings = OpenAISettings(triton_urls=(other.grpc_url, triton.grpc_url), port=0)
@@ -547,8 +546,7 @@ def test_requests_are_shared_by_two_servers_and_go_on_when_one_is_killed(triton,
                 return {choice.message.content for choice in asked.choices}
 
             assert sums(8) == {"42"}
-            wait_until(lambda: num_answered(other) + num_answered(triton) == already + 8)
-            assert num_answered(other) == 4
+            wait_until(lambda: num_answered(other) == 4)  # the others were the fixture's server's, which tests before use, too
             extra = {name: ENDLESS[name] for name in ("ignore_eos", "confidence_threshold")}
             asked = {"model": MODEL, "prompt": "Count.", "max_tokens": 100, "extra_body": extra}
             streams = [client.completions.create(**asked, stream=True) for _ in range(2)]  # one on each

@@ -27,7 +27,11 @@ def save_the_interpreters_time() -> None:
 
 
 def let_dot_read_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as raw 16-bit words, and its matrix product takes those for numbers: converts them."""
+    """The interpreter keeps bfloat16 as raw 16-bit words, and its matrix product takes those for numbers: converts them.
+
+    Such a product is made in double precision: how a library orders the sums in single precision depends on the tile's size
+    and on the CPU, and tests compare kernels of different tiles to the bit.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -40,7 +44,10 @@ def let_dot_read_bfloat16() -> None:
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(self, a, b, d, *precision):
-        return plain(self, numbers(a), numbers(b), d, *precision)
+        if not a.dtype.scalar == b.dtype.scalar == tl.bfloat16:
+            return plain(self, numbers(a), numbers(b), d, *precision)
+        product = np.matmul(numbers(a).data, numbers(b).data, dtype=np.float64)
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
 
