@@ -172,7 +172,7 @@ def generate(
                 f"[{result.finish_reason}, {len(result.token_ids)} tokens, denoising steps a canvas: {steps}]", file=sys.stderr
             )
     except (RequestError, ManifestError, CheckpointError) as error:
-        _fail(*str(error).split("\n") if isinstance(error, CheckpointError) else [str(error)])
+        _fail(*_problems(error))
 
 
 @app.command()
@@ -203,7 +203,7 @@ def chat(
             notes.print(HELP, style="dim")
         all_answered = session.run(_typed_lines(notes.input) if is_typed else sys.stdin)
     except (RequestError, ManifestError, CheckpointError) as error:
-        _fail(*str(error).split("\n") if isinstance(error, CheckpointError) else [str(error)])
+        _fail(*_problems(error))
     if not all_answered and notes is not console:
         raise typer.Exit(1)
 
@@ -283,6 +283,13 @@ def _note(line: str) -> None:
     """On standard error, which may be a terminal that is closed."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+
+
+def _problems(error: Exception) -> list[str]:
+    """A line each. Of a checkpoint there may be several; in other errors a line break is of a name that they quote."""
+    from contract.checkpoint import CheckpointError
+
+    return str(error).split("\n") if isinstance(error, CheckpointError) else [str(error)]
 
 
 def _fail(*lines: str) -> NoReturn:
