@@ -8,7 +8,7 @@ from typing import Any
 from backend.addresses import AddressError, free_ports, ipv4_address
 from backend.openai_server.serve import FrontEnd
 from backend.openai_server.settings import OpenAISettings
-from backend.triton_server.launch import TritonServer
+from backend.triton_server.launch import POLL_INTERVAL_S, TritonServer
 from backend.triton_server.model_config import Instances
 
 _CHECK_INTERVAL_S = 0.5
@@ -46,8 +46,7 @@ def serve(
         for its_ports, its_own in zip(ports_of_servers, each, strict=True)
     ]
     with ExitStack() as running:
-        for server in servers:
-            running.enter_context(server)
+        _start(servers, running)
         parts: list[TritonServer | FrontEnd] = [*servers]
         addresses = {"gRPC": _joined(servers, "grpc_url"), "HTTP": _joined(servers, "http_url")}
         addresses["metrics"], logs = _joined(servers, "metrics_url"), {"log": _joined(servers, "log_path")}
@@ -63,6 +62,17 @@ def serve(
             for part in parts:
                 part.check_alive()
             time.sleep(_CHECK_INTERVAL_S)
+
+
+def _start(servers: Sequence[TritonServer], running: ExitStack) -> None:
+    """All at once, because each takes minutes, and so they stop: each may wait for the requests that it has."""
+    for server in servers:
+        server.start()
+        running.push(server)
+    running.callback(lambda: [server.begin_to_stop() for server in servers])
+    waiting = list(servers)
+    while waiting := [server for server in waiting if not server.is_ready()]:
+        time.sleep(POLL_INTERVAL_S)
 
 
 def chosen_ports(

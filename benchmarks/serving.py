@@ -1,35 +1,53 @@
-"""A server's throughput and latency over gRPC, by how many clients ask at once; every request has the same work.
+"""A server's throughput and latency, by how many clients ask at once; every request has the same work.
 
     python benchmarks/serving.py --engine engines/26b --clients 1 4 16 64
+    python benchmarks/serving.py --engine engines/26b --clients 16 --api openai -- --gpus 0,1
 
-Starts a server of its own. A client sends a request, random tokens of its own, reads the stream to its end, and sends the next.
-Tokens a second count those of the answers; "first canvas" is how long a client waits for the first response, which has a whole
-canvas. Checked: that every answer has its tokens and its steps. The last line is JSON.
+Starts `python -m backend serve` with the engine, and asks over gRPC or OpenAI's API. A client sends a request, random tokens
+of its own, reads the stream to its end, and sends the next. Tokens a second count those of the answers; "first canvas" is how
+long a client waits for the first response, which has a whole canvas. Checked: that every answer has its tokens and, over gRPC,
+its steps. The last line is JSON.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import command_line
 import torch
 from measuring import Report, refuse
+from openai import OpenAI
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from server_clients import ANY_PORTS, Stream  # noqa: E402
+from server_clients import Stream  # noqa: E402
 
-from backend.triton_server.launch import TritonServer  # noqa: E402
-from backend.triton_server.model_config import Instances  # noqa: E402
+from backend.openai_server.settings import OpenAISettings  # noqa: E402
 from contract.manifest import read_manifest  # noqa: E402
 
 OURS = "this server"
+STOP_TIMEOUT_S = 60
+
+
+class Request(NamedTuple):
+    prompt: list[int]
+    seed: int
+    num_tokens: int
+    num_canvases: int
+    steps: int  # of each canvas
+
+    @property
+    def sampling(self) -> dict[str, object]:
+        return {"max_denoising_steps": self.steps, "confidence_threshold": 0, "ignore_eos": True}
 
 
 class Served(NamedTuple):
@@ -47,52 +65,59 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=command_line.count, default=128)
     parser.add_argument("--canvases", type=command_line.count, default=2, help="of an answer")
     parser.add_argument("--steps", type=command_line.count, default=48, help="fixed denoising steps a canvas")
-    parser.add_argument("--gpus", type=int, nargs="+", default=(), help="a replica on each; without it, one")
-    parser.add_argument("--set", dest="settings", type=setting, action="append", default=[], help="NAME=VALUE, of config.pbtxt")
+    parser.add_argument("--api", choices=("grpc", "openai"), default="grpc", help="what is asked; grpc: without the front end")
+    parser.add_argument("serve", nargs="*", help="after --: options of `serve`, such as --gpus 0,1")
     options = parser.parse_args()
-    report = Report(benchmark=f"serving, {options.engine.name}")
+    report = Report(benchmark=f"serving over {options.api}, {options.engine.name}")
     started_s = time.perf_counter()
-    with TritonServer(
-        engine_dir=options.engine,
-        parameters=dict(options.settings),
-        instances=Instances(gpus=tuple(options.gpus)) if options.gpus else None,
-        report=lambda line: print(line, file=sys.stderr),
-        **ANY_PORTS,
-    ) as server:
+    with served(options) as url:
         report.add("ready", OURS, time.perf_counter() - started_s, "s")
+        answer = ask_grpc if options.api == "grpc" else ask_openai
         num_tokens = options.canvases * read_manifest(options.engine).model.canvas_length
-        report.add("the first request", OURS, ask(server, options, num_tokens, 0).all_s, "s")
+
+        def ask(seed: int) -> Served:
+            prompt = torch.randint(20, 400, (options.prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+            return answer(url, Request(prompt, seed, num_tokens, options.canvases, options.steps))
+
+        report.add("the first request", OURS, ask(0).all_s, "s")
         for clients in options.clients:
-            measure(server, options, num_tokens, clients, report)
+            measure(ask, clients, clients * options.requests_a_client, num_tokens, report)
     report.finish()
 
 
-def setting(text: str) -> tuple[str, str]:
-    """An option of argparse."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"got {text}, expected NAME=VALUE")
-    return name, value
+@contextmanager
+def served(options: argparse.Namespace) -> Iterator[str]:
+    """The address that is asked, of a server that runs meanwhile."""
+    command = [sys.executable, "-m", "backend", "serve", "--engine", str(options.engine.resolve()), *options.serve]
+    command += [word for name in ("grpc", "http", "metrics", "openai") for word in (f"--{name}-port", "0")]
+    command += ["--no-openai"] if options.api == "grpc" else []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            ready, *words = process.stdout.readline().split() or [""]
+            if ready != "ready":
+                refuse(f"serve ended with exit code {process.wait(STOP_TIMEOUT_S)}; it says why above")
+            yield words[words.index("gRPC" if options.api == "grpc" else "OpenAI") + 1]
+        finally:
+            process.terminate()
+            process.wait(STOP_TIMEOUT_S)
 
 
-def measure(server: TritonServer, options: argparse.Namespace, num_tokens: int, clients: int, report: Report) -> None:
-    seeds = range(1, 1 + clients * options.requests_a_client)
+def measure(ask: Callable[[int], Served], clients: int, num_requests: int, num_tokens: int, report: Report) -> None:
     started_s = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        served = list(pool.map(lambda seed: ask(server, options, num_tokens, seed), seeds))
+        served = list(pool.map(ask, range(1, 1 + num_requests)))
     elapsed_s = time.perf_counter() - started_s
     case = f"{clients} client{'s' if clients > 1 else ''}"
-    report.add(case, OURS, len(served) * num_tokens / elapsed_s, "tokens/s")
+    report.add(case, OURS, num_requests * num_tokens / elapsed_s, "tokens/s")
     report.add(f"{case}, first canvas, median", OURS, statistics.median(each.first_canvas_s for each in served), "s")
     report.add(f"{case}, whole answer, median", OURS, statistics.median(each.all_s for each in served), "s")
     report.add(f"{case}, whole answer, longest", OURS, max(each.all_s for each in served), "s")
 
 
-def ask(server: TritonServer, options: argparse.Namespace, num_tokens: int, seed: int) -> Served:
-    prompt = torch.randint(20, 400, (options.prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    sampling = {"max_denoising_steps": options.steps, "confidence_threshold": 0, "ignore_eos": True, "max_tokens": num_tokens}
+def ask_grpc(url: str, request: Request) -> Served:
+    sampling = json.dumps(request.sampling | {"max_tokens": request.num_tokens})
     started_s = time.perf_counter()
-    stream = Stream(server.grpc_url, input_ids=prompt, seed=seed, sampling_parameters=json.dumps(sampling), stream=True)
+    stream = Stream(url, input_ids=request.prompt, seed=request.seed, sampling_parameters=sampling, stream=True)
     try:
         responses, first_s = [], None
         for response in stream:
@@ -101,10 +126,30 @@ def ask(server: TritonServer, options: argparse.Namespace, num_tokens: int, seed
         all_s = time.perf_counter() - started_s
     finally:
         stream.close()
-    expected = {"tokens": num_tokens, "steps": options.canvases * options.steps}
+    expected = {"tokens": request.num_tokens, "steps": request.num_canvases * request.steps}
     got = {"tokens": sum(len(each.token_ids) for each in responses), "steps": sum(each.num_steps for each in responses)}
     if got != expected:
-        refuse(f"request {seed}: got {got}, expected {expected}")
+        refuse(f"request {request.seed}: got {got}, expected {expected}")
+    return Served(first_s, all_s)
+
+
+def ask_openai(url: str, request: Request) -> Served:
+    sampling = {"max_tokens": request.num_tokens, "seed": request.seed, "extra_body": request.sampling}
+    with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        started_s = time.perf_counter()
+        chunks = client.completions.create(
+            model=OpenAISettings().served_name,
+            prompt=request.prompt,
+            stream=True,
+            stream_options={"include_usage": True},
+            **sampling,
+        )
+        first_s = None
+        for chunk in chunks:
+            first_s, usage = first_s or time.perf_counter() - started_s, chunk.usage
+        all_s = time.perf_counter() - started_s
+    if usage.completion_tokens != request.num_tokens:
+        refuse(f"request {request.seed}: got {usage.completion_tokens} tokens, expected {request.num_tokens}")
     return Served(first_s, all_s)
 
 

@@ -23,30 +23,47 @@ class Stop(Exception):
 
 
 class Started:
-    """In the place of servers and of the front end. all: those that were started, in their order."""
+    """In the place of servers and of the front end. all: those that were started, in order; events: what became of them."""
 
     all: list["Started"]
+    events: list[str]
+
+    def start(self) -> None:
+        self.number = len(Started.all)
+        Started.all.append(self)
+        self.note("started")
+
+    def note(self, event: str) -> None:
+        Started.events.append(f"{self.number} {event}")
 
     def __enter__(self) -> "Started":
-        Started.all.append(self)
+        self.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.has_ended = True
+        self.note("ended")
 
     def check_alive(self) -> None:
         raise Stop
 
 
 class Server(Started):
-    def __init__(self, **options):
-        self.options = options
+    grpc_url = property(lambda self: f"a:{self.number}")
+    http_url = property(lambda self: f"http://a:{self.number}")
+    metrics_url = property(lambda self: f"http://a:{self.number}/metrics")
+    log_path = property(lambda self: Path(f"/s{self.number}/server.log"))
 
-    def __enter__(self) -> "Server":
-        number = len(Started.all)
-        self.log_path = Path(f"/s{number}/server.log")
-        self.grpc_url, self.http_url, self.metrics_url = f"a:{number}", f"http://a:{number}", f"http://a:{number}/metrics"
-        return super().__enter__()
+    def __init__(self, **options):
+        self.options, self.looks = options, 0
+
+    def is_ready(self) -> bool:
+        self.looks += 1
+        if self.looks == 2:
+            self.note("ready")
+        return self.looks == 2
+
+    def begin_to_stop(self) -> None:
+        self.note("stopping")
 
 
 class FrontEnd(Started):
@@ -59,14 +76,14 @@ class FrontEnd(Started):
 @pytest.fixture
 def served(monkeypatch, capsys):
     """(what was started, the line of standard output) of `serve` with these options."""
-    Started.all = []
+    Started.all, Started.events = [], []
     monkeypatch.setattr(serving, "TritonServer", Server)
     monkeypatch.setattr(serving, "FrontEnd", FrontEnd)
 
     def serve(*arguments: object, **options: object) -> tuple[list[Started], str]:
         with pytest.raises(Stop):
             serving.serve(*arguments, **({"host": HOST, "ports": PORTS, "report": print} | options))
-        assert all(each.has_ended for each in Started.all)
+        assert sorted(each for each in Started.events if "ended" in each) == [f"{each.number} ended" for each in Started.all]
         return Started.all, capsys.readouterr().out
 
     return serve
@@ -85,6 +102,12 @@ def test_with_the_front_end_each_gpu_has_a_server(served):
         "ready  gRPC a:0,a:1  HTTP http://a:0,http://a:1  metrics http://a:0/metrics,http://a:1/metrics  "
         "OpenAI http://a:9/v1  log /s0/server.log,/s1/server.log  OpenAI log /s0/openai.log\n"
     )
+
+
+def test_servers_load_and_stop_at_once(served):
+    served(OpenAISettings(port=0), instances=Instances(gpus=(0, 3)))
+    loaded = ["0 started", "1 started", "0 ready", "1 ready", "2 started"]
+    assert Started.events == [*loaded, "2 ended", "0 stopping", "1 stopping", "1 ended", "0 ended"]
 
 
 def test_what_a_server_of_a_gpu_reports_says_which(served):
@@ -156,7 +179,8 @@ def test_a_gpu_that_is_not_there_is_named_as_it_was_given(engine_dir, monkeypatc
     monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)  # they are this process's
     free = [word for name in ("grpc", "http", "metrics", "openai") for word in (f"--{name}-port", "0")]
     result = CliRunner().invoke(app, ["serve", "--engine", str(engine_dir), "--gpus", "1,0", *free])
-    told, error = result.output.splitlines()
-    assert re.fullmatch(r"GPU 1: starting  log \S+", told) and result.exit_code == 1
+    *told, error = result.output.splitlines()
+    assert [re.sub(r" \S+$", "", each) for each in told] == ["GPU 1: starting  log", "GPU 0: starting  log"]
+    assert result.exit_code == 1
     expected = "expected a GPU that Triton can use here; pass others, or leave it out"
     assert re.fullmatch(rf"error: tritonserver ended with exit code \d+: --gpus: got 1, {expected}; its log is \S+", error)

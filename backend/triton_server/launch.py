@@ -33,13 +33,14 @@ from backend.triton_server.staging import (
     stage_model,
 )
 
-_POLL_INTERVAL_S = 0.1
+POLL_INTERVAL_S = 0.1
 _START_S = 60.0  # of the server itself
 _KILL_TIMEOUT_S = 2.0  # after exit_timeout_s; a server with an open gRPC stream gives up then, but does not exit
 
 
 class TritonServer:
-    """A running server with one model, stopped when the `with` block ends. Entering waits until the model is ready.
+    """A running server with one model, stopped when the `with` block ends. Entering waits until the model is ready; `start` and
+    `is_ready` do the same for who waits for several.
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
     parameters, `instances` its instance group. `gpu`: the only one that the server sees, counted among those that this process
@@ -77,6 +78,7 @@ class TritonServer:
         self._process: subprocess.Popen | None = None
         self._staging: Path | None = None
         self._news: LogNews | None = None
+        self._seconds_to_load = self._late_at_s = 0.0
 
     @property
     def grpc_url(self) -> str:
@@ -107,16 +109,10 @@ class TritonServer:
         return self._staging.name
 
     def __enter__(self) -> "TritonServer":
-        _check_environment()
+        self.start()
         try:
-            self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
-            self._news = LogNews(self.log_path)
-            stage_backend(self._staging / "backends" / "python")
-            config = stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
-            self._choose_addresses()
-            self._start()
-            self._report(f"starting  log {self.log_path}")
-            self._wait_until_ready(seconds_to_load(config) + _START_S)
+            while not self.is_ready():
+                time.sleep(POLL_INTERVAL_S)
         except BaseException as error:
             self.stop(keep_logs=isinstance(error, Exception))
             raise
@@ -125,6 +121,35 @@ class TritonServer:
     def __exit__(self, _, error: BaseException | None, __) -> None:
         self.stop(keep_logs=isinstance(error, Exception))
 
+    def start(self) -> None:
+        """Starts the processes, which have to be stopped, and does not wait for the model. Raises ServerError."""
+        _check_environment()
+        try:
+            self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
+            self._news = LogNews(self.log_path)
+            stage_backend(self._staging / "backends" / "python")
+            config = stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
+            self._choose_addresses()
+            self._start()
+            self._seconds_to_load = seconds_to_load(config) + _START_S
+            self._late_at_s = time.monotonic() + self._seconds_to_load
+            self._report(f"starting  log {self.log_path}")
+        except BaseException as error:
+            self.stop(keep_logs=isinstance(error, Exception))
+            raise
+
+    def is_ready(self) -> bool:
+        """Whether the model is. Raises ServerError, with the reason, when the server has ended or the model is late."""
+        self.check_alive()
+        if self._answers_ready():
+            self.check_alive()
+            return True
+        if time.monotonic() > self._late_at_s:
+            line = self.log_path.read_text().strip().rpartition("\n")[2]
+            late = f"model {MODEL_NAME}: not ready after {self._seconds_to_load:g} s"
+            raise ServerError(f"{late}; its log {self.log_path} ends with: {line}")
+        return False
+
     def check_alive(self) -> None:
         """Reports what is new in the log. Raises ServerError with the reason from it if the server is no longer running."""
         self._report_news()
@@ -132,6 +157,11 @@ class TritonServer:
             reason = failure_reason(self.log_path.read_text(), self._gpu)
             code = self._process.returncode
             raise ServerError(f"tritonserver ended with exit code {code}: {reason}; its log is {self.log_path}")
+
+    def begin_to_stop(self) -> None:
+        """Has the server refuse new requests and end those under way, without waiting for it; `stop` has to follow."""
+        if self._process is not None:
+            self._process.terminate()
 
     def stop(self, *, keep_logs: bool = False) -> None:
         """Ends the server, its stubs and its shared memory, and removes the staging directory. May be called again.
@@ -186,20 +216,7 @@ class TritonServer:
         for line in self._news.next():
             self._report(line)
 
-    def _wait_until_ready(self, timeout_s: float) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        ready = False
-        while not ready:
-            self.check_alive()
-            ready = self._is_ready()
-            if not ready and time.monotonic() > deadline_s:
-                line = self.log_path.read_text().strip().rpartition("\n")[2]
-                late = f"model {MODEL_NAME}: not ready after {timeout_s:g} s"
-                raise ServerError(f"{late}; its log {self.log_path} ends with: {line}")
-            time.sleep(0 if ready else _POLL_INTERVAL_S)
-        self.check_alive()
-
-    def _is_ready(self) -> bool:
+    def _answers_ready(self) -> bool:
         host = "127.0.0.1" if self._host == "0.0.0.0" else self._host
         # http.client, because urllib would go through a proxy of the environment.
         with closing(http.client.HTTPConnection(host, self._ports["http"], timeout=5)) as connection:
@@ -211,7 +228,7 @@ class TritonServer:
 
     def _end_processes(self) -> None:
         try:
-            self._process.terminate()
+            self.begin_to_stop()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._exit_timeout_s + _KILL_TIMEOUT_S)
         finally:
