@@ -11,10 +11,10 @@ import typer
 
 from backend.addresses import answers, host_and_port, host_and_port_of_url
 from backend.errors import RequestError
+from backend.json_text import parse_json_object
 from backend.parameters import INT32_MAX
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, leave_on_signals
 from backend.triton_server.model_config import Instances, config_pbtxt
-from backend.triton_server.request import parse_json_object
 from backend.triton_server.settings import Settings
 from contract.problems import printable
 from contract.standard_streams import standard_streams
@@ -52,7 +52,7 @@ def serve(
 ) -> None:
     """Serve an engine with Triton Inference Server, and OpenAI's API in front of it, until it is told to stop."""
     from backend import serving
-    from backend.openai_server.serve import FrontEndError
+    from backend.openai_server.launch import FrontEndError
     from backend.openai_server.settings import OpenAISettings, checked_origins, read_api_keys
 
     leave_on_signals("stopping; requests under way have a few seconds")
@@ -93,7 +93,8 @@ def openai_front_end(
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request, images in base64 included.")] = 192 * 1024**2,
 ) -> None:
     """Serve OpenAI's API in front of running Triton servers until SIGINT or SIGTERM."""
-    from backend.openai_server.serve import FrontEndError, serve
+    from backend.openai_server.launch import FrontEndError
+    from backend.openai_server.serve import serve
     from backend.openai_server.settings import OpenAISettings, checked_origins, read_api_keys
 
     if not all(key.strip() for key in api_key or []):

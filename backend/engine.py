@@ -1,7 +1,6 @@
 """An engine directory made ready to serve: session, tokenizer, generation defaults, KV cache and scheduler put together."""
 
 import logging
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -45,6 +44,7 @@ class Engine:
             check_free(self.plan, free_bytes(session.device))
         self.tokenizer, self.defaults, self.session = tokenizer, defaults, session
         self.bos_token = tokenizer.id_to_token(model.bos_token_id) if model.bos_token_id is not None else None
+        self.tokenize = PromptTokenizer(tokenizer, self.bos_token, model.max_position_embeddings)
         cache = PagedKVCache(
             model,
             page_size=build.page_size,
@@ -96,11 +96,6 @@ class Engine:
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error.strerror}); give access to it, or replace it") from None
         return cls(session, _load_tokenizer(engine_dir / "tokenizer.json"), defaults, limits)
-
-    @cached_property
-    def tokenize(self) -> PromptTokenizer:
-        """Made when it is asked for: it goes through the whole vocabulary, and a worker gets prompts as tokens."""
-        return PromptTokenizer(self.tokenizer, self.bos_token, self.session.manifest.model.max_position_embeddings)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

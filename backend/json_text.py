@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from backend.errors import refused
 from backend.parameters import shown
 
 
@@ -27,6 +28,22 @@ def read_json(text: str) -> Any:
         raise ValueError("half of a surrogate pair, which is no character") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+    return value
+
+
+def parse_json_object(name: str, text: str) -> dict[str, Any]:
+    """The JSON object in `text`. Raises RequestError INVALID_ARGUMENT if it is anything else or repeats a key."""
+    return parsed_json(name, text, dict, 'a JSON object like {"max_tokens": 64}')
+
+
+def parsed_json(name: str, text: str, kind: type, wanted: str) -> Any:
+    """The value of this kind in `text`, which came as the parameter `name`. Raises RequestError INVALID_ARGUMENT."""
+    try:
+        value = read_json(text)
+    except ValueError as error:
+        raise refused(f"{name}: got {error}: {shown(text)}; expected {wanted}") from None
+    if not isinstance(value, kind):
+        raise refused(f"{name}: got {shown(text)}; expected {wanted}")
     return value
 
 

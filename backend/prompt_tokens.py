@@ -2,6 +2,7 @@
 it alike."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -15,8 +16,12 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, bos_token: str | None, max_tokens: int):
         self._tokenizer, self._bos_token, self._max_tokens = tokenizer, bos_token, max_tokens
-        # No token stands for more text than it is long; this is so of tokenizers that keep the length of the text.
-        self._max_characters = max_tokens * max(map(len, tokenizer.get_vocab()))
+
+    @cached_property
+    def _max_characters(self) -> int:
+        """No token stands for more text than it is long; this is so of tokenizers that keep the length of the text. It goes
+        through the whole vocabulary, which takes a second, and only a very long text asks for it."""
+        return self._max_tokens * max(map(len, self._tokenizer.get_vocab()))
 
     def __call__(self, prompt: str) -> list[int]:
         """The prompt's tokens, special tokens in the text recognised; <bos> is added unless the text starts with one. No text
@@ -27,7 +32,7 @@ class PromptTokenizer:
         """
         if not prompt:
             return []
-        if len(prompt) > self._max_characters:
+        if len(prompt) > self._max_tokens and len(prompt) > self._max_characters:
             raise refused(
                 f"prompt: got {len(prompt)} characters, expected at most {self._max_characters}, since the model has "
                 f"{self._max_tokens} positions; shorten the prompt"

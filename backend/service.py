@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tokenizers import Tokenizer
 
@@ -72,16 +72,13 @@ class Service:
         first_start: Future[Ready] = Future()
         self._thread = threading.Thread(target=self._supervise, args=(first_start,), name="supervisor", daemon=True)
         self._thread.start()
-        self._engine = first_start.result()
+        with ThreadPoolExecutor(1) as beside:  # what is wrong with the engine, its worker says better
+            tokenizer = beside.submit(Tokenizer.from_file, str(config.engine_dir / "tokenizer.json"))
+            self._engine = first_start.result()
+        self.tokenizer = tokenizer.result()
         self.max_requests = self._engine.max_sequences + limits.max_queued  # places in the batch and in the queue
-        self._tokenizer = Tokenizer.from_file(str(config.engine_dir / "tokenizer.json"))
         max_tokens = self._engine.model.max_position_embeddings
-        self._tokenize = PromptTokenizer(self._tokenizer, self._engine.bos_token, max_tokens)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The engine's tokenizer."""
-        return self._tokenizer
+        self._tokenize = PromptTokenizer(self.tokenizer, self._engine.bos_token, max_tokens)
 
     @property
     def model(self) -> ModelConfig:

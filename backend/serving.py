@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from backend.addresses import AddressError, free_ports, ipv4_address
-from backend.openai_server.serve import FrontEnd
+from backend.openai_server.launch import FrontEnd
 from backend.openai_server.settings import OpenAISettings
 from backend.triton_server.launch import POLL_INTERVAL_S, TritonServer
 from backend.triton_server.model_config import Instances
@@ -47,16 +47,17 @@ def serve(
     ]
     with ExitStack() as running:
         _start(servers, running)
-        parts: list[TritonServer | FrontEnd] = [*servers]
         addresses = {"gRPC": _joined(servers, "grpc_url"), "HTTP": _joined(servers, "http_url")}
         addresses["metrics"], logs = _joined(servers, "metrics_url"), {"log": _joined(servers, "log_path")}
+        parts: list[TritonServer | FrontEnd] = [*servers]
         if openai:
             found = {"triton_urls": tuple(server.grpc_url for server in servers), "port": openai_port}
             if len(servers) == 1:
                 found["triton_metrics_url"] = servers[0].metrics_url
             front_end = FrontEnd(openai.model_copy(update=found), servers[0].log_path.with_name("openai.log"))
-            parts.append(running.enter_context(front_end))
+            parts.append(running.enter_context(front_end))  # while the servers load
             addresses["OpenAI"], logs["OpenAI log"] = f"{front_end.url}/v1", front_end.log_path
+        _wait_until_ready(servers)
         print("ready", *(f"{name} {where}" for name, where in (addresses | logs).items()), sep="  ", flush=True)
         while True:
             for part in parts:
@@ -65,12 +66,15 @@ def serve(
 
 
 def _start(servers: Sequence[TritonServer], running: ExitStack) -> None:
-    """All at once, because each takes minutes, and so they stop: each may wait for the requests that it has."""
+    """All at once, because loading an engine takes a minute, and so they stop: each may wait for the requests that it has."""
     for server in servers:
         server.start()
         running.push(server)
     running.callback(lambda: [server.begin_to_stop() for server in servers])
-    waiting = list(servers)
+
+
+def _wait_until_ready(servers: Sequence[TritonServer]) -> None:
+    waiting = servers
     while waiting := [server for server in waiting if not server.is_ready()]:
         time.sleep(POLL_INTERVAL_S)
 

@@ -1,6 +1,5 @@
 """The tensors of a checkpoint directory: safetensors files, one or sharded, memory-mapped and never copied."""
 
-import hashlib
 import json
 import os
 from collections.abc import KeysView, Mapping, Sequence
@@ -10,27 +9,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from contract.model_config import Record
+from contract.fingerprint import FileFingerprint
 from contract.problems import in_few_lines, of_another_model, printable
 from contract.regular_file import regular
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn", "U8": "uint8"}
-_FINGERPRINT_BLOCKS = 64
-_FINGERPRINT_BLOCK_BYTES = 4096
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used: one line for each problem, or for the first ones of many."""
-
-
-class FileFingerprint(Record):
-    """Size in bytes and a digest of the file's header and of evenly spaced blocks: notices a changed or truncated file in
-    milliseconds, whatever its size."""
-
-    size_bytes: int
-    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +162,7 @@ class Checkpoint:
 
     def fingerprint(self) -> dict[str, FileFingerprint]:
         """File name → fingerprint, for every file that holds tensors."""
-        return {name: _fingerprint(self.directory / name) for name in sorted(self._files)}
+        return {name: FileFingerprint.of(self.directory / name) for name in sorted(self._files)}
 
     def stamps(self) -> dict[str, FileStamp | None]:
         """File name → stamp, for every file that holds tensors; None for one that is no longer there."""
@@ -203,16 +192,3 @@ def _stamp(path: Path) -> FileStamp | None:
     except FileNotFoundError:
         return None
     return FileStamp(inode=found.st_ino, size_bytes=found.st_size, changed_ns=found.st_mtime_ns)
-
-
-def _fingerprint(path: Path) -> FileFingerprint:
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        digest.update(file.read(header_bytes))
-        stride = max(_FINGERPRINT_BLOCK_BYTES, (size - header_bytes) // _FINGERPRINT_BLOCKS)
-        for offset in range(8 + header_bytes, size, stride):
-            file.seek(offset)
-            digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
-    return FileFingerprint(size_bytes=size, digest=digest.hexdigest())

@@ -10,10 +10,9 @@ engines/<name>/
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, ValidationError, model_validator
 
-from contract.checkpoint import FileFingerprint
+from contract.fingerprint import FileFingerprint
 from contract.model_config import LayerType, ModelConfig, Record, Size
 from contract.regular_file import regular
 from contract.stored_file import StoredFile
@@ -32,6 +31,11 @@ COPIED_FILES = (
 )
 """Files of the checkpoint that an engine directory carries along, where the checkpoint has them."""
 
+DTYPES = frozenset(
+    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float8_e4m3fn float8_e5m2 float16 bfloat16 float32 float64".split()
+)
+"""PyTorch's names. As names, because who only reads manifests, such as the process inside Triton, does without PyTorch."""
+
 Target = Literal["tensorrt", "inductor"]
 """tensorrt: plans for Hopper. inductor: AOTInductor packages."""
 
@@ -41,7 +45,7 @@ class ManifestError(Exception):
 
 
 def _is_dtype(name: str) -> str:
-    if not isinstance(getattr(torch, name, None), torch.dtype):
+    if name not in DTYPES:
         raise ValueError("none of PyTorch's dtypes")
     return name
 

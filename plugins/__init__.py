@@ -2,8 +2,8 @@
 
 In each folder: `reference.py`, the definition in plain PyTorch; `cpu.py`, the CPU path in PyTorch's operations; `cpu.cpp`, that
 of compiled engines (package `cpu`); `kernel.py`, kernels in Triton's language, with `launch.py` (grids, tiles, scratch) and
-`cuda.py` (the CUDA path, open to compilers); `op.py`, the `torch.library` operator of the namespace `diffusiongemma` that
-programs call. Importing this package registers every operator.
+`cuda.py` (the CUDA path); `op.py`, the `torch.library` operator of the namespace `diffusiongemma` that programs call; and
+`opened.py`, that operator open to compilers. Importing this package registers every operator but the open ones.
 """
 
 from plugins.attention import op as attention_op

@@ -1,6 +1,9 @@
-"""Dependencies point one way: backend and builder never import each other, plugins and the contract import neither."""
+"""Dependencies point one way: backend and builder never import each other, plugins and the contract import neither. And what a
+process does not need it does not import: PyTorch alone takes seconds and 200 MB."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,26 @@ def test_imports_point_one_way(folder):
     assert files
     for path in files:
         assert imported(path) & OURS <= MAY_IMPORT[folder], path
+
+
+@pytest.mark.parametrize(
+    ("modules", "without"),
+    [
+        ("backend.__main__", "torch transformers openai fastapi"),
+        ("backend.serving", "torch transformers openai fastapi"),
+        ("backend.openai_server.app", "torch transformers"),
+        ("backend.triton_server.model", "torch"),
+        ("backend.worker backend.captured_loop plugins.attention.cuda plugins.feed_forward.cuda plugins.heads.cuda "
+         "plugins.moe.cuda", "transformers torch._dynamo torch._inductor sympy"),
+    ],
+    ids=["command line", "serve", "OpenAI front end", "front", "worker on a GPU"],
+)  # fmt: skip
+def test_a_process_starts_without_what_it_does_not_need(modules, without):
+    stand_in = "import sys, unittest.mock; sys.modules['triton_python_backend_utils'] = unittest.mock.MagicMock()"
+    imports = f"import {', '.join(modules.split())}"
+    told = f"print([each for each in {without.split()} if each in sys.modules])"
+    code = "; ".join((stand_in, imports, told))
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("folder", ["contract", "plugins", "builder", "backend"])

@@ -16,9 +16,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from backend import noise, sampler
 from plugins import attention_op
-from plugins.attention.cuda import CUDA_DECOMPOSITIONS
 from plugins.attention.hopper_launch import hopper_attention
 from plugins.attention.launch import attention
+from plugins.attention.opened import CUDA_DECOMPOSITIONS
 from plugins.attention.reference import paged_attention_reference
 from plugins.triton_launch import HOPPER_CAPABILITY
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass

@@ -13,9 +13,9 @@ from expert_formats import FORMATS, arranged, arranged_empty, is_fp8, representa
 from hopper import HopperDriver  # noqa: E402
 
 from plugins import feed_forward_op  # noqa: E402
-from plugins.feed_forward.cuda import CUDA_DECOMPOSITIONS  # noqa: E402
 from plugins.feed_forward.launch import choose_tile, feed_forward  # noqa: E402
 from plugins.feed_forward.mlp_launch import mlp_beside  # noqa: E402
+from plugins.feed_forward.opened import CUDA_DECOMPOSITIONS  # noqa: E402
 from plugins.feed_forward.reference import feed_forward_reference  # noqa: E402
 from plugins.moe.alignment import MANY_ROUTED  # noqa: E402
 from plugins.moe.formats import Format  # noqa: E402

@@ -1,6 +1,6 @@
 """The 26B checkpoint's real shapes without its weights: index, headers, loading, and the memory plan of 80 GB and 141 GB cards.
 
-The tracing of its 30 layers and their build by a TensorRT builder are in `test_tensorrt_rtx.py`.
+The tracing of its layers and their build by a TensorRT builder are in `test_tensorrt_rtx.py`.
 """
 
 import mmap

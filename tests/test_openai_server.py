@@ -29,7 +29,8 @@ from typer.testing import CliRunner
 from waiting import wait_until
 
 from backend.__main__ import app
-from backend.openai_server.serve import FrontEnd, FrontEndError, serve
+from backend.openai_server.launch import FrontEnd, FrontEndError
+from backend.openai_server.serve import serve
 from backend.openai_server.settings import OpenAISettings, read_api_keys
 from backend.triton_server.launch import MODEL_REPOSITORY, TritonServer
 

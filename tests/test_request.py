@@ -11,8 +11,9 @@ from tritonclient.grpc import model_config_pb2
 
 from backend.chat.template import ChatTemplate
 from backend.errors import RequestError
+from backend.json_text import parse_json_object
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY
-from backend.triton_server.request import READERS, parse_json_object, parse_request
+from backend.triton_server.request import READERS, parse_request
 
 
 @dataclass

@@ -15,7 +15,7 @@ from small_checkpoints import TINY
 from tiny_tasks import Question
 from waiting import wait_until
 
-from backend.openai_server.serve import FrontEnd
+from backend.openai_server.launch import FrontEnd
 from backend.openai_server.settings import OpenAISettings
 from backend.triton_server.launch import TritonServer
 from backend.triton_server.model_config import Instances

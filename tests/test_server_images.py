@@ -19,7 +19,7 @@ from tiny_figures import ASKED, figure_questions
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from waiting import wait_until
 
-from backend.openai_server.serve import FrontEnd
+from backend.openai_server.launch import FrontEnd
 from backend.openai_server.settings import OpenAISettings
 from backend.triton_server.launch import MODEL_NAME, TritonServer
 

@@ -1,4 +1,4 @@
-"""Proof ladder, rung 6: the plugin-cut network at 26B size, 30 layers in bfloat16, built by TensorRT-RTX without a GPU."""
+"""Proof ladder, rung 6: the plugin-cut network at 26B size in bfloat16, built by TensorRT-RTX without a GPU."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -20,7 +20,10 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheel for this p
 from tensorrt_rtx_build import RtxBuild, build_plan
 
 REAL = read_model_config(Path(__file__).parent.parent / "checkpoints" / "diffusiongemma-26B-A4B")
-MODEL = REAL.model_copy(update={"vision": REAL.vision.model_copy(update={"num_layers": 3})})  # of 27, which are all alike
+# The first 6 of 30 layers, five sliding ones and a full one as in every six after them, and 3 of the 27 of vision, which are
+# all alike: with all of them exporting takes two cores four minutes.
+FEWER = {"layer_types": REAL.layer_types[:6], "vision": REAL.vision.model_copy(update={"num_layers": 3})}
+MODEL = REAL.model_copy(update=FEWER)
 BUILD = BuildConfig(target="tensorrt", dtype="bfloat16")
 LIMITS = size_limits(MODEL, BUILD)
 PROGRAMS = ("denoise", "encode", "vision", "head")

@@ -42,7 +42,7 @@ from backend.chat.answer import AnswerFormat
 from backend.chat.messages import chat_request, placed_images
 from backend.chat.template import ChatTemplate
 from backend.errors import refused
-from backend.json_text import read_json
+from backend.json_text import parse_json_object, parsed_json
 from backend.parameters import shown
 from backend.sampling_config import SamplingConfig, canonical
 
@@ -112,21 +112,6 @@ def parse_request(
     )
 
 
-def parse_json_object(name: str, text: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises RequestError INVALID_ARGUMENT if it is anything else or repeats a key."""
-    return _parsed_json(name, text, dict, 'a JSON object like {"max_tokens": 64}')
-
-
-def _parsed_json(name: str, text: str, kind: type, wanted: str) -> Any:
-    try:
-        value = read_json(text)
-    except ValueError as error:
-        raise refused(f"{name}: got {error}: {shown(text)}; expected {wanted}") from None
-    if not isinstance(value, kind):
-        raise refused(f"{name}: got {shown(text)}; expected {wanted}")
-    return value
-
-
 def _prompt(
     values: Mapping[str, Any], template: ChatTemplate | None, sampling: SamplingConfig
 ) -> tuple[str | list[int], AnswerFormat | None, tuple[str, ...]]:
@@ -184,7 +169,7 @@ def _json(name: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def _json_list(name: str, array: np.ndarray) -> list:
-    return _parsed_json(name, _string(name, array), list, "a JSON list of objects")
+    return parsed_json(name, _string(name, array), list, "a JSON list of objects")
 
 
 def _tool_choice(name: str, array: np.ndarray) -> str | dict[str, Any]:

@@ -65,9 +65,9 @@ def opened(program: TracedProgram) -> ExportedProgram:
     denoise and of encode for very many tokens: its launches depend on the device and on sizes that are known at the call
     alone. What that costs the host denoise, which is captured in CUDA graphs, pays once, and encode while kernels run.
     """
-    from plugins.attention.cuda import CUDA_DECOMPOSITIONS as ATTENTION  # only here: they need triton
-    from plugins.feed_forward.cuda import CUDA_DECOMPOSITIONS as FEED_FORWARD
-    from plugins.heads.cuda import CUDA_DECOMPOSITIONS as HEADS
+    from plugins.attention.opened import CUDA_DECOMPOSITIONS as ATTENTION  # only here: they need triton
+    from plugins.feed_forward.opened import CUDA_DECOMPOSITIONS as FEED_FORWARD
+    from plugins.heads.opened import CUDA_DECOMPOSITIONS as HEADS
 
     kernels = dict(HEADS)
     if program.name == "vision":

@@ -1,21 +1,19 @@
-"""The CUDA path of the feed-forward operator: called as a whole, its MLP beside its experts, or traced into a program.
+"""The CUDA path of the feed-forward operator, called as a whole: its MLP beside its experts.
 
 A compiled program runs on one stream. A program that is captured in a CUDA graph calls the operator, whose streams become
 branches of the graph, at no cost when it is replayed; in one that is not, the operator is opened, so that its launches cost no
-Python (see `plugins.attention.cuda`).
+Python (see `plugins.attention.opened`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-from plugins.feed_forward.launch import choose_tile, feed_forward
+from plugins.feed_forward.launch import feed_forward
 from plugins.feed_forward.mlp_launch import mlp_beside
 from plugins.library import LIBRARY
-from plugins.triton_launch import least
 
 MANY_ROWS = 1024
 """From here on the MLP is started when the experts' rows are in order, and has no priority; else the small kernels of the
@@ -57,25 +55,4 @@ def _other_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=priority)
 
 
-@triton_op("diffusiongemma::feed_forward_triton", mutates_args={})
-def feed_forward_triton(
-    hidden: Tensor,
-    attended: Tensor,
-    norms: Sequence[Tensor],
-    scalar: Tensor,
-    dense: Sequence[Tensor],
-    router: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    top_k: int,
-    eps: float,
-    fp8_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `feed_forward`, open to compilers. A symbolic number of rows gets the tile for the fewest that it can be."""
-    tile = choose_tile(least(hidden.shape[0]), top_k, experts, hidden.dtype, fp8_rows)
-    weights = (norms, scalar, dense, router, experts)
-    return feed_forward(hidden, attended, *weights, top_k, eps, fp8_rows, tile=tile, wrap=wrap_triton)
-
-
 LIBRARY.impl("feed_forward", feed_forward_cuda, "CUDA")
-
-CUDA_DECOMPOSITIONS = {torch.ops.diffusiongemma.feed_forward.default: feed_forward_triton}
