@@ -43,7 +43,7 @@ def test_imports_point_one_way(folder):
         ("backend.__main__", "torch transformers openai fastapi"),
         ("backend.serving", "torch transformers openai fastapi"),
         ("backend.openai_server.app", "torch transformers"),
-        ("backend.triton_server.model", "torch"),
+        ("backend.triton_server.model", "torch transformers"),
         ("backend.worker backend.captured_loop plugins.attention.cuda plugins.feed_forward.cuda plugins.heads.cuda "
          "plugins.moe.cuda", "transformers torch._dynamo torch._inductor sympy"),
     ],

@@ -1,6 +1,6 @@
 """The checkpoint's chat template: a chat → the prompt that the model goes on from.
 
-Rendering is transformers' own, in its sandbox, without PyTorch.
+Rendering is transformers' own (`rendering`), in its sandbox, without PyTorch.
 """
 
 import re
@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
 from jinja2 import meta
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from backend.chat.answer import AnswerFormat
 from backend.chat.answer_place import rules_before_answer, thought_before
@@ -107,7 +107,7 @@ class ChatTemplate:
             raise refused(f"chat_template_kwargs: got {', '.join(ours)}, which the server sets; remove it")
         try:
             self._check_names(chat.template_kwargs)
-            [text], _ = render_jinja_template(
+            [text], _ = rendering().render_jinja_template(
                 conversations=[list(chat.messages)],
                 tools=list(chat.tools) or None,
                 chat_template=self._template,
@@ -127,6 +127,14 @@ class ChatTemplate:
             raise refused(f"chat_template_kwargs: got {shown(unknown[0])}, expected variables of the chat template: {expected}")
 
 
+def rendering() -> ModuleType:
+    """transformers' module for chat templates. The first import takes two seconds, which who has other things to wait for can
+    spend beside them."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils
+
+
 def _read(path: Path) -> str:
     """Raises ValueError, one line, for a file that is no text or may not be read."""
     try:
@@ -139,5 +147,5 @@ def _read(path: Path) -> str:
 def _variables(template: str) -> frozenset[str]:
     """What a template leaves for others to set. Raises jinja2.TemplateError if it is none."""
     # Compiled as for rendering: transformers adds statements and functions of its own.
-    environment = _compile_jinja_template(template).environment
+    environment = rendering()._compile_jinja_template(template).environment
     return frozenset(meta.find_undeclared_variables(environment.parse(template))) - set(environment.globals)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import triton_python_backend_utils as pb_utils
 
-from backend.chat.template import ChatTemplate
+from backend.chat.template import ChatTemplate, rendering
 from backend.errors import RequestError, refused
 from backend.grammar_check import check_grammar
 from backend.images.loading import ImageLoader
@@ -94,14 +94,16 @@ class DiffusionGemmaModel:
         self._events: queue.SimpleQueue[tuple[Answer | None, object]] = queue.SimpleQueue()
         self._metrics = MetricValues()
         worker = self._settings.worker_config(Path(args["model_repository"]), worker_environment(args))
-        self._service = Service(
-            worker,
-            self._settings.service_limits(),
-            on_metrics=lambda delta: self._events.put((None, delta)),
-            on_death=lambda: self._events.put((None, _WORKER_DIED)),
-            on_restart=lambda: self._metrics.count("worker_restarts_total"),
-            on_gave_up=self._unload,
-        )
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(rendering)  # for the template, while the worker loads the engine
+            self._service = Service(
+                worker,
+                self._settings.service_limits(),
+                on_metrics=lambda delta: self._events.put((None, delta)),
+                on_death=lambda: self._events.put((None, _WORKER_DIED)),
+                on_restart=lambda: self._metrics.count("worker_restarts_total"),
+                on_gave_up=self._unload,
+            )
         self._images = ImagePool(
             ImageLoader(
                 limits=self._settings.image_limits(),
