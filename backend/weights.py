@@ -13,7 +13,7 @@ import torch
 
 from backend.load_progress import ShowProgress, show_progress
 from backend.weight_lanes import CudaCopies, HostLane, StagedLane
-from backend.weight_loading import Transform, Wanted, load
+from backend.weight_loading import Transform, Wanted, load, reading
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import FILE_NAME, Manifest, ManifestError, Weight
 from plugins.moe.formats import OF_BFLOAT16, in_format
@@ -53,7 +53,7 @@ def bind_weights(
             wanted += _wanted(checkpoint, weight, weights[binding])
         if wanted:  # 3.
             with show(sum(each.extent.num_bytes for each in wanted)) as advance:
-                load(wanted, _lanes(device), advance=advance)
+                load(wanted, _lanes(device), **reading(device.type)._asdict(), advance=advance)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what transforms took, on each reader's stream
     return weights

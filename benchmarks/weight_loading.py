@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent)]
 from safetensors.torch import save_file  # noqa: E402
 
 from backend.weight_lanes import CudaCopies, HostLane, StagedLane  # noqa: E402
-from backend.weight_loading import PIECE_BYTES, Wanted, default_num_readers, load  # noqa: E402
+from backend.weight_loading import Wanted, load, reading  # noqa: E402
 from contract.checkpoint import Checkpoint  # noqa: E402
 
 GOAL = 0.7
@@ -130,10 +130,13 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=command_line.positive, default=1.0)
     parser.add_argument("--files", type=command_line.count, default=2)
     parser.add_argument("--rounds", type=command_line.count, default=7)
-    parser.add_argument("--readers", type=command_line.count, default=default_num_readers())
-    parser.add_argument("--piece-bytes", type=command_line.count, default=PIECE_BYTES)
+    parser.add_argument("--readers", type=command_line.count, help="default: as when an engine is loaded; so, too:")
+    parser.add_argument("--piece-bytes", type=command_line.count)
     parser.add_argument("--cold", action="store_true", help="read from the disk in every round")
     options = parser.parse_args()
+    usual = reading(options.device)
+    options.readers = options.readers or usual.num_readers
+    options.piece_bytes = options.piece_bytes or usual.piece_bytes
     if options.device == "cuda":
         command_line.need_cuda()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:

@@ -12,7 +12,7 @@ from small_checkpoints import random_checkpoint
 from backend import weights as binding
 from backend.load_progress import bar, lines, show_progress
 from backend.weight_lanes import CudaCopies, HostLane, StagedLane
-from backend.weight_loading import Wanted, cut, load
+from backend.weight_loading import Wanted, cut, load, reading
 from backend.weights import bind_weights, transform_of
 from builder.config import read_model_config
 from builder.description import describe
@@ -20,6 +20,7 @@ from builder.weights import bindings, text_weights
 from contract.checkpoint import Checkpoint, CheckpointError
 from contract.manifest import BuildConfig, ManifestError, Weight
 
+USUAL = reading("cpu")._asdict()
 PIECE = 512
 SHAPES = {
     "rows": (63, 17),
@@ -110,12 +111,12 @@ def test_slices_reach_a_transform_whole(checkpoint):
     extent = checkpoint.extent("experts")
     target = torch.empty(5, 3)
     each = Wanted(extent=extent, stored=torch.bfloat16, target=target, transform=lambda data, dtype: data.to(dtype).amax(-1))
-    load([each], HostLane, piece_bytes=1)
+    load([each], HostLane, num_readers=2, piece_bytes=1)
     assert torch.equal(target, checkpoint.tensor("experts").float().amax(-1))
 
 
 def test_nothing_to_load():
-    load([], HostLane)
+    load([], HostLane, **USUAL)
 
 
 # -- Files that are not as they should be
@@ -135,7 +136,7 @@ def test_a_file_that_is_gone(checkpoint):
     asked = [*wanted(checkpoint, torch.bfloat16).values()]
     (checkpoint.directory / "model-0.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-0\.safetensors: cannot be opened \(No such file or directory\)"):
-        load(asked, HostLane)
+        load(asked, HostLane, **USUAL)
 
 
 def test_a_file_that_cannot_be_read(checkpoint, monkeypatch):
@@ -144,7 +145,7 @@ def test_a_file_that_cannot_be_read(checkpoint, monkeypatch):
 
     monkeypatch.setattr("backend.weight_loading.os.preadv", preadv)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\); check the disk"):
-        load([*wanted(checkpoint, torch.bfloat16).values()], HostLane)
+        load([*wanted(checkpoint, torch.bfloat16).values()], HostLane, **USUAL)
 
 
 def test_a_reader_that_fails_stops_the_others(checkpoint):
