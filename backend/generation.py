@@ -13,8 +13,8 @@ class Generation:
 
     text: of a chat, what is neither reasoning, the model's thought, nor tool_calls, which are empty for other prompts.
     token_ids: the new tokens, without the end-of-sequence token. num_steps: denoising steps of each canvas. finish_reason:
-    "stop" (end-of-sequence token, stop token or stop string), "length" (max_tokens) or "tool_calls". logprobs, top_logprobs: as
-    in `CanvasOutput`, of all token_ids.
+    "stop" (end-of-sequence token, stop token or stop string), "length" (max_tokens) or "tool_calls". num_cached_tokens: as in
+    `CanvasOutput`. logprobs, top_logprobs: as there, of all token_ids.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -24,6 +24,7 @@ class Generation:
     finish_reason: str | None = None
     num_steps: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
 
@@ -34,7 +35,7 @@ class Generation:
         self.tool_calls += piece.tool_calls
         self.finish_reason = piece.finish_reason
         self.num_steps.append(piece.num_steps)
-        self.num_prompt_tokens = piece.num_prompt_tokens
+        self.num_prompt_tokens, self.num_cached_tokens = piece.num_prompt_tokens, piece.num_cached_tokens
         if piece.logprobs is not None:
             self.logprobs = (self.logprobs or []) + piece.logprobs
         if piece.top_logprobs is not None:
@@ -57,6 +58,7 @@ class Piece:
     is_draft: bool
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
 
@@ -91,6 +93,7 @@ class PieceReader:
             "is_draft": False,
             "finish_reason": reason,
             "num_prompt_tokens": output.num_prompt_tokens,
+            "num_cached_tokens": output.num_cached_tokens,
             "logprobs": output.logprobs,
             "top_logprobs": output.top_logprobs,
         }

@@ -28,8 +28,9 @@ class CanvasOutput:
     text: new text, complete characters, stop strings cut. token_ids: new tokens, cut at max_tokens, before the first
     end-of-sequence or stop token and at a stop string; tokens whose text is not decided yet come with a later canvas.
     num_steps: denoising steps of this canvas. finish_reason: None until the last output, then "stop", "length" or "cancelled".
-    logprobs: natural logarithms of the probabilities of token_ids, if the request asks; top_logprobs: for each of token_ids
-    the (token id, log probability) of the request's `top_logprobs` most likely tokens, falling, its own first; if it asks.
+    num_cached_tokens: tokens of the prompt that the prefix cache had. logprobs: natural logarithms of the probabilities of
+    token_ids, if the request asks; top_logprobs: for each of token_ids the (token id, log probability) of the request's
+    `top_logprobs` most likely tokens, falling, its own first; if it asks.
     """
 
     text: str
@@ -38,6 +39,7 @@ class CanvasOutput:
     num_steps: int
     finish_reason: str | None
     num_prompt_tokens: int
+    num_cached_tokens: int = 0
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
 
@@ -65,6 +67,7 @@ class Job:
     the last `num_pending` are not yet: the rest of the prompt, or a canvas to commit. `page_keys`: keys of the prefix's full
     pages. `tokens`: the result so far, of which the first `num_sent` have been sent, and which ends before the first of
     `end_tokens`; `logprobs`: of those that have not been sent, if the request asks. `slot`: -1 until it is admitted.
+    `num_cached_tokens`: tokens of the prompt that the prefix cache had by then.
     `waiting_since`: the tick its pending tokens are from. `ended`: the last output has been sent; what is pending is encoded
     for later requests only.
 
@@ -81,6 +84,7 @@ class Job:
     draft_interval_s: float | None = None
     added_at: float
     slot: int = -1
+    num_cached_tokens: int = 0
     prefix: list[int] = field(default_factory=list)
     page_keys: list[bytes] = field(default_factory=list)
     num_pending: int = 0
@@ -161,6 +165,7 @@ class Job:
             num_steps=num_steps,
             finish_reason=finish_reason,
             num_prompt_tokens=len(self.prompt_ids),
+            num_cached_tokens=self.num_cached_tokens,
             logprobs=[each.logprob for each in logprobs] if self.sampling.logprobs else None,
             top_logprobs=[each.top for each in logprobs] if self.sampling.top_logprobs else None,
         )

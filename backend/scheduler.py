@@ -208,13 +208,13 @@ class Scheduler:
                 return
             job.slot = self._cache.open(num_tokens, **known)
             self._active.append(self._queue.popleft())
-            num_hit = self._cache.length[job.slot]
-            self._wait_for_encode(job, len(job.prefix) - num_hit)
+            job.num_cached_tokens = self._cache.length[job.slot]
+            self._wait_for_encode(job, len(job.prefix) - job.num_cached_tokens)
             self.metrics.observe("queue_seconds", self._clock() - job.added_at)
             self.metrics.count("input_tokens_total", len(job.prefix))
             if self._prefix_cache:
                 self.metrics.count("prefix_cache_lookup_tokens_total", len(job.prefix))
-                self.metrics.count("prefix_cache_hit_tokens_total", num_hit)
+                self.metrics.count("prefix_cache_hit_tokens_total", job.num_cached_tokens)
 
     def _wait_for_encode(self, job: Job, num_pending: int) -> None:
         """The last tokens of the job's prefix are to be encoded; with none to encode its canvas starts."""

@@ -29,6 +29,7 @@ class Model:
                 tool_calls=[],
                 finish_reason=reason,
                 num_input_tokens=2,
+                num_cached_tokens=1,
                 num_output_tokens=1,
                 num_reasoning_tokens=0,
                 logprobs=[entry],

@@ -39,7 +39,7 @@ COMMANDS = {
     "prefill": "--rounds 1 --lengths 8 9999".split(),
     "parameters": "--rounds 1 --batches 1 2 --steps 2".split(),
     "server": "--rounds 1 --canvases 1 --canvases-a-request 1 --steps 2 --clients 1 2".split(),
-    "serving": "--clients 1 2 --requests-a-client 1 --canvases 1 --steps 2".split(),
+    "serving": "--clients 1 2 --requests-a-client 1 --canvases 1 --steps 2 --api openai -- --set max_sequences=2".split(),
     "loading": "--no-build --rounds 1 --sequences 1".split(),
     "step_profile": "--batch 2 --steps 2".split(),
     "memory": "--counts 1 --vocab-size 256".split(),
@@ -85,7 +85,6 @@ def test_every_command_ends_with_its_report(run, name):
 
 REFUSALS = {
     "memory --counts 0": "argument --counts: got 0, expected 1 or more",
-    "serving --set max_sequences": "argument --set: got max_sequences, expected NAME=VALUE",
     "full_checkpoint {empty}": "{empty}: is there, expected a new name; choose another",
     "server --engine {tiny}": "argument --engine: got {tiny}, expected a directory with a manifest.json",
     "expert_quality --checkpoint /nowhere": "argument --checkpoint: got /nowhere, expected a directory that is there",

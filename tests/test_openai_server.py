@@ -35,6 +35,7 @@ from backend.openai_server.settings import OpenAISettings, read_api_keys
 from backend.triton_server.launch import MODEL_REPOSITORY, TritonServer
 
 MODEL = "diffusiongemma"
+PAGE_SIZE = 32
 KEY = "a key"
 
 
@@ -218,7 +219,11 @@ def test_streamed_equals_unstreamed(client, task):
         calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
         assert streamed.calls == calls
         assert (streamed.roles, streamed.finish_reasons) == (["assistant"], [choice.finish_reason])
-        assert streamed.usages == [whole.usage] and not chunks[-1].choices
+        [usage] = streamed.usages
+        cached = usage.prompt_tokens_details.cached_tokens
+        assert cached >= whole.usage.prompt_tokens_details.cached_tokens and usage.prompt_tokens - cached < PAGE_SIZE
+        assert usage.model_copy(update={"prompt_tokens_details": whole.usage.prompt_tokens_details}) == whole.usage
+        assert not chunks[-1].choices
         assert len({chunk.id for chunk in chunks}) == 1
 
 

@@ -470,6 +470,7 @@ def test_refusals_of_a_build(original, quantized, tmp_path):
 
 def test_a_build_says_what_it_does_with_the_experts(quantized, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "compile_programs", lambda *arguments: {})
+    monkeypatch.setattr(building, "compile_operators", lambda directory: None)
     lines = []
     choices = {"target": "auto", "device": "cpu", "expert_activations": "float8"}
     manifest = build_engine(quantized, tmp_path / "engine", report=lines.append, **choices)

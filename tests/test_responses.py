@@ -25,7 +25,9 @@ LOGPROBS = ["message.output_text.logprobs"]
 
 def part(**said: Any) -> Part:
     nothing = {"text": "", "reasoning": "", "tool_calls": [], "finish_reason": None, "logprobs": None}
-    return Part(**nothing | {"num_input_tokens": 7, "num_output_tokens": 2, "num_reasoning_tokens": 0} | said)
+    return Part(
+        **nothing | {"num_input_tokens": 7, "num_cached_tokens": 3, "num_output_tokens": 2, "num_reasoning_tokens": 0} | said
+    )
 
 
 def call(number: int) -> dict[str, Any]:
@@ -216,6 +218,7 @@ def test_why_it_ended(reason, status, details):
     used = answer["usage"]
     assert [used[f"{each}_tokens"] for each in ("input", "output", "total")] == [7, 4, 11]
     assert used["output_tokens_details"] == {"reasoning_tokens": 1}
+    assert used["input_tokens_details"] == {"cached_tokens": 3, "cache_write_tokens": 0}
 
 
 def test_log_probabilities_are_of_all_tokens():

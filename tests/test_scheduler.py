@@ -263,7 +263,7 @@ def test_a_failed_device_step_ends_what_is_in_flight_and_no_more(program, checkp
 def test_drafts_are_what_the_canvas_would_add_if_it_ended_there(checkpoint):
     """At a constant temperature step n of many is step n of n, so each draft has an output to be equal to."""
     sampling = {"t_min": 0.6, "t_max": 0.6, "confidence_threshold": 0, "max_tokens": 12, "stop": ("5", "a b")}
-    prompt, scheduler = prompt_of(20, seed=3), scheduler_of(checkpoint)
+    prompt, scheduler = prompt_of(20, seed=3), scheduler_of(checkpoint, prefix_cache=False)
     _, sent = add(scheduler, prompt, draft_interval_s=0, max_denoising_steps=6, **sampling)
     run(scheduler)
     assert [(draft.canvas_index, draft.step) for draft in sent.drafts] == [(0, step) for step in range(1, 6)]

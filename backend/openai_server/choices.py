@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from openai.types.completion_usage import CompletionTokensDetails, CompletionUsage
+from openai.types.completion_usage import CompletionTokensDetails, CompletionUsage, PromptTokensDetails
 
 from backend.openai_server.balancer import Balancer
 from backend.openai_server.errors import ApiError
@@ -65,6 +65,7 @@ class Choice:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
     num_input_tokens: int = 0
+    num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_reasoning_tokens: int = 0
     logprobs: list[dict[str, Any]] | None = None
@@ -74,7 +75,7 @@ class Choice:
         self.reasoning += part.reasoning
         self.tool_calls += part.tool_calls
         self.finish_reason = part.finish_reason
-        self.num_input_tokens = part.num_input_tokens
+        self.num_input_tokens, self.num_cached_tokens = part.num_input_tokens, part.num_cached_tokens
         self.num_output_tokens += part.num_output_tokens
         self.num_reasoning_tokens += part.num_reasoning_tokens
         if part.logprobs is not None:
@@ -83,7 +84,8 @@ class Choice:
 
 def usage(choices: Sequence[Choice], choices_a_prompt: int) -> CompletionUsage:
     """A prompt counts once, however many choices it has."""
-    prompt = sum(choice.num_input_tokens for choice in choices[::choices_a_prompt])
+    of_prompts = choices[::choices_a_prompt]
+    prompt = sum(choice.num_input_tokens for choice in of_prompts)
     completion = sum(choice.num_output_tokens for choice in choices)
     details = CompletionTokensDetails(reasoning_tokens=sum(choice.num_reasoning_tokens for choice in choices))
     return CompletionUsage(
@@ -91,6 +93,7 @@ def usage(choices: Sequence[Choice], choices_a_prompt: int) -> CompletionUsage:
         completion_tokens=completion,
         total_tokens=prompt + completion,
         completion_tokens_details=details,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(choice.num_cached_tokens for choice in of_prompts)),
     )
 
 

@@ -139,7 +139,7 @@ def _usage(answer: Choice) -> ResponseUsage:
     """What of the prompt was cached is not counted for each request: 0."""
     return ResponseUsage(
         input_tokens=answer.num_input_tokens,
-        input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
+        input_tokens_details=InputTokensDetails(cached_tokens=answer.num_cached_tokens, cache_write_tokens=0),
         output_tokens=answer.num_output_tokens,
         output_tokens_details=OutputTokensDetails(reasoning_tokens=answer.num_reasoning_tokens),
         total_tokens=answer.num_input_tokens + answer.num_output_tokens,

@@ -49,6 +49,7 @@ class Part:
     tool_calls: list[dict[str, Any]]
     finish_reason: str | None
     num_input_tokens: int
+    num_cached_tokens: int
     num_output_tokens: int
     num_reasoning_tokens: int
     logprobs: list[dict[str, Any]] | None
@@ -139,6 +140,7 @@ def _part(result: grpcclient.InferResult) -> Part:
         tool_calls=json.loads(string("tool_calls")),
         finish_reason=string("finish_reason") or None,
         num_input_tokens=number("num_input_tokens"),
+        num_cached_tokens=number("num_cached_tokens"),
         num_output_tokens=number("num_output_tokens"),
         num_reasoning_tokens=number("num_reasoning_tokens"),
         logprobs=json.loads(string("logprobs") or "null"),

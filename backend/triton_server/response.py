@@ -8,6 +8,7 @@
 | tool_calls         | STRING [1]   | JSON list: a chat's tool calls that became complete, as in OpenAI's messages    |
 | finish_reason      | STRING [1]   | empty until the last response with data; then stop, length or tool_calls        |
 | num_input_tokens   | UINT32 [1]   | tokens of the prompt                                                            |
+| num_cached_tokens  | UINT32 [1]   | of these, the tokens that the prefix cache had                                  |
 | num_output_tokens  | UINT32 [1]   | new tokens in this response                                                     |
 | num_reasoning_tokens | UINT32 [1] | of these, the tokens of a chat's thought                                        |
 | output_ids         | INT32 [-1]   | the new tokens                                                                  |
@@ -143,6 +144,7 @@ class Answer:
             "tool_calls": json.dumps([call.as_message() for call in delta.tool_calls], ensure_ascii=False),
             "finish_reason": self._finish_reason(last),
             "num_input_tokens": np.array([last.num_prompt_tokens], np.uint32),
+            "num_cached_tokens": np.array([last.num_cached_tokens], np.uint32),
             "num_output_tokens": np.array([len(token_ids)], np.uint32),
             "num_reasoning_tokens": np.array([self._num_thought_tokens(token_ids)], np.uint32),
             "output_ids": np.array(echo_ids + token_ids, np.int32),

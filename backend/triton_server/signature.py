@@ -50,6 +50,7 @@ OUTPUTS = (
     TensorSpec("tool_calls", "STRING"),
     TensorSpec("finish_reason", "STRING"),
     TensorSpec("num_input_tokens", "UINT32"),
+    TensorSpec("num_cached_tokens", "UINT32"),
     TensorSpec("num_output_tokens", "UINT32"),
     TensorSpec("num_reasoning_tokens", "UINT32"),
     TensorSpec("output_ids", "INT32", (-1,)),
