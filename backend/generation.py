@@ -14,7 +14,7 @@ class Generation:
     text: of a chat, what is neither reasoning, the model's thought, nor tool_calls, which are empty for other prompts.
     token_ids: the new tokens, without the end-of-sequence token. num_steps: denoising steps of each canvas. finish_reason:
     "stop" (end-of-sequence token, stop token or stop string), "length" (max_tokens) or "tool_calls". num_cached_tokens: as in
-    `CanvasOutput`. logprobs, top_logprobs: as there, of all token_ids.
+    `CanvasOutput`; results that differ in nothing else are equal. logprobs, top_logprobs: as there, of all token_ids.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Generation:
     finish_reason: str | None = None
     num_steps: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = field(default=0, compare=False)
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
 

@@ -1,7 +1,8 @@
 """One request inside the scheduler: what it asks for, how far it is, and what each of its canvases adds to its result."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from backend.answer_grammar import AnswerGrammar
@@ -124,6 +125,21 @@ class Job:
         """Where the images are among the pending tokens: (first token, token behind the last one)."""
         first = len(self.prefix) - self.num_pending
         return [(span.start - first, span.end - first) for span in self.image_spans if span.start >= first]
+
+    @property
+    def canvas_sampling(self) -> ResolvedSampling:
+        """What holds for the next canvas: penalties for what the answer has so far are biases of it.
+
+        As in OpenAI's API, a token that it has n times loses n * frequency_penalty + presence_penalty. What the next canvas
+        will have does not count: its tokens are chosen together. transformers' processors of logits see the same.
+        """
+        sampling = self.sampling
+        if not (sampling.frequency_penalty or sampling.presence_penalty):
+            return sampling
+        bias = dict(sampling.logit_bias)
+        for token, count in Counter(self.tokens).items():
+            bias[token] = bias.get(token, 0.0) - count * sampling.frequency_penalty - sampling.presence_penalty
+        return replace(sampling, logit_bias=tuple(bias.items()))
 
     def finish_canvas(self, canvas: list[int], num_steps: int, logprobs: list[TokenLogprob] | None = None) -> CanvasOutput:
         """Takes a finished canvas into the result; the output's finish_reason says whether it was the last. logprobs: of every

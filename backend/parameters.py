@@ -102,6 +102,8 @@ NUMBERS = {
     "top_k": Number(kind=int, minimum=-1, maximum=INT32_MAX),
     "top_p": Number(kind=float, minimum=0, maximum=1),
     "min_p": Number(kind=float, minimum=0, maximum=1),
+    "frequency_penalty": Number(kind=float, minimum=-2, maximum=2),
+    "presence_penalty": Number(kind=float, minimum=-2, maximum=2),
     "t_min": Number(kind=float, minimum=0, maximum=100),
     "t_max": Number(kind=float, minimum=0.01, maximum=100),
     "seed": Number(kind=int, minimum=0, maximum=(1 << 64) - 1),

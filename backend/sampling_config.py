@@ -20,7 +20,7 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # every text is searched for every one, w
 MAX_LOGIT_BIASES = 10_000  # they are set anew for every canvas, while other requests wait
 MAX_STOP_TOKEN_IDS = 1024
 _FLAGS = ("ignore_eos", "skip_special_tokens", "logprobs")
-_NEVER_NONE = ("temperature", "top_k", "top_p", "min_p", "top_logprobs")
+_NEVER_NONE = ("temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "top_logprobs")
 _ALIASES = {"max_new_tokens": "max_tokens", "stop_words": "stop"}
 
 # Parameters of other servers that do nothing here: the values that ask for nothing. None always does.
@@ -32,8 +32,6 @@ _NEUTRAL_VALUES = {
     "early_stopping": (False,),
     "do_sample": (True,),
     "length_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "typical_p": (1,),
     "min_tokens": (0,),
@@ -62,6 +60,8 @@ class ResolvedSampling:
     top_p: float  # 1 is off, as it is if greedy
     min_p: float  # 0 is off, as it is if greedy
     logit_bias: tuple[tuple[int, float], ...]  # token ids, each once, and what is added to their logits
+    frequency_penalty: float  # taken from a token's logit for each time that the answer has it before the canvas
+    presence_penalty: float  # … once, if it has it
     entropy_bound: float  # nats
     stability_threshold: int  # steps
     confidence_threshold: float  # nats
@@ -89,6 +89,9 @@ class SamplingConfig:
     min_p: float = 0.0  # … only tokens at least this probable, relative to the most likely one; 0 is off
     # Token id → number added to its soft-capped logit, before the temperature; a mapping is accepted.
     logit_bias: tuple[tuple[int, float], ...] = ()
+    # Subtracted there from the logit of a token that the canvases before have, for each time and once; 0 is off.
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None  # None draws one
     stop: tuple[str, ...] = ()  # a string or a list of strings is accepted
     stop_token_ids: tuple[int, ...] = ()  # as eos tokens, and in force under ignore_eos
@@ -182,6 +185,8 @@ class SamplingConfig:
             top_p=1.0 if greedy else self.top_p,
             min_p=0.0 if greedy else self.min_p,
             logit_bias=self.logit_bias,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
             entropy_bound=chosen("entropy_bound"),
             stability_threshold=chosen("stability_threshold"),
             confidence_threshold=chosen("confidence_threshold"),

@@ -228,7 +228,7 @@ class Scheduler:
         except RequestError as error:
             self.fail(job, error)
         else:
-            self._loop.start_canvas(job.slot, job.canvas_index, job.sampling, allowed)
+            self._loop.start_canvas(job.slot, job.canvas_index, job.canvas_sampling, allowed)
             job.canvas_started_at = self._clock()
 
     def _encode(self, waiting: list[Job]) -> None:

@@ -68,8 +68,8 @@ def serve(
 def _start(servers: Sequence[TritonServer], running: ExitStack) -> None:
     """All at once, because loading an engine takes a minute, and so they stop: each may wait for the requests that it has."""
     for server in servers:
-        server.start()
         running.push(server)
+        server.start()
     running.callback(lambda: [server.begin_to_stop() for server in servers])
 
 

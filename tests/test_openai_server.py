@@ -435,7 +435,7 @@ def user(text: str) -> list[dict]:
         ({"model": MODEL, "messages": user("a"), "max_tokens": 5, "max_completion_tokens": 6}, 400, ["max_tokens"]),
         ({"model": MODEL, "messages": user("a"), "n": 0}, 400, ["n: got 0"]),
         ({"model": MODEL, "messages": user("a"), "nonsense": 1}, 400, ["nonsense"]),
-        ({"model": MODEL, "messages": user("a"), "frequency_penalty": 1}, 400, ["frequency_penalty"]),
+        ({"model": MODEL, "messages": user("a"), "frequency_penalty": 3}, 400, ["frequency_penalty: got 3"]),
         ({"model": MODEL, "messages": user("a"), "audio": {"voice": "x", "format": "wav"}}, 400, ["audio", "does not have"]),
         ({"model": MODEL, "messages": user("a"), "tool_choice": "required"}, 400, ["tool_choice", "without tools"]),
         ({"model": MODEL, "messages": user("a" * 60_000)}, 400, ["prompt", "40000"]),

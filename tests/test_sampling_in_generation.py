@@ -78,6 +78,32 @@ def test_a_bias_of_100_forces_and_the_canvas_converges_at_once(pair):
     assert set(one(llm, logit_bias={5: 100, 6: 100}).token_ids) == {5, 6}
 
 
+class Penalties(LogitsProcessor):
+    """OpenAI's formula, of what transformers has of the answer when it processes logits: the canvases before."""
+
+    def __init__(self, frequency: float, presence: float):
+        self._frequency, self._presence = frequency, presence
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = input_ids[0, len(PROMPT) :].bincount(minlength=VOCAB_SIZE)
+        return scores - counts * self._frequency - (counts > 0) * self._presence
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.0), (0.0, 1.5), (-0.25, 0.75)])
+def test_penalties_are_of_the_canvases_before(pair, frequency, presence, temperature):
+    llm, oracle = pair
+    bias = {7: 1.5}
+    processors = LogitsProcessorList([SequenceBiasLogitsProcessor([[[7], 1.5]]), Penalties(frequency, presence)])
+    expected = expected_of(oracle, seed=3, greedy=temperature == 0, logits_processor=processors)
+    penalties = {"frequency_penalty": frequency, "presence_penalty": presence}
+    result, without = (one(llm, logit_bias=bias, temperature=temperature, **more) for more in (penalties, {}))
+    assert result.token_ids == tokens_of(expected)
+    assert result.num_steps == expected.num_steps
+    canvas = oracle.canvas_length
+    assert result.token_ids[:canvas] == without.token_ids[:canvas] and result.token_ids != without.token_ids
+
+
 @pytest.mark.parametrize(
     ("filters", "warpers"),
     [
