@@ -17,7 +17,6 @@ The state of a row is a few tensors of canvas size; logits live only inside a ch
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 
 from backend import sampler
@@ -25,6 +24,7 @@ from backend.infill import BLANK, given_tokens
 from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
 from backend.noise import gumbel_noise_rows, initial_canvas_rows, renoise_tokens_rows, seed_bits
+from backend.opening import Opening
 from backend.pass_memory import head_row_bytes
 from backend.row_extras import RowExtras
 from backend.sampling_config import ResolvedSampling
@@ -69,9 +69,9 @@ class CanvasLoop:
     def prepare(self) -> None:
         """Makes ready, before anyone waits for it, what steps need. The session must have its pages."""
 
-    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling, allowed: np.ndarray | None = None) -> None:
-        """Fills the slot's canvas with its initial noise; the prefix must be in the cache. allowed: [V] bool, the tokens that
-        its first one may be; None: every one."""
+    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling, opening: Opening | None = None) -> None:
+        """Fills the slot's canvas with its initial noise; the prefix must be in the cache. opening: what it may begin with;
+        None: with everything."""
         self._seed[slot] = seed_bits(sampling.seed)
         self._canvas_index[slot] = canvas_index
         noise = initial_canvas_rows(
@@ -90,11 +90,11 @@ class CanvasLoop:
         self._confidence[slot] = sampling.confidence_threshold
         self._stability[slot] = sampling.stability_threshold
         self._greedy[slot] = sampling.greedy
-        self._start_extras(slot, sampling, allowed)
+        self._start_extras(slot, sampling, opening)
 
-    def _start_extras(self, slot: int, sampling: ResolvedSampling, allowed: np.ndarray | None) -> None:
+    def _start_extras(self, slot: int, sampling: ResolvedSampling, opening: Opening | None) -> None:
         self._extras.pop(slot, None)
-        extras = RowExtras.of(sampling, self._model, self._session.device, allowed)
+        extras = RowExtras.of(sampling, self._model, self._session.device, opening)
         if extras:
             self._extras[slot] = extras
 

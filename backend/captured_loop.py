@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from backend import sampler
 from backend.graphs import Graphs
 from backend.kv_cache import PagedKVCache
+from backend.opening import Opening
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 from backend.table_loop import TableLoop
@@ -123,10 +123,10 @@ class CapturedLoop(TableLoop):
         self._results = {slot: (step.results, row) for row, slot in enumerate(slots)}
         return step.results.finished[: len(slots)].tolist()
 
-    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling, allowed: np.ndarray | None = None) -> None:
+    def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling, opening: Opening | None = None) -> None:
         """See `CanvasLoop.start_canvas`."""
         self._results.pop(slot, None)
-        super().start_canvas(slot, canvas_index, sampling, allowed)
+        super().start_canvas(slot, canvas_index, sampling, opening)
 
     def argmax_canvas(self, slot: int) -> list[int]:
         """See `CanvasLoop.argmax_canvas`. Does not wait for the device."""

@@ -1,7 +1,7 @@
 """What the requests in all slots ask of a step beyond the plain one, as tables: `row_extras` for loops of compiled operators.
 
-A table has a row for each slot. That of a slot without extras changes nothing. The first token of a canvas has a row of its own
-where the request does not let it be every token: what an operator takes for its slot is then `num_slots` more (`slots`).
+A table has a row for each slot. That of a slot without extras changes nothing. The first tokens of a canvas have a row of their
+own where they may not be every token: what an operator takes for their slot is then `num_slots` more (`slots`).
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backend.job import TokenLogprob
 from backend.logprobs import token_logprobs
+from backend.opening import Opening
 from backend.parameters import MOST_ALTERNATIVES
 from backend.sampler import FORBIDDEN
 from backend.sampling_config import ResolvedSampling
@@ -23,16 +24,16 @@ class ExtrasTables:
         self._num_slots, num_rows = num_slots, 2 * num_slots
         self._bias = torch.zeros(num_rows, vocab_size, dtype=torch.float32, device=device)
         self._biased = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self._has_first = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self._num_first = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.filters = Filters.off(num_rows, device)
         self.logprob_tables = LogprobTables.empty(num_rows, canvas_length, MOST_ALTERNATIVES, device)
         self._counts: dict[int, int] = {}  # of the slots that want log probabilities
 
-    def start(self, slot: int, sampling: ResolvedSampling, allowed: np.ndarray | None = None) -> None:
-        """From now on the slot's are those of `sampling`. allowed: see `CanvasLoop.start_canvas`."""
+    def start(self, slot: int, sampling: ResolvedSampling, opening: Opening | None = None) -> None:
+        """From now on the slot's are those of `sampling`. opening: see `CanvasLoop.start_canvas`."""
         first = slot + self._num_slots
-        self._has_first[slot] = allowed is not None
-        for row in (slot,) if allowed is None else (slot, first):
+        self._num_first[slot] = opening.num_places if opening else 0
+        for row in (slot, first) if opening else (slot,):
             if sampling.logit_bias:
                 token_ids, values = zip(*sampling.logit_bias, strict=True)
                 self._bias[row] = 0
@@ -40,9 +41,9 @@ class ExtrasTables:
             self._biased[row] = bool(sampling.logit_bias)
             for table, value in zip(self.filters, (sampling.top_k, sampling.top_p, sampling.min_p), strict=True):
                 table[row] = value
-        if allowed is not None:
+        if opening:
             bias = self._bias[first] if sampling.logit_bias else 0.0
-            forbidden = torch.from_numpy(np.where(allowed, np.float32(0), np.float32(FORBIDDEN)))
+            forbidden = torch.from_numpy(np.where(opening.allowed, np.float32(0), np.float32(FORBIDDEN)))
             self._bias[first] = forbidden.to(self._bias.device) + bias
             self._biased[first] = True
         self._counts.pop(slot, None)
@@ -52,7 +53,7 @@ class ExtrasTables:
 
     def slots(self, slots: Tensor, positions: Tensor) -> Tensor:
         """The rows of the tables of canvas positions [R] that belong to `slots` [R]."""
-        return slots + self._num_slots * (self._has_first[slots] & (positions == 0))
+        return slots + self._num_slots * (positions < self._num_first[slots])
 
     def bias(self, slots: Tensor) -> Bias:
         """slots: see `slots`."""

@@ -9,6 +9,7 @@ from backend.answer_grammar import AnswerGrammar
 from backend.errors import RequestError
 from backend.images.preprocess import ImagePatches
 from backend.infill import BLANK, given_tokens
+from backend.opening import Opening
 from backend.prefix_cache import ImageSpan
 from backend.sampling_config import ResolvedSampling
 from backend.text_stream import TextStream
@@ -140,6 +141,14 @@ class Job:
         for token, count in Counter(self.tokens).items():
             bias[token] = bias.get(token, 0.0) - count * sampling.frequency_penalty - sampling.presence_penalty
         return replace(sampling, logit_bias=tuple(bias.items()))
+
+    def opening(self, vocab_size: int) -> Opening | None:
+        """What the next canvas may begin with: what a grammar lets come next, or nothing that would end the answer before it
+        has min_tokens. Raises RequestError, see `AnswerGrammar.allowed`."""
+        if self.grammar:
+            return Opening(self.grammar.allowed())
+        missing = self.sampling.min_tokens - len(self.tokens)
+        return Opening.without(self.end_tokens, vocab_size, missing) if missing > 0 and self.end_tokens else None
 
     def finish_canvas(self, canvas: list[int], num_steps: int, logprobs: list[TokenLogprob] | None = None) -> CanvasOutput:
         """Takes a finished canvas into the result; the output's finish_reason says whether it was the last. logprobs: of every

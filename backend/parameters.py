@@ -98,6 +98,7 @@ MOST_ALTERNATIVES = 20  # of a place, with log probabilities; OpenAI's limit
 # itself would not do: it scales the schedule, so that the first step would accept the whole canvas (`SamplingConfig.resolve`).
 NUMBERS = {
     "max_tokens": Number(kind=int, minimum=1, maximum=INT32_MAX),
+    "min_tokens": Number(kind=int, minimum=0, maximum=INT32_MAX),
     "temperature": Number(kind=float, minimum=0.01, maximum=100, zero="greedy", rounds_down=True),
     "top_k": Number(kind=int, minimum=-1, maximum=INT32_MAX),
     "top_p": Number(kind=float, minimum=0, maximum=1),

@@ -1,5 +1,5 @@
 """What one request asks of a step beyond the plain one: a logit bias, sampling filters, log probabilities, and a choice of its
-canvas' first token."""
+canvas' first tokens."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ import torch
 
 from backend.logit_filters import filtered_sample
 from backend.logprobs import CanvasLogprobs
+from backend.opening import Opening
 from backend.sampler import FORBIDDEN, LogitBias, VocabularyPass
 from backend.sampling_config import ResolvedSampling
 from contract.model_config import ModelConfig
@@ -16,12 +17,13 @@ from contract.model_config import ModelConfig
 class RowExtras:
     """Of one canvas. `RowExtras.of` gives None for a request that asks for none."""
 
-    def __init__(self, sampling: ResolvedSampling, model: ModelConfig, device: torch.device, allowed: np.ndarray | None):
+    def __init__(self, sampling: ResolvedSampling, model: ModelConfig, device: torch.device, opening: Opening | None):
         token_ids, values = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else ((), ())
         self._token_ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
         self._values = torch.tensor(values, dtype=torch.float32, device=device)
-        forbidden = [] if allowed is None else np.flatnonzero(~allowed)
-        self._forbidden = torch.as_tensor(forbidden, dtype=torch.int64, device=device)  # as the canvas' first token
+        forbidden = np.flatnonzero(~opening.allowed) if opening else []
+        self._forbidden = torch.as_tensor(forbidden, dtype=torch.int64, device=device)  # as the canvas' first tokens
+        self._num_first = opening.num_places if opening else 0
         self._filters = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
         self._has_filters = _has_filters(sampling)
         num_alternatives = min(sampling.top_logprobs, model.vocab_size)
@@ -29,19 +31,20 @@ class RowExtras:
 
     @classmethod
     def of(
-        cls, sampling: ResolvedSampling, model: ModelConfig, device: torch.device, allowed: np.ndarray | None
+        cls, sampling: ResolvedSampling, model: ModelConfig, device: torch.device, opening: Opening | None
     ) -> "RowExtras | None":
-        """allowed: see `CanvasLoop.start_canvas`."""
-        if sampling.logit_bias or sampling.logprobs or _has_filters(sampling) or allowed is not None:
-            return cls(sampling, model, device, allowed)
+        """opening: see `CanvasLoop.start_canvas`."""
+        if sampling.logit_bias or sampling.logprobs or _has_filters(sampling) or opening:
+            return cls(sampling, model, device, opening)
         return None
 
     def biases(self, rows: slice, positions: slice) -> Iterator[LogitBias]:
         """For `rows` of a chunk, which are at `positions` of this canvas."""
         yield LogitBias(rows.start, rows.stop, self._token_ids, self._values)
-        if positions.start == 0:
+        num_first = min(positions.stop, self._num_first) - positions.start
+        if num_first > 0:
             values = torch.full(self._forbidden.shape, FORBIDDEN, device=self._forbidden.device)
-            yield LogitBias(rows.start, rows.start + 1, self._forbidden, values)
+            yield LogitBias(rows.start, rows.start + num_first, self._forbidden, values)
 
     def after(self, result: VocabularyPass, noise: torch.Tensor | None, rows: slice, positions: slice) -> None:
         """Draws `result.sampled` of `rows` again if there are filters, and records their log probabilities.

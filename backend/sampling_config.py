@@ -20,8 +20,10 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # every text is searched for every one, w
 MAX_LOGIT_BIASES = 10_000  # they are set anew for every canvas, while other requests wait
 MAX_STOP_TOKEN_IDS = 1024
 _FLAGS = ("ignore_eos", "skip_special_tokens", "logprobs")
-_NEVER_NONE = ("temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "top_logprobs")
-_ALIASES = {"max_new_tokens": "max_tokens", "stop_words": "stop"}
+_NEVER_NONE = (
+    "min_tokens", "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "top_logprobs"
+)  # fmt: skip
+_ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_words": "stop"}
 
 # Parameters of other servers that do nothing here: the values that ask for nothing. None always does.
 _NEUTRAL_VALUES = {
@@ -34,7 +36,6 @@ _NEUTRAL_VALUES = {
     "length_penalty": (1,),
     "repetition_penalty": (1,),
     "typical_p": (1,),
-    "min_tokens": (0,),
     "bad_words": ([],),
     "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
@@ -52,6 +53,7 @@ class ResolvedSampling:
     """A request's choices with every default filled in; nothing is None."""
 
     max_tokens: int
+    min_tokens: int  # no token ends the answer before; at most max_tokens
     max_denoising_steps: int
     t_min: float  # of the temperature schedule, scaled by the request's temperature
     t_max: float
@@ -81,6 +83,7 @@ class SamplingConfig:
     """A request's choices. None leaves a choice to the checkpoint's generation_config.json."""
 
     max_tokens: int | None = None
+    min_tokens: int = 0  # end-of-sequence and stop tokens are impossible before
     temperature: float = 1.0  # scales the temperature schedule: 1 leaves it, 0 and less than 0.01 is greedy
     t_min: float | None = None  # temperature that the schedule falls to; must not exceed t_max
     t_max: float | None = None
@@ -121,6 +124,9 @@ class SamplingConfig:
             object.__setattr__(self, "structured_outputs", checked_grammar(self.structured_outputs))
             if self.infill and self.structured_outputs:
                 raise ValueError("infill and structured_outputs: both given, but each says what the answer is; remove one")
+            for name in ("stop", "infill", "structured_outputs"):
+                if self.min_tokens and getattr(self, name):
+                    raise ValueError(f"min_tokens and {name}: both given, but {name} may end the answer sooner; remove one")
             if self.top_logprobs and not self.logprobs:
                 raise ValueError(f"top_logprobs: got {self.top_logprobs} without logprobs; set logprobs to true")
         except ValueError as error:
@@ -175,8 +181,11 @@ class SamplingConfig:
         greedy = self.temperature == 0 or self.top_k == 1 or self.top_p == 0 or self.min_p == 1
         scale = self.temperature or 1.0
         max_tokens = chosen("max_tokens")
+        if self.min_tokens > max_tokens:
+            raise refused(f"min_tokens: got {self.min_tokens}, expected at most max_tokens, {max_tokens}; raise that")
         return ResolvedSampling(
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             max_denoising_steps=chosen("max_denoising_steps"),
             t_min=t_min * scale,
             t_max=t_max * scale,

@@ -224,11 +224,11 @@ class Scheduler:
 
     def _start_canvas(self, job: Job) -> None:
         try:
-            allowed = job.grammar.allowed() if job.grammar else None
+            opening = job.opening(self._session.manifest.model.vocab_size)
         except RequestError as error:
             self.fail(job, error)
         else:
-            self._loop.start_canvas(job.slot, job.canvas_index, job.canvas_sampling, allowed)
+            self._loop.start_canvas(job.slot, job.canvas_index, job.canvas_sampling, opening)
             job.canvas_started_at = self._clock()
 
     def _encode(self, waiting: list[Job]) -> None:

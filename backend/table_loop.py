@@ -1,11 +1,10 @@
 """A canvas loop whose operators read what requests ask for beyond the plain step from tables: every row is in the same pass."""
 
-import numpy as np
-
 from backend.canvas_loop import CanvasLoop
 from backend.extras_tables import ExtrasTables
 from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
+from backend.opening import Opening
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 
@@ -19,8 +18,8 @@ class TableLoop(CanvasLoop):
         super().__init__(session, cache, workspace_bytes=workspace_bytes)
         self._tables = ExtrasTables(len(self._step), self._model.canvas_length, self._model.vocab_size, session.device)
 
-    def _start_extras(self, slot: int, sampling: ResolvedSampling, allowed: np.ndarray | None) -> None:
-        self._tables.start(slot, sampling, allowed)
+    def _start_extras(self, slot: int, sampling: ResolvedSampling, opening: Opening | None) -> None:
+        self._tables.start(slot, sampling, opening)
 
     def logprobs(self, slot: int) -> list[TokenLogprob] | None:
         """See `CanvasLoop.logprobs`."""

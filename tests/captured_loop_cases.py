@@ -11,6 +11,7 @@ from backend.canvas_loop import CanvasLoop
 from backend.captured_loop import CapturedLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
+from backend.opening import Opening
 from backend.pass_memory import state_bytes
 from backend.prefix_cache import extend_page_keys
 from backend.sampling_config import SamplingConfig
@@ -91,15 +92,17 @@ SAMPLINGS = (
 def run(session, loop, slots, extras=({}, {}, {})) -> list[tuple]:
     """Steps of three rows that join one after the other and leave when they are finished; what the loop says of each.
 
-    extras: what each asks for beyond `SAMPLINGS`; "first": the tokens that the first one of its canvas may be.
+    extras: what each asks for beyond `SAMPLINGS`; "first": the tokens that the first ones of its canvas, as
+    many as "places", may be.
     """
     defaults = GenerationDefaults.from_json({"eos_token_id": []})
     active, seen = [], []
     for tick in range(9):
         if tick < len(slots):
             extra = dict(extras[tick])
-            allowed = np.isin(np.arange(97), first) if (first := extra.pop("first", None)) else None
-            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick], **extra).resolve(defaults), allowed)
+            first, places = extra.pop("first", None), extra.pop("places", 1)
+            opening = Opening(np.isin(np.arange(97), first), places) if first else None
+            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick], **extra).resolve(defaults), opening)
             assert loop.num_steps(slots[tick]) == 0
             active.append(slots[tick])
         if not active:
@@ -148,8 +151,15 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
         (
             (
                 {"first": [7, 50, 96], "logprobs": True, "top_logprobs": 2},
-                {"first": [60]},
-                {"first": [3, 4, 5, 6], "logit_bias": {3: -2.0, 9: 4.0}, "top_k": 2, "top_p": 0.9, "logprobs": True},
+                {"first": [60], "places": 3},
+                {
+                    "first": [3, 4, 5, 6],
+                    "logit_bias": {3: -2.0, 9: 4.0},
+                    "top_k": 2,
+                    "top_p": 0.9,
+                    "logprobs": True,
+                    "places": 99,
+                },
             ),
             97 * 4 * 24,
         ),
@@ -190,7 +200,7 @@ def test_a_slot_keeps_nothing_of_the_request_before(session):
     assert loop.logprobs(slots[0]) is None
     run(session, loop, slots, ({"logit_bias": {6: 1.0}},))
     assert loop._tables.bias(torch.tensor(slots)).values[slots[0]].count_nonzero() == 1
-    assert not loop._tables._has_first.any()
+    assert not loop._tables._num_first.any()
 
 
 def test_the_plan_holds_what_a_loop_keeps(session):

@@ -16,6 +16,7 @@ from backend.canvas_loop import CanvasLoop
 from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
+from backend.opening import Opening
 from backend.session import Session
 from builder.build import build_engine
 from builder.quantize import quantize_checkpoint
@@ -137,9 +138,9 @@ def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, stored):
             new_kv = [torch.randn(shape, generator=generator, device=session.device).to(session.dtype) for shape in shapes]
             cache.append([slot], [length], new_kv)
             infill = [4, [5, 6]] if slot == slots[1] else []
-            allowed = np.arange(model.vocab_size) % 7 == 0 if slot == slots[2] else None
+            opening = Opening(np.arange(model.vocab_size) % 7 == 0, 9) if slot == slots[2] else None
             config = SamplingConfig(seed=slot, confidence_threshold=0, infill=infill)
-            loop.start_canvas(slot, 0, config.resolve(defaults), allowed)
+            loop.start_canvas(slot, 0, config.resolve(defaults), opening)
         for rows in (slots, slots, slots[1:2], slots):
             finished = loop.step(rows)
             canvases = [loop.argmax_canvas(slot) for slot in rows]

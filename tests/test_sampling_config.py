@@ -49,6 +49,7 @@ def test_values_are_normalised():
     ("name", "value"),
     [
         ("max_tokens", 1),
+        ("min_tokens", 0),
         ("temperature", 0),
         ("temperature", 0.01),
         ("temperature", 100),
@@ -78,6 +79,7 @@ def test_limits_are_included(name, value):
 
 EXPECTED = {
     "max_tokens": "an integer from 1 to 2147483647",
+    "min_tokens": "an integer from 0 to 2147483647",
     "temperature": "0 (greedy, as is less than 0.01) or a finite number from 0.01 to 100",
     "t_min": "a finite number from 0 to 100",
     "t_max": "a finite number from 0.01 to 100",
@@ -99,6 +101,7 @@ EXPECTED = {
 }
 REFUSED = {
     "max_tokens": [0, -1, 2**31, 1.0, True, "5", [1]],
+    "min_tokens": [-1, 2**31, 1.0, True, "5", None],
     "temperature": [-0.1, -1e-9, 101, math.nan, math.inf, -math.inf, True, "1", None, 10**400],
     "t_min": [-1, math.nan, 101, False],
     "t_max": [0, 0.001, math.inf, "0.8"],
@@ -215,7 +218,6 @@ def test_from_mapping(mapping, expected):
         ("length_penalty", [1.0], [0.9]),
         ("repetition_penalty", [1.0, "1.0"], [1.1, True]),
         ("typical_p", [1.0], [0.5]),
-        ("min_tokens", [0], [1]),
         ("bad_words", [[]], [["a"]]),
         ("prompt_logprobs", [None], [0, False]),
         ("include_stop_str_in_output", [False], [True]),
@@ -239,7 +241,12 @@ def test_unsupported_parameters(name, neutral, refused):
     ("mapping", "message"),
     [
         ([], "sampling parameters: got [], expected a JSON object"),
-        ({"n": 2, "min_tokens": 5, "best_of": 1}, "n=2, min_tokens=5: not supported by this server; remove it"),
+        ({"n": 2, "num_beams": 5, "best_of": 1}, "n=2, num_beams=5: not supported by this server; remove it"),
+        ({"min_tokens": 5, "stop": "a"}, "min_tokens and stop: both given, but stop may end the answer sooner; remove one"),
+        (
+            {"min_new_tokens": 5, "infill": [3]},
+            "min_tokens and infill: both given, but infill may end the answer sooner; remove one",
+        ),
         ({"foo": 1}, f"unknown sampling parameter 'foo'; expected {NAMES}"),
         (
             {"temprature": 1, "zzz": 2, "max_token": 3, "seed": 4},
@@ -270,9 +277,17 @@ def test_refused_mappings(mapping, message):
     assert refusal(SamplingConfig.from_mapping, mapping) == message
 
 
+def test_an_answer_of_too_few_tokens_is_refused():
+    assert SamplingConfig(max_tokens=5, min_tokens=5).resolve(DEFAULTS).min_tokens == 5
+    for config, most in ((SamplingConfig(min_tokens=513), 512), (SamplingConfig(min_tokens=513, max_tokens=9), 9)):
+        message = f"min_tokens: got 513, expected at most max_tokens, {most}; raise that"
+        assert refusal(config.resolve, DEFAULTS) == message
+
+
 def test_resolve_takes_the_defaults():
     assert SamplingConfig(seed=5).resolve(DEFAULTS) == ResolvedSampling(
         max_tokens=512,
+        min_tokens=0,
         max_denoising_steps=48,
         t_min=0.4,
         t_max=0.8,
@@ -298,6 +313,7 @@ def test_resolve_takes_the_defaults():
 
 def test_resolve_prefers_the_request():
     config = SamplingConfig(
+        min_tokens=0,
         max_tokens=9999,  # the checkpoint's max_new_tokens is no cap
         temperature=0.5,
         t_min=0.2,
@@ -322,6 +338,7 @@ def test_resolve_prefers_the_request():
     )
     assert config.resolve(DEFAULTS) == ResolvedSampling(
         max_tokens=9999,
+        min_tokens=0,
         max_denoising_steps=8,
         t_min=0.1,
         t_max=0.5,

@@ -78,6 +78,36 @@ def test_a_bias_of_100_forces_and_the_canvas_converges_at_once(pair):
     assert set(one(llm, logit_bias={5: 100, 6: 100}).token_ids) == {5, 6}
 
 
+class NotEnded(LogitsProcessor):
+    """The tokens that would end an answer are impossible in its first places."""
+
+    def __init__(self, ends: list[int], num_places: int):
+        self._ends, self._num_places = ends, num_places
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        places = max(0, self._num_places - input_ids.shape[1] + len(PROMPT))
+        scores = scores.clone()
+        scores[:, :places, self._ends] = -1e9
+        return scores
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+@pytest.mark.parametrize("min_tokens", [9, 16, 25])
+def test_an_answer_has_min_tokens(pair, min_tokens, temperature):
+    """Canvases are of 16 tokens: within the first, all of it, within the second."""
+    llm, oracle = pair
+    ends = sorted(set(one(llm, temperature=temperature).token_ids[3:8]))
+    processor = NotEnded(ends, min_tokens)
+    expected = expected_of(oracle, seed=3, greedy=temperature == 0, logits_processor=LogitsProcessorList([processor]))
+    sampling = {"temperature": temperature, "stop_token_ids": ends}
+    short, result = one(llm, **sampling), one(llm, **sampling, min_tokens=min_tokens)
+    assert result.token_ids == expected.token_ids(max_tokens=40, ends=set(ends))
+    assert len(short.token_ids) < min_tokens <= len(result.token_ids)
+    all_of_it = one(llm, **sampling, min_tokens=40)
+    assert (len(all_of_it.token_ids), all_of_it.finish_reason) == (40, "length")
+    assert not set(all_of_it.token_ids) & set(ends)
+
+
 class Penalties(LogitsProcessor):
     """OpenAI's formula, of what transformers has of the answer when it processes logits: the canvases before."""
 
