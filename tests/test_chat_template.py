@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from backend.chat.messages import chat_request
 from backend.chat.template import ChatTemplate
 from backend.errors import RequestError
+from backend.sampling_config import SamplingConfig
 
 TOKENIZER = Tokenizer.from_file(str(TINY / "tokenizer.json"))
 USER = {"role": "user", "content": "Hello."}
@@ -87,6 +88,17 @@ def test_a_call_that_must_be_made_is_begun_in_the_prompt(template, tools, choice
     free = template.prompt(chat_request([USER], tools)).text
     prompt = template.prompt(chat_request([USER], tools, choice))
     assert (prompt.text, prompt.form.prefill, prompt.form.with_tools) == (free + prefill, prefill, True)
+
+
+def test_min_tokens_where_a_grammar_decides_when_a_call_ends(template):
+    config = SamplingConfig(min_tokens=5)
+    assert template.prompt(chat_request([USER], [WEATHER])).form.sampling(config).min_tokens == 5
+    strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+    for tools, choice in (([WEATHER], "required"), ([strict], None)):
+        with pytest.raises(RequestError) as raised:
+            template.prompt(chat_request([USER], tools, choice)).form.sampling(config)
+        got = "got 5, but a call that must be made, or is of a strict tool, may end the answer sooner"
+        assert str(raised.value) == f"min_tokens: {got}; remove it, or tool_choice and strict"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from backend.chat.markup import TagSet, TagSplitter
 from backend.chat.reasoning import ReasoningParser
 from backend.chat.tools import ToolCall, ToolCallParser
+from backend.errors import refused
 from backend.grammar import Grammar
 from backend.sampling_config import SamplingConfig
 from backend.text_stream import EVERYWHERE, StopScope
@@ -48,9 +49,14 @@ class AnswerFormat:
     def sampling(self, config: SamplingConfig) -> SamplingConfig:
         """The choices of a request whose answer is read so: tags are special tokens, which must not be skipped; a grammar is
         that of the answer alone, of which there is none where a call must be made; and such a call is one, unless the request
-        itself gives parts of it."""
+        itself gives parts of it.
+
+        Raises RequestError INVALID_ARGUMENT for min_tokens where calls are held to a grammar."""
         grammar = None if self.prefill else config.structured_outputs
         within = replace(grammar, before=self.before_answer) if grammar else None if config.infill else self.of_call
+        if config.min_tokens and within and not grammar:
+            got = f"got {config.min_tokens}, but a call that must be made, or is of a strict tool, may end the answer sooner"
+            raise refused(f"min_tokens: {got}; remove it, or tool_choice and strict")
         return replace(config, skip_special_tokens=False, structured_outputs=within)
 
 
