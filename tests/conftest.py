@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,24 @@ def render(chat_tokenizer):
 def held_out() -> list[Question]:
     """Two held-out questions of every task."""
     return [question for task in TASKS for question in itertools.islice(questions(11, held_out=True, tasks=(task,)), 2)]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Builds for `inductor` trace their programs, and in place of compiling one write its name."""
+    from builder.targets.compiled import Compiled
+
+    def compile_program(program, directory):
+        (directory / f"{program.name}.pt2").write_text(program.name)
+        return Compiled(file=f"{program.name}.pt2")
+
+    def compile_operators(directory):
+        (directory / "operators.so").write_text("operators")
+        return "operators.so"
+
+    monkeypatch.setattr("builder.compiling.processes", ThreadPoolExecutor)  # another process would compile in earnest
+    monkeypatch.setattr("builder.compiling.compiler", lambda build, model: compile_program)
+    monkeypatch.setattr("builder.build.compile_operators", compile_operators)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +28,6 @@ from builder.errors import BuildError
 from builder.export import export_program, signatures
 from builder.network import rope_frequencies
 from builder.targets import inductor
-from builder.targets.compiled import Compiled
 from builder.weights import (
     EMBEDDING,
     FINAL_NORM,
@@ -421,20 +419,8 @@ def test_tensors_are_mapped_not_copied(sharded):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Replaces compilation by writing a name: what is tested here is what happens around it."""
-
-    def compile_program(program, directory):
-        (directory / f"{program.name}.pt2").write_text(program.name)
-        return Compiled(file=f"{program.name}.pt2")
-
-    def compile_operators(directory):
-        (directory / "operators.so").write_text("operators")
-        return "operators.so"
-
-    monkeypatch.setattr("builder.compiling.processes", ThreadPoolExecutor)  # where the others of these are replaced, too
-    monkeypatch.setattr("builder.compiling.compiler", lambda build, model: compile_program)
-    monkeypatch.setattr("builder.build.compile_operators", compile_operators)
+def quick(uncompiled, monkeypatch):
+    """Does not trace either: what is tested here is what happens around it."""
     monkeypatch.setattr(
         "builder.compiling.export_program",
         lambda signature, model, build, minimum: type("Traced", (), {**vars(signature), "outputs": ()}),

@@ -3,8 +3,6 @@
 In bfloat16, which ONNX Runtime lacks on the CPU, the reference evaluator of ONNX takes its place.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import onnx
 import pytest
 import torch
@@ -22,7 +20,6 @@ from backend.generation_defaults import GenerationDefaults
 from backend.session import Session
 from builder.__main__ import app
 from builder.build import build_engine
-from builder.targets.compiled import Compiled
 from contract.manifest import Binding
 from plugins.library import NAMESPACE
 
@@ -127,22 +124,9 @@ def test_a_generation_gives_the_tokens_of_transformers(checkpoint, session):
         assert result.num_steps == expected.num_steps
 
 
-def test_a_build_keeps_the_onnx_files_on_request(tmp_path, monkeypatch):
+def test_a_build_keeps_the_onnx_files_on_request(uncompiled, tmp_path):
     """They have the manifest's bindings, the nodes that TensorRT's plugins answer to, and no weight."""
 
-    def compile_program(program, directory):
-        (directory / f"{program.name}.pt2").touch()
-        return Compiled(file=f"{program.name}.pt2")
-
-    def compile_operators(directory):
-        (directory / "operators.so").touch()
-        return "operators.so"
-
-    monkeypatch.setattr("builder.compiling.processes", ThreadPoolExecutor)  # else another process would compile in earnest
-    monkeypatch.setattr("builder.compiling.compiler", lambda build, model: compile_program)
-    monkeypatch.setattr(
-        "builder.build.compile_operators", lambda directory: (directory / "operators.so").touch() or "operators.so"
-    )
     checkpoint, engine, lines = random_checkpoint(tmp_path / "checkpoint", **TWO_LAYERS), tmp_path / "engine", []
     build_engine(checkpoint, engine)
     assert not list(engine.glob("*.onnx"))

@@ -136,7 +136,7 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _usage(answer: Choice) -> ResponseUsage:
-    """What of the prompt was cached is not counted for each request: 0."""
+    """What the request added to the cache is not counted: 0."""
     return ResponseUsage(
         input_tokens=answer.num_input_tokens,
         input_tokens_details=InputTokensDetails(cached_tokens=answer.num_cached_tokens, cache_write_tokens=0),

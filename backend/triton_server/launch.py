@@ -109,8 +109,8 @@ class TritonServer:
         return self._staging.name
 
     def __enter__(self) -> "TritonServer":
-        self.start()
         try:
+            self.start()
             while not self.is_ready():
                 time.sleep(POLL_INTERVAL_S)
         except BaseException as error:
@@ -122,21 +122,17 @@ class TritonServer:
         self.stop(keep_logs=isinstance(error, Exception))
 
     def start(self) -> None:
-        """Starts the processes, which have to be stopped, and does not wait for the model. Raises ServerError."""
+        """Starts the processes and does not wait for the model. Raises ServerError. `stop` has to follow in any case."""
         _check_environment()
-        try:
-            self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
-            self._news = LogNews(self.log_path)
-            stage_backend(self._staging / "backends" / "python")
-            config = stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
-            self._choose_addresses()
-            self._start()
-            self._seconds_to_load = seconds_to_load(config) + _START_S
-            self._late_at_s = time.monotonic() + self._seconds_to_load
-            self._report(f"starting  log {self.log_path}")
-        except BaseException as error:
-            self.stop(keep_logs=isinstance(error, Exception))
-            raise
+        self._staging = Path(tempfile.mkdtemp(prefix="diffusiongemma_server_"))
+        self._news = LogNews(self.log_path)
+        stage_backend(self._staging / "backends" / "python")
+        config = stage_model(self._model_dir, self._staging / "models" / MODEL_NAME, self._parameters, self._instances)
+        self._choose_addresses()
+        self._start()
+        self._seconds_to_load = seconds_to_load(config) + _START_S
+        self._late_at_s = time.monotonic() + self._seconds_to_load
+        self._report(f"starting  log {self.log_path}")
 
     def is_ready(self) -> bool:
         """Whether the model is. Raises ServerError, with the reason, when the server has ended or the model is late."""
