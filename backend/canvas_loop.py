@@ -189,6 +189,7 @@ class CanvasLoop:
                 cap=self._model.final_logit_softcapping,
                 temperature=temperature[chunk],
                 noise=noise,
+                repetitions=[extra.repetition(of_chunk) for extra, of_chunk, _ in extras],
                 bias=[each for extra, *of_it in extras for each in extra.biases(*of_it)],
             )
             for extra, of_chunk, of_canvas in extras:

@@ -242,7 +242,7 @@ class CapturedLoop(TableLoop):
             processing = {
                 "cap": self._model.final_logit_softcapping,
                 "temperature": each["temperature"][chunk],
-                "bias": self._tables.bias(each["slots"][chunk]),
+                "adjustment": self._tables.adjustment(each["slots"][chunk]),
             }
             result = vocabulary_pass(logits, greedy=each["greedy"][chunk], **processing, **drawn)
             likeliest = {"argmax": result.argmax, **processing}

@@ -50,7 +50,7 @@ class CompiledLoop(TableLoop):
                 weights,
                 self._model.final_logit_softcapping or 0.0,
                 temperature[chunk],
-                *self._tables.bias(slot[chunk]),
+                *self._tables.adjustment(slot[chunk]),
                 *(each[chunk] for each in drawn),
                 *extras,
             )

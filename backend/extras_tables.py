@@ -14,7 +14,7 @@ from backend.opening import Opening
 from backend.parameters import MOST_ALTERNATIVES
 from backend.sampler import FORBIDDEN
 from backend.sampling_config import ResolvedSampling
-from plugins.vocabulary.tables import Bias, Filters, LogprobTables
+from plugins.vocabulary.tables import Adjustment, Filters, LogprobTables, num_words, token_words
 
 
 class ExtrasTables:
@@ -24,6 +24,8 @@ class ExtrasTables:
         self._num_slots, num_rows = num_slots, 2 * num_slots
         self._bias = torch.zeros(num_rows, vocab_size, dtype=torch.float32, device=device)
         self._biased = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._repeated = torch.zeros(num_rows, num_words(vocab_size), dtype=torch.int32, device=device)
+        self._penalties = torch.ones(num_rows, dtype=torch.float32, device=device)
         self._num_first = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.filters = Filters.off(num_rows, device)
         self.logprob_tables = LogprobTables.empty(num_rows, canvas_length, MOST_ALTERNATIVES, device)
@@ -39,6 +41,9 @@ class ExtrasTables:
                 self._bias[row] = 0
                 self._bias[row, list(token_ids)] = torch.tensor(values, device=self._bias.device)
             self._biased[row] = bool(sampling.logit_bias)
+            if sampling.repeated:
+                self._repeated[row] = token_words(sampling.repeated, self._bias.shape[1], self._bias.device)
+            self._penalties[row] = sampling.repetition_penalty if sampling.repeated else 1
             for table, value in zip(self.filters, (sampling.top_k, sampling.top_p, sampling.min_p), strict=True):
                 table[row] = value
         if opening:
@@ -55,9 +60,9 @@ class ExtrasTables:
         """The rows of the tables of canvas positions [R] that belong to `slots` [R]."""
         return slots + self._num_slots * (positions < self._num_first[slots])
 
-    def bias(self, slots: Tensor) -> Bias:
+    def adjustment(self, slots: Tensor) -> Adjustment:
         """slots: see `slots`."""
-        return Bias(self._bias, self._biased, slots)
+        return Adjustment(self._bias, self._biased, self._repeated, self._penalties, slots)
 
     def logprobs(self, slot: int) -> list[TokenLogprob] | None:
         """Those of the last step, if the slot wants any."""

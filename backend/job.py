@@ -129,12 +129,15 @@ class Job:
 
     @property
     def canvas_sampling(self) -> ResolvedSampling:
-        """What holds for the next canvas: penalties for what the answer has so far are biases of it.
+        """What holds for the next canvas: penalties for what the prompt and the answer have so far.
 
-        As in OpenAI's API, a token that it has n times loses n * frequency_penalty + presence_penalty. What the next canvas
-        will have does not count: its tokens are chosen together. transformers' processors of logits see the same.
+        A repetition penalty is of both. The others are biases, of the answer alone: as in OpenAI's API, a token that it has n
+        times loses n * frequency_penalty + presence_penalty. What the next canvas will have does not count: its tokens are
+        chosen together. transformers' processors of logits see the same.
         """
         sampling = self.sampling
+        if sampling.repetition_penalty != 1:
+            sampling = replace(sampling, repeated=tuple({*self.prompt_ids, *self.tokens}))
         if not (sampling.frequency_penalty or sampling.presence_penalty):
             return sampling
         bias = dict(sampling.logit_bias)

@@ -103,6 +103,7 @@ NUMBERS = {
     "top_k": Number(kind=int, minimum=-1, maximum=INT32_MAX),
     "top_p": Number(kind=float, minimum=0, maximum=1),
     "min_p": Number(kind=float, minimum=0, maximum=1),
+    "repetition_penalty": Number(kind=float, minimum=0.01, maximum=100),
     "frequency_penalty": Number(kind=float, minimum=-2, maximum=2),
     "presence_penalty": Number(kind=float, minimum=-2, maximum=2),
     "t_min": Number(kind=float, minimum=0, maximum=100),

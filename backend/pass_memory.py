@@ -17,6 +17,7 @@ import torch
 from backend.parameters import MOST_ALTERNATIVES
 from contract.manifest import BuildConfig
 from contract.model_config import SOFT_TOKEN_BUDGETS, LayerType, ModelConfig
+from plugins.vocabulary.tables import num_words
 
 _STATE_BYTES_PER_POSITION = 64  # canvas, argmax canvas, and room for what sampling options keep
 
@@ -37,8 +38,8 @@ def token_bytes(model: ModelConfig, kind: LayerType, dtype: str) -> int:
 
 
 def state_bytes(model: ModelConfig, build: BuildConfig) -> int:
-    """Of a sequence in the canvas loop, with its rows in the tables of biases and log probabilities: `extras_tables`."""
-    of_tables = model.canvas_length * (4 + MOST_ALTERNATIVES * 12) + 4 * model.vocab_size
+    """Of a sequence in the canvas loop, with its rows in the tables of `extras_tables`."""
+    of_tables = model.canvas_length * (4 + MOST_ALTERNATIVES * 12) + 4 * model.vocab_size + 4 * num_words(model.vocab_size)
     of_position = model.hidden_size * item_bytes(build.dtype) + _STATE_BYTES_PER_POSITION
     return model.canvas_length * of_position + 2 * of_tables
 

@@ -1,5 +1,5 @@
-"""What one request asks of a step beyond the plain one: a logit bias, sampling filters, log probabilities, and a choice of its
-canvas' first tokens."""
+"""What one request asks of a step beyond the plain one: a penalty of repeated tokens, a logit bias, sampling filters, log
+probabilities, and a choice of its canvas' first tokens."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ import torch
 from backend.logit_filters import filtered_sample
 from backend.logprobs import CanvasLogprobs
 from backend.opening import Opening
-from backend.sampler import FORBIDDEN, LogitBias, VocabularyPass
+from backend.sampler import FORBIDDEN, LogitBias, Repetition, VocabularyPass
 from backend.sampling_config import ResolvedSampling
 from contract.model_config import ModelConfig
 
@@ -21,6 +21,8 @@ class RowExtras:
         token_ids, values = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else ((), ())
         self._token_ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
         self._values = torch.tensor(values, dtype=torch.float32, device=device)
+        self._repeated = torch.tensor(sampling.repeated, dtype=torch.int64, device=device)
+        self._penalty = sampling.repetition_penalty
         forbidden = np.flatnonzero(~opening.allowed) if opening else []
         self._forbidden = torch.as_tensor(forbidden, dtype=torch.int64, device=device)  # as the canvas' first tokens
         self._num_first = opening.num_places if opening else 0
@@ -34,9 +36,13 @@ class RowExtras:
         cls, sampling: ResolvedSampling, model: ModelConfig, device: torch.device, opening: Opening | None
     ) -> "RowExtras | None":
         """opening: see `CanvasLoop.start_canvas`."""
-        if sampling.logit_bias or sampling.logprobs or _has_filters(sampling) or opening:
+        if sampling.logit_bias or sampling.repeated or sampling.logprobs or _has_filters(sampling) or opening:
             return cls(sampling, model, device, opening)
         return None
+
+    def repetition(self, rows: slice) -> Repetition:
+        """For `rows` of a chunk."""
+        return Repetition(rows.start, rows.stop, self._repeated, self._penalty)
 
     def biases(self, rows: slice, positions: slice) -> Iterator[LogitBias]:
         """For `rows` of a chunk, which are at `positions` of this canvas."""

@@ -5,7 +5,7 @@ rows x vocabulary need outlive a chunk. What follows it works on canvases and is
 
     1. temperature   temperature_schedule   per row, from its steps remaining
     2. soft cap      soft_cap               raw logits in model dtype → float32
-    3. vocabulary    vocabulary_pass        bias, temperature → processed logits → argmax, sampled token, entropy of each row
+    3. vocabulary    vocabulary_pass        penalty, bias, temperature → processed logits; argmax, sampled token, entropy
     4. feedback      soft_embeddings        processed logits → soft embeddings for the next step's self-conditioning
     5. acceptance    accept                 the low-entropy tokens of each canvas
     6. renoising     next_canvas            accepted tokens stay, the others become random
@@ -49,6 +49,16 @@ def soft_cap(raw_logits: torch.Tensor, cap: float | None, *, out: torch.Tensor |
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
+class Repetition(NamedTuple):
+    """Tokens that one request penalizes in its rows, first_row up to end_row of a chunk: a soft-capped logit is divided by the
+    penalty if it is positive and else multiplied with it, as by transformers' RepetitionPenaltyLogitsProcessor."""
+
+    first_row: int
+    end_row: int
+    token_ids: torch.Tensor  # [N] int64, each once
+    penalty: float  # above 0
+
+
 class LogitBias(NamedTuple):
     """What one request adds to the soft-capped logits of its rows, first_row up to end_row of a chunk."""
 
@@ -61,7 +71,7 @@ class LogitBias(NamedTuple):
 class VocabularyPass(NamedTuple):
     """What one step keeps of R rows of logits. `processed` is the caller's to drop as soon as its chunk is done with."""
 
-    processed: torch.Tensor  # [R, V] float32: (soft-capped logits + bias) / temperature
+    processed: torch.Tensor  # [R, V] float32
     argmax: torch.Tensor  # [R] int64: the most likely token
     sampled: torch.Tensor  # [R] int64: a token drawn from softmax(processed)
     entropy: torch.Tensor  # [R] float32, nats, of softmax(processed)
@@ -74,14 +84,15 @@ def vocabulary_pass(
     cap: float | None,
     temperature: torch.Tensor,
     noise: torch.Tensor | None,
+    repetitions: Sequence[Repetition] = (),
     bias: Sequence[LogitBias] = (),
 ) -> VocabularyPass:
     """Everything that needs a row's whole vocabulary, except self-conditioning.
 
     raw_logits: [R, V] model dtype, not modified. temperature: [R] float32, above 0. noise: [R, V] float32 Gumbel noise, or
-    None to sample the argmax. bias: of the rows that have one.
+    None to sample the argmax. repetitions, bias: of the rows that have one.
 
-    1. processed = (soft_cap(raw_logits) + bias) / temperature
+    1. processed = (soft_cap(raw_logits), of repeated tokens penalized, + bias) / temperature
     2. argmax = most likely token (the first of equals)
     3. sampled = argmax(processed + noise), which has the distribution softmax(processed) (the Gumbel-max trick)
     4. entropy = log(Z) - sum(w * shifted) / Z, with shifted = processed - max, w = exp(shifted), Z = sum(w):
@@ -97,9 +108,12 @@ def vocabulary_pass(
     for first, end in _row_blocks(raw_logits):
         rows = slice(first, end)
         block = soft_cap(raw_logits[rows], cap, out=processed[rows])  # 1.
+        for each in repetitions:
+            of_request = block[_rows_of(each, first)]
+            repeated = of_request[:, each.token_ids]
+            of_request[:, each.token_ids] = repeated.mul(each.penalty).where(repeated < 0, repeated / each.penalty)
         for each in bias:
-            biased = slice(max(each.first_row - first, 0), max(each.end_row - first, 0))
-            block[biased, each.token_ids] += each.values
+            block[_rows_of(each, first), each.token_ids] += each.values
         block.div_(temperature[rows, None])
         largest, argmax[rows] = block.max(dim=-1)  # 2.
         sampled[rows] = argmax[rows] if noise is None else (block + noise[rows]).argmax(dim=-1)  # 3.
@@ -201,6 +215,11 @@ def converged(
 
 def _scaled(embeddings: torch.Tensor, embed_scale: float) -> torch.Tensor:
     return embeddings * torch.full((), embed_scale, dtype=torch.float32, device=embeddings.device).to(embeddings.dtype)
+
+
+def _rows_of(each: Repetition | LogitBias, first: int) -> slice:
+    """In a block of rows of the chunk that begins with `first`."""
+    return slice(max(each.first_row - first, 0), max(each.end_row - first, 0))
 
 
 # Logits that a CPU core works on at a time: on one EPYC core (1 MiB L2), a row of [97, 262144] takes 2.2 ms in such blocks and

@@ -21,7 +21,8 @@ MAX_LOGIT_BIASES = 10_000  # they are set anew for every canvas, while other req
 MAX_STOP_TOKEN_IDS = 1024
 _FLAGS = ("ignore_eos", "skip_special_tokens", "logprobs")
 _NEVER_NONE = (
-    "min_tokens", "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "top_logprobs"
+    "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+    "top_logprobs",
 )  # fmt: skip
 _ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_words": "stop"}
 
@@ -34,7 +35,6 @@ _NEUTRAL_VALUES = {
     "early_stopping": (False,),
     "do_sample": (True,),
     "length_penalty": (1,),
-    "repetition_penalty": (1,),
     "typical_p": (1,),
     "bad_words": ([],),
     "prompt_logprobs": (),
@@ -62,6 +62,7 @@ class ResolvedSampling:
     top_p: float  # 1 is off, as it is if greedy
     min_p: float  # 0 is off, as it is if greedy
     logit_bias: tuple[tuple[int, float], ...]  # token ids, each once, and what is added to their logits
+    repetition_penalty: float  # 1 is off
     frequency_penalty: float  # taken from a token's logit for each time that the answer has it before the canvas
     presence_penalty: float  # … once, if it has it
     entropy_bound: float  # nats
@@ -74,6 +75,7 @@ class ResolvedSampling:
     skip_special_tokens: bool
     logprobs: bool
     top_logprobs: int
+    repeated: tuple[int, ...] = ()  # token ids, each once, that the repetition penalty is for: of one canvas, empty if off
     infill: tuple[int, ...] = ()  # the answer's first tokens, BLANK where the model fills them
     grammar: Grammar | None = None  # None: the answer is free
 
@@ -90,7 +92,10 @@ class SamplingConfig:
     top_k: int = 0  # the denoiser canvas takes only the k most likely tokens; 0 and -1 are off
     top_p: float = 1.0  # … only the fewest most likely tokens that have this probability together; 1 is off
     min_p: float = 0.0  # … only tokens at least this probable, relative to the most likely one; 0 is off
-    # Token id → number added to its soft-capped logit, before the temperature; a mapping is accepted.
+    # The soft-capped logit of a token that the prompt or the canvases before have is divided by it, a negative one multiplied
+    # with it; 1 is off.
+    repetition_penalty: float = 1.0
+    # Token id → number added to its logit then, before the temperature; a mapping is accepted.
     logit_bias: tuple[tuple[int, float], ...] = ()
     # Subtracted there from the logit of a token that the canvases before have, for each time and once; 0 is off.
     frequency_penalty: float = 0.0
@@ -194,6 +199,7 @@ class SamplingConfig:
             top_p=1.0 if greedy else self.top_p,
             min_p=0.0 if greedy else self.min_p,
             logit_bias=self.logit_bias,
+            repetition_penalty=self.repetition_penalty,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
             entropy_bound=chosen("entropy_bound"),

@@ -17,7 +17,7 @@ from backend.logprobs import top_logprobs
 from plugins.vocabulary.filters import filter_samples
 from plugins.vocabulary.launch import vocabulary_pass
 from plugins.vocabulary.logprobs import record_logprobs
-from plugins.vocabulary.tables import Bias, Filters, LogprobTables
+from plugins.vocabulary.tables import Adjustment, Filters, LogprobTables
 
 CHECKED_ROWS, CANVAS, MOST, CAP, TEMPERATURE = 32, 256, 20, 30.0, 0.6
 FLAT, PEAKED = 0.5, 6.0  # deviations of the logits
@@ -36,7 +36,7 @@ def problem(rows: int, deviation: float) -> dict[str, object]:
     return {
         "logits": logits,
         "drawn": drawn,
-        "processing": {**processing, "bias": Bias.none(logits)},
+        "processing": {**processing, "adjustment": Adjustment.none(logits)},
         "result": vocabulary_pass(logits, greedy=greedy, **processing, **drawn),
         "noise": random,
         "plain": sampler.vocabulary_pass(logits[:CHECKED_ROWS], noise=random, **some),
@@ -72,9 +72,10 @@ def logprobs_case(rows: int, deviation: float, count: int) -> Case:
     slots, result = -(-rows // CANVAS), given["result"]
     tables = LogprobTables.empty(slots, CANVAS, MOST, "cuda")
     tables.counts[:] = count
-    bias = given["processing"]["bias"]._replace(slots=torch.arange(rows, device="cuda") // CANVAS)
+    slot_of_rows = torch.arange(rows, device="cuda") // CANVAS
+    processing = {**given["processing"], "adjustment": given["processing"]["adjustment"]._replace(slots=slot_of_rows)}
     arguments = {"argmax": result.argmax, "logprob": result.logprob, "positions": given["drawn"]["positions"]}
-    run = partial(record_logprobs, given["logits"], tables, **arguments, **{**given["processing"], "bias": bias})
+    run = partial(record_logprobs, given["logits"], tables, **arguments, **processing)
     run()
     plain = given["plain"]
     _, expected = top_logprobs(plain.processed, plain.argmax, plain.logprob, count)

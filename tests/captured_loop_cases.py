@@ -1,5 +1,7 @@
 """The cases of `test_captured_loop.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,16 +95,17 @@ def run(session, loop, slots, extras=({}, {}, {})) -> list[tuple]:
     """Steps of three rows that join one after the other and leave when they are finished; what the loop says of each.
 
     extras: what each asks for beyond `SAMPLINGS`; "first": the tokens that the first ones of its canvas, as
-    many as "places", may be.
+    many as "places", may be; "repeated": tokens that a penalty is for.
     """
     defaults = GenerationDefaults.from_json({"eos_token_id": []})
     active, seen = [], []
     for tick in range(9):
         if tick < len(slots):
             extra = dict(extras[tick])
-            first, places = extra.pop("first", None), extra.pop("places", 1)
+            first, places, repeated = extra.pop("first", None), extra.pop("places", 1), extra.pop("repeated", ())
             opening = Opening(np.isin(np.arange(97), first), places) if first else None
-            loop.start_canvas(slots[tick], tick, SamplingConfig(**SAMPLINGS[tick], **extra).resolve(defaults), opening)
+            sampling = replace(SamplingConfig(**SAMPLINGS[tick], **extra).resolve(defaults), repeated=repeated)
+            loop.start_canvas(slots[tick], tick, sampling, opening)
             assert loop.num_steps(slots[tick]) == 0
             active.append(slots[tick])
         if not active:
@@ -147,6 +150,14 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
             97 * 4 * 24,
         ),
         (({}, {"logit_bias": {5: 3.0, 9: -100.0}, "logprobs": True}, {"top_k": 7}), 512 << 20),
+        (
+            (
+                {"repetition_penalty": 3.0, "repeated": (*range(2, 97, 3),), "logprobs": True},
+                {"repetition_penalty": 0.5, "repeated": (*range(90),), "logit_bias": {5: 3.0}},
+                {"repetition_penalty": 1.5, "repeated": (7, 50, 96), "first": [7, 50, 96], "top_k": 7},
+            ),
+            97 * 4 * 24,
+        ),
         (({"infill": [3, [5, 6], 4, [7]]}, {}, {"infill": [40, [8] * 5], "top_k": 7, "logprobs": True}), 97 * 4 * 24),
         (
             (
@@ -167,6 +178,7 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
     ids=[
         "all rows, chunks of 24",
         "two of three, one chunk",
+        "penalties, also with a bias and a choice of first tokens",
         "given tokens, of the third in its third canvas",
         "a choice of first tokens, also with a bias and filters",
     ],
@@ -194,12 +206,14 @@ def test_a_slot_keeps_nothing_of_the_request_before(session):
     loop, slots = loop_of(CapturedLoop, session, [5])
     expected = run(session, loop, slots)
     every = {"logit_bias": {5: 30.0}, "top_k": 2, "top_p": 0.1, "min_p": 0.5, "logprobs": True, "top_logprobs": 20}
+    every |= {"repetition_penalty": 2.0, "repeated": (5, 6)}
     every |= {"infill": [[5], 1, [6]], "first": [5, 40]}
     assert run(session, loop, slots, (every,)) != expected
     assert run(session, loop, slots) == expected
     assert loop.logprobs(slots[0]) is None
-    run(session, loop, slots, ({"logit_bias": {6: 1.0}},))
-    assert loop._tables.bias(torch.tensor(slots)).values[slots[0]].count_nonzero() == 1
+    run(session, loop, slots, ({"logit_bias": {6: 1.0}, "repetition_penalty": 2.0, "repeated": (6, 7)},))
+    adjustment = loop._tables.adjustment(torch.tensor(slots))
+    assert (adjustment.bias[slots[0]].count_nonzero(), adjustment.repeated[slots[0], 0]) == (1, (1 << 6) + (1 << 7))
     assert not loop._tables._num_first.any()
 
 

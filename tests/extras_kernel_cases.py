@@ -17,7 +17,7 @@ from plugins.vocabulary.filters import filter_samples
 from plugins.vocabulary.launch import vocabulary_pass
 from plugins.vocabulary.logprobs import record_logprobs
 from plugins.vocabulary.order_kernel import from_ordered_word, ordered_words
-from plugins.vocabulary.tables import Bias, Filters, LogprobTables
+from plugins.vocabulary.tables import Adjustment, Filters, LogprobTables, token_words
 
 let_casts_round_to_bfloat16()
 save_the_interpreters_time()
@@ -72,7 +72,7 @@ def logits(rows: int, vocab_size: int, dtype: torch.dtype = torch.float32, scale
 class Rows:
     """Rows of logits in slots of their own, in another order; what the plain sampler and the kernels make of them."""
 
-    def __init__(self, raw: torch.Tensor, *, cap: float | None = 30.0, biased: bool = False, seed: int = 0):
+    def __init__(self, raw: torch.Tensor, *, cap: float | None = 30.0, adjusted: bool = False, seed: int = 0):
         count, vocab_size = raw.shape
         each = torch.arange(count)
         self.raw, self.cap = raw, cap
@@ -81,20 +81,27 @@ class Rows:
         self.positions = each * 37 % 256
         drawn = (each + seed, each % 3, each % 5)
         self.drawn = dict(zip(("seeds", "canvas_indices", "steps"), drawn, strict=True))
-        values = torch.full((count + 1, vocab_size), math.nan)
-        used = torch.zeros(count + 1, dtype=torch.bool)
-        biases = []
-        if biased:
-            for row in range(0, count, 2):
-                slot, tokens = self.slots[row], torch.arange(row % 3, vocab_size, 11)
-                values[slot], used[slot] = 0, True
-                values[slot, tokens] = torch.linspace(-9, 9, len(tokens))
-                biases.append(sampler.LogitBias(row, row + 1, tokens, values[slot, tokens]))
-        self.bias = Bias(values, used, self.slots)
+        bias = torch.full((count + 1, vocab_size), math.nan)
+        biased = torch.zeros(count + 1, dtype=torch.bool)
+        repeated = token_words(range(vocab_size), vocab_size).repeat(count + 1, 1)
+        penalties = torch.ones(count + 1)
+        biases, repetitions = [], []
+        for row in range(count if adjusted else 0):
+            slot, rows = self.slots[row], (row, row + 1)
+            if row % 2 == 0:
+                tokens = torch.arange(row % 3, vocab_size, 11)
+                bias[slot], biased[slot] = 0, True
+                bias[slot, tokens] = torch.linspace(-9, 9, len(tokens))
+                biases.append(sampler.LogitBias(*rows, tokens, bias[slot, tokens]))
+            if row % 4 < 2:
+                tokens = torch.arange(row % 5, vocab_size, 7)
+                repeated[slot], penalties[slot] = token_words(tokens, vocab_size), (1.5, 0.75)[row % 2]
+                repetitions.append(sampler.Repetition(*rows, tokens, penalties[slot].item()))
+        self.adjustment = Adjustment(bias, biased, repeated, penalties, self.slots)
         self.noise = noise.gumbel_noise_rows(*drawn, self.positions, vocab_size)
         shape = {"cap": cap, "temperature": self.temperature}
-        self.expected = sampler.vocabulary_pass(raw, noise=self.noise, bias=biases, **shape)
-        self.shape = {**shape, "bias": self.bias}
+        self.expected = sampler.vocabulary_pass(raw, noise=self.noise, repetitions=repetitions, bias=biases, **shape)
+        self.shape = {**shape, "adjustment": self.adjustment}
         greedy = torch.zeros(count, dtype=torch.bool)
         self.result = vocabulary_pass(raw, greedy=greedy, positions=self.positions, **self.drawn, **self.shape)
 
@@ -116,12 +123,12 @@ class Rows:
             assert actual[row] == expected, (row, chosen)
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("adjusted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [97, 5000])
-def test_the_pass_over_biased_logits(vocab_size, dtype, biased):
+def test_the_pass_over_adjusted_logits(vocab_size, dtype, adjusted):
     for cap in (30.0, None):
-        rows = Rows(logits(5, vocab_size, dtype), cap=cap, biased=biased)
+        rows = Rows(logits(5, vocab_size, dtype), cap=cap, adjusted=adjusted)
         for name in ("argmax", "sampled"):
             assert torch.equal(getattr(rows.result, name), getattr(rows.expected, name))
         for name in ("entropy", "logprob"):
@@ -129,9 +136,9 @@ def test_the_pass_over_biased_logits(vocab_size, dtype, biased):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2**-7)], ids=str)
-def test_soft_embeddings_of_biased_logits(dtype, tolerance):
+def test_soft_embeddings_of_adjusted_logits(dtype, tolerance):
     """float32: exponents of up to 39 / 0.4, of which a rounding is 8e-6; bfloat16: a few of its roundings."""
-    rows = Rows(logits(4, 5000, dtype), biased=True)
+    rows = Rows(logits(4, 5000, dtype), adjusted=True)
     embedding = torch.randn(5000, 24).to(dtype)
     expected = sampler.soft_embeddings(rows.expected.processed, embedding, 24**0.5, dtype)
     others = {"argmax": rows.result.argmax, "embedding": embedding, "embed_scale": 24**0.5}
@@ -151,9 +158,9 @@ def test_many_draws_of_one_filter(filters):
     Rows(logits(60, 448, scale=2.0)).check_filters([filters] * 60)
 
 
-def test_filters_of_biased_and_uncapped_logits():
+def test_filters_of_adjusted_and_uncapped_logits():
     raw = logits(len(FILTERS), 5000)
-    Rows(raw, biased=True).check_filters(FILTERS)
+    Rows(raw, adjusted=True).check_filters(FILTERS)
     raw[:, 7::3] = -math.inf
     raw[::2, 9:] = -math.inf
     Rows(raw, cap=None).check_filters(FILTERS)
@@ -187,12 +194,12 @@ def recorded(rows: Rows, counts: list[int], most: int = 20, canvas_length: int =
     return tables
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("adjusted", [False, True])
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(7, torch.float32), (97, torch.float32), (5000, torch.bfloat16)])
-def test_logprobs(vocab_size, dtype, biased):
+def test_logprobs(vocab_size, dtype, adjusted):
     """Of rows that want none, the argmax's only, some and more than there are; everything else stays as it was."""
     counts = [-1, 0, 1, 2, 19, 20]
-    rows = Rows(logits(len(counts), vocab_size, dtype), biased=biased)
+    rows = Rows(logits(len(counts), vocab_size, dtype), adjusted=adjusted)
     tables = recorded(rows, counts)
     untouched = [torch.full_like(each, -1) for each in tables[1:]]
     for row, count in enumerate(counts):

@@ -5,17 +5,32 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from plugins.triton_launch import HOPPER_SHARED_BYTES, Launch  # noqa: E402
+from plugins.vocabulary.tables import Adjustment, num_words  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MAX_REGISTERS = 255  # of one thread, by the same guide
 PTX_TYPES = {"u64": "pointer", "u32": "i32"}
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.cg", "ld.global.v4")
+
+
+def described_adjustment(slots: int, vocab_size: int, rows: int) -> Adjustment:
+    def described(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    return Adjustment(
+        bias=described(slots, vocab_size, dtype=torch.float32),
+        biased=described(slots, dtype=torch.bool),
+        repeated=described(slots, num_words(vocab_size), dtype=torch.int32),
+        penalties=described(slots, dtype=torch.float32),
+        slots=described(rows, dtype=torch.int64),
+    )
 
 
 class HopperDriver:

@@ -10,7 +10,12 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from hopper import check_compiles, check_exponentials_are_spread, check_factors_stay_until_they_are_read
+from hopper import (
+    check_compiles,
+    check_exponentials_are_spread,
+    check_factors_stay_until_they_are_read,
+    described_adjustment,
+)
 
 from backend.encode_pass import pass_sizes
 from plugins.attention import hopper_launch
@@ -110,8 +115,8 @@ def test_vocabulary_pass_compiles(dtype, tmp_path):
         return torch.empty(CANVAS_LENGTH, dtype=of, device="meta")
 
     logits = torch.empty(CANVAS_LENGTH, VOCAB_SIZE, dtype=dtype, device="meta")
-    bias = logits.new_empty(5, VOCAB_SIZE, dtype=torch.float32), logits.new_empty(5, dtype=torch.bool), rows()
-    tile = vocabulary.tile_launch((logits, rows(torch.float32), *bias, rows(torch.bool), *[rows()] * 4), 30.0)
+    adjustment = described_adjustment(5, VOCAB_SIZE, CANVAS_LENGTH)
+    tile = vocabulary.tile_launch((logits, rows(torch.float32), *adjustment, rows(torch.bool), *[rows()] * 4), 30.0)
     assert check_compiles(tile, tmp_path, str(dtype))["ld.global.v4"]
     check_compiles(vocabulary.merge_launch(*tile.outputs), tmp_path, str(dtype))
 

@@ -68,13 +68,14 @@ def test_float32_tokens_of_requests_with_extras_are_those_of_the_uncompiled_netw
     prompts = [render(question) for question in held_out]
     extras = (
         {"logprobs": True, "top_logprobs": 2},
-        {"logit_bias": {5: 1.0}},
-        {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        {"logit_bias": {5: 1.0}, "repetition_penalty": 1.1},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "frequency_penalty": 0.3, "presence_penalty": 0.1},
         {"infill": [1, [297, 277], 40, [298] * 3], "ignore_eos": True},
+        {"min_tokens": 40},
         {"structured_outputs": {"regex": "It is [0-9 ]{2,40}[a-d]"}, "top_k": 9, "logprobs": True},
         {},
     )
-    configs = [SamplingConfig(seed=seed, **SAMPLING, **extras[seed % 6]) for seed in range(len(prompts))]
+    configs = [SamplingConfig(seed=seed, **SAMPLING, **extras[seed % 7]) for seed in range(len(prompts))]
     expected = uncompiled("float32", max_sequences=5).generate(prompts, configs)
     actual = LLM(engine("float32"), max_sequences=5).generate(prompts, configs)
     assert [result.token_ids for result in actual] == [result.token_ids for result in expected]

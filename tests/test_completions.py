@@ -275,7 +275,7 @@ def test_of_alternatives_that_print_alike_the_most_likely_is_named():
 
 
 def test_the_parameter_at_fault_is_named_without_its_value():
-    assert bad_request("repetition_penalty=2: not supported by this server; remove it").param == "repetition_penalty"
+    assert bad_request("length_penalty=2: not supported by this server; remove it").param == "length_penalty"
     assert bad_request("seed: got 1.5, expected an integer").param == "seed"
     assert bad_request("logit_bias of token id 5: got 200, expected a finite number").param == "logit_bias"
     assert bad_request("max_tokens and max_new_tokens: both given, but mean the same; remove one").param == "max_tokens"

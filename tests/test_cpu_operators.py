@@ -23,7 +23,7 @@ from plugins.moe.fp8 import from_fp8
 from plugins.moe.int4 import from_int4, to_int4
 from plugins.moe.nvfp4 import numbers_of, to_nvfp4
 from plugins.moe.reference import experts_reference
-from plugins.vocabulary.tables import Bias, Filters, LogprobTables
+from plugins.vocabulary.tables import Adjustment, Filters, LogprobTables, token_words
 
 LOGPROB_TOLERANCE = {"rtol": 4e-6, "atol": 4e-5}  # of processed logits up to 35 / 0.4, of which a rounding is 4e-6
 CASES = (
@@ -139,7 +139,13 @@ def test_vocabulary_pass_equals_the_sampler(vocab_size, cap):
     weights = raw.clone()
     drawn_of_rows = (greedy, seeds, *drawn)
     argmax, sampled, entropy, total = vocabulary_op.vocabulary_cpu(
-        weights, cap or 0.0, temperature, *Bias.none(raw), *drawn_of_rows, *Filters.off(9), *LogprobTables.empty(9, 256, 20)
+        weights,
+        cap or 0.0,
+        temperature,
+        *Adjustment.none(raw),
+        *drawn_of_rows,
+        *Filters.off(9),
+        *LogprobTables.empty(9, 256, 20),
     )
     assert torch.equal(argmax, expected.argmax)
     assert torch.equal(sampled, torch.where(greedy, expected.argmax, expected.sampled))
@@ -163,8 +169,8 @@ EXTRAS = [
 
 @pytest.mark.parametrize("deviation", [0.2, 3.0, 10.0])
 @pytest.mark.parametrize("vocab_size", [5, 257, 5000])
-def test_filters_biases_and_log_probabilities_equal_the_sampler(vocab_size, deviation):
-    """Slots in another order than the rows; every second one has a bias; log probabilities of every count."""
+def test_adjustments_filters_and_log_probabilities_equal_the_sampler(vocab_size, deviation):
+    """Slots in another order than rows; half of them have a bias, two of three a penalty; all counts of log probabilities."""
     torch.manual_seed(5)
     rows = 3 * len(EXTRAS)
     each, slots = torch.arange(rows), torch.arange(rows).flip(0)
@@ -176,17 +182,23 @@ def test_filters_biases_and_log_probabilities_equal_the_sampler(vocab_size, devi
     values[biased] = 0
     values[biased.nonzero(), tokens] = torch.linspace(-5, 5, len(tokens))
     biases = [sampler.LogitBias(row, row + 1, tokens, values[slot, tokens]) for row, slot in enumerate(slots) if biased[slot]]
+    repeated = [torch.arange(vocab_size)[slot % 4 :: 3] for slot in each]
+    penalties = torch.tensor([1.0, 1.3, 0.6])[each % 3]
+    repetitions = [sampler.Repetition(row, row + 1, repeated[slot], penalties[slot].item()) for row, slot in enumerate(slots)]
     seeds, drawn = each - 4, [each % count for count in (3, 5, 256)]
     random = noise.gumbel_noise_rows(seeds, *drawn, vocab_size)
-    expected = sampler.vocabulary_pass(raw, cap=30.0, temperature=temperature, noise=random, bias=biases)
+    shape = {"cap": 30.0, "temperature": temperature}
+    expected = sampler.vocabulary_pass(raw, noise=random, repetitions=repetitions, bias=biases, **shape)
     filters, tables = Filters.off(rows), LogprobTables.empty(rows, 256, 20)
     for slot in range(rows):
         for name, value in EXTRAS[slot % len(EXTRAS)].items():
             getattr(filters, name)[slot] = value
     tables.counts[:] = each % 22 - 1
+    words = torch.stack([token_words(of_slot, vocab_size) for of_slot in repeated])
+    adjustment = Adjustment(values, biased, words, penalties, slots)
     weights = raw.clone()
     argmax, sampled, _, total = vocabulary_op.vocabulary_cpu(
-        weights, 30.0, temperature, values, biased, slots, greedy, seeds, *drawn, *filters, *tables
+        weights, 30.0, temperature, *adjustment, greedy, seeds, *drawn, *filters, *tables
     )
     assert torch.equal(argmax, expected.argmax)
     torch.testing.assert_close(weights / total[:, None], expected.processed.softmax(-1), rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The kernels of biases, filters and log probabilities at the real vocabulary, against the plain sampler on the same GPU."""
+"""The kernels of biases, penalties, filters and log probabilities at the real vocabulary, against the plain sampler there."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from backend import noise, sampler
 from backend.logit_filters import filtered_sample
 from backend.logprobs import top_logprobs
-from plugins.vocabulary.tables import Bias, Filters, LogprobTables
+from plugins.vocabulary.tables import Adjustment, Filters, LogprobTables, token_words
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -19,7 +19,7 @@ ROWS = 4 * len(FILTERS)
 @pytest.mark.parametrize("deviation", [0.5, 3.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_of_every_kind(dtype, deviation):
-    """Every second one with a bias of some tokens; flat distributions, which draw often, and peaked ones."""
+    """Half of them with a bias, two of three with a penalty; flat distributions, which draw often, and peaked ones."""
     from plugins.vocabulary.filters import filter_samples
     from plugins.vocabulary.launch import vocabulary_pass
     from plugins.vocabulary.logprobs import record_logprobs
@@ -36,11 +36,16 @@ def test_rows_of_every_kind(dtype, deviation):
         for row, slot in enumerate(slots.tolist())
         if slot % 2 == 0
     ]
+    repeated = [torch.arange(slot % 4, VOCAB_SIZE, 3, device="cuda") for slot in range(ROWS)]
+    penalties = torch.tensor([1.0, 1.3, 0.6], device="cuda")[each % 3]
+    of_slots = list(zip(repeated, penalties.tolist(), strict=True))
+    repetitions = [sampler.Repetition(row, row + 1, *of_slots[slot]) for row, slot in enumerate(slots.tolist())]
     drawn = {"seeds": each * 0x123456789ABCDEF, "canvas_indices": each % 3, "steps": each % 48}
     random = noise.gumbel_noise_rows(*drawn.values(), each, VOCAB_SIZE)
     shape = {"cap": 30.0, "temperature": 0.4 + each / 50}
-    expected = sampler.vocabulary_pass(raw, noise=random, bias=biases, **shape)
-    shape |= {"bias": Bias(values, torch.arange(ROWS, device="cuda") % 2 == 0, slots)}
+    expected = sampler.vocabulary_pass(raw, noise=random, repetitions=repetitions, bias=biases, **shape)
+    words = torch.stack([token_words(of_slot, VOCAB_SIZE, "cuda") for of_slot in repeated])
+    shape |= {"adjustment": Adjustment(values, each % 2 == 0, words, penalties, slots)}
     drawn |= {"positions": each}
     actual = vocabulary_pass(raw, greedy=each < 0, **drawn, **shape)
     assert torch.equal(actual.argmax, expected.argmax) and torch.equal(actual.sampled, expected.sampled)

@@ -9,7 +9,7 @@ from interpreter_runs import check_interpreted
 
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
-from hopper import check_compiles, instructions_of
+from hopper import check_compiles, described_adjustment, instructions_of
 
 from plugins.vocabulary.filters import filter_launch
 from plugins.vocabulary.logprobs import logprobs_launch
@@ -26,9 +26,9 @@ def described(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 
 def processed_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """raw_logits, temperature and the bias's three."""
-    bias = described(SLOTS, VOCAB_SIZE, dtype=torch.float32), described(SLOTS, dtype=torch.bool), described(ROWS)
-    return described(ROWS, VOCAB_SIZE, dtype=dtype), described(ROWS, dtype=torch.float32), *bias
+    """raw_logits, temperature and the adjustment's."""
+    adjustment = described_adjustment(SLOTS, VOCAB_SIZE, ROWS)
+    return described(ROWS, VOCAB_SIZE, dtype=dtype), described(ROWS, dtype=torch.float32), *adjustment
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
     EntropyBoundSamplerConfig,
@@ -156,14 +157,34 @@ def test_bias_is_added_after_the_cap_before_the_temperature(cap):
         assert torch.equal(biased[[0, 1, 5, 6, 7]], unbiased[[0, 1, 5, 6, 7]])
 
 
+@pytest.mark.parametrize("penalty", [1.5, 0.8])
+def test_a_penalty_is_that_of_transformers_and_before_the_bias(penalty):
+    raw, temperature = random_logits(9, 63, scale=40), torch.linspace(0.4, 0.8, 9)
+    repeated, rows = torch.arange(0, 63, 4), slice(2, 7)
+    capped = sampler.soft_cap(raw, 30.0)
+    capped[rows] = RepetitionPenaltyLogitsProcessor(penalty)(repeated.expand(5, -1), capped[rows])
+    capped[4:8, [4, 5]] += 3.0
+    result = sampler.vocabulary_pass(
+        raw,
+        cap=30.0,
+        temperature=temperature,
+        noise=None,
+        repetitions=[sampler.Repetition(2, 7, repeated, penalty)],
+        bias=[sampler.LogitBias(4, 8, torch.tensor([4, 5]), torch.tensor([3.0, 3.0]))],
+    )
+    assert torch.equal(result.processed, capped / temperature[:, None])
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9])
 def test_blocks_of_rows_change_nothing(num_rows, monkeypatch):
-    """The smallest blocks against one of everything, with a bias that begins and ends within blocks."""
+    """The smallest blocks against one of everything, with a bias and a penalty that begin and end within blocks."""
     raw, noise, temperature = random_logits(num_rows, 257), random_logits(num_rows, 257, seed=1), torch.full((num_rows,), 0.7)
     bias = [sampler.LogitBias(num_rows // 3, num_rows - 1, torch.tensor([3, 250]), torch.tensor([9.0, -9.0]))]
-    of_one = sampler.vocabulary_pass(raw, cap=30.0, temperature=temperature, noise=noise, bias=bias)
+    repetitions = [sampler.Repetition(num_rows // 2, num_rows, torch.tensor([4, 251]), 2.0)]
+    processing = {"cap": 30.0, "temperature": temperature, "repetitions": repetitions, "bias": bias}
+    of_one = sampler.vocabulary_pass(raw, noise=noise, **processing)
     monkeypatch.setattr(sampler, "_CPU_BLOCK_LOGITS", 1)
-    of_many = sampler.vocabulary_pass(raw, cap=30.0, temperature=temperature, noise=noise, bias=bias)
+    of_many = sampler.vocabulary_pass(raw, noise=noise, **processing)
     for whole, blocks in zip(of_one, of_many, strict=True):
         assert torch.equal(whole, blocks)
 

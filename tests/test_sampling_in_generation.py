@@ -1,4 +1,4 @@
-"""Biases, filters and log probabilities in whole generations, against transformers' `generate` with the same noise."""
+"""Biases, penalties, filters, log probabilities in whole generations, against transformers' `generate` with the same noise."""
 
 import itertools
 from dataclasses import replace
@@ -13,6 +13,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -132,6 +133,30 @@ def test_penalties_are_of_the_canvases_before(pair, frequency, presence, tempera
     assert result.num_steps == expected.num_steps
     canvas = oracle.canvas_length
     assert result.token_ids[:canvas] == without.token_ids[:canvas] and result.token_ids != without.token_ids
+
+
+class OfEveryPosition(LogitsProcessor):
+    """transformers' processor, which knows one position a sequence, on a canvas."""
+
+    def __init__(self, processor: LogitsProcessor):
+        self._processor = processor
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        [of_canvas] = scores
+        return self._processor(input_ids.expand(len(of_canvas), -1), of_canvas)[None]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+@pytest.mark.parametrize("penalty", [1.2, 3.0, 0.7])
+def test_a_repetition_penalty_is_of_the_prompt_and_the_canvases_before(pair, penalty, temperature):
+    llm, oracle = pair
+    processors = [OfEveryPosition(RepetitionPenaltyLogitsProcessor(penalty)), SequenceBiasLogitsProcessor([[[7], 1.5]])]
+    expected = expected_of(oracle, seed=3, greedy=temperature == 0, logits_processor=LogitsProcessorList(processors))
+    sampling = {"logit_bias": {7: 1.5}, "temperature": temperature}
+    result = one(llm, repetition_penalty=penalty, **sampling)
+    assert result.token_ids == tokens_of(expected)
+    assert result.num_steps == expected.num_steps
+    assert result.token_ids[: oracle.canvas_length] != one(llm, **sampling).token_ids[: oracle.canvas_length]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +294,8 @@ EVERY_KIND = [
     {"temperature": 0, "logprobs": True, "top_logprobs": 2, "logit_bias": {9: 100}},
     {"top_k": 50, "top_p": 0.9, "temperature": 2},
     {"temperature": 0.3},
+    {"repetition_penalty": 1.8, "frequency_penalty": 0.5},
+    {"repetition_penalty": 0.6, "top_p": 0.8, "logprobs": True, "top_logprobs": 2},
     {"infill": [[5, 6], 12, [7], 7, [9] * 4], "top_k": 40, "logprobs": True, "top_logprobs": 2},
     {"structured_outputs": {"regex": "[0-9]{4}[!-'][!-9]+;"}},
     {"structured_outputs": {"regex": "[0-9]{8}"}, "top_p": 0.7, "logit_bias": {73: 4.0}, "logprobs": True, "top_logprobs": 2},

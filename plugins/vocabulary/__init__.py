@@ -13,7 +13,9 @@ K the most alternatives.
 |---|---|---|
 | raw_logits | [R, V] bfloat16 or float32 | the head's output |
 | temperature | [R] float32 | above 0 |
-| bias | [S, V] float32, [S] bool, [R] int64 | what is added to the soft-capped logits; which slots have any; the slots of the rows |
+| adjustment: bias, biased | [S, V] float32, [S] bool | what is added to the soft-capped logits; which slots have any |
+| … repeated, penalties | [S, V / 32] int32, [S] float32 | a bit a token: whose logits come nearer to 0 if positive, else go further; by what factor, 1 is off |
+| … slots | [R] int64 | of the rows |
 
 | vocabulary pass | shape, dtype | meaning |
 |---|---|---|

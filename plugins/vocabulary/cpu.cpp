@@ -1,7 +1,7 @@
 // The sampler for float32 tensors on the CPU, beside its CUDA form in `launch.py`: same arguments, same numbers to rounding.
 //
 // `vocabulary_cpu`, a row of logits at a time, which stays in a core's cache:
-// 1. Processed logits: soft cap, bias, temperature; the largest and where it is.
+// 1. Processed logits: soft cap, penalty of repeated tokens, bias, temperature; the largest and where it is.
 // 2. Weights exp(processed - largest) in place of the logits, their sum, and the sum of weight * (processed - largest).
 // 3. The sampled token (`draw.h`).
 // 4. Where they are asked for: filters of the sampled token, log probabilities (`extras.h`).
@@ -35,18 +35,39 @@ struct Best {
   int64_t token;
 };
 
-// 1., of one row: `logits` become processed ones. bias: null if there is none.
-Best process(float* logits, int64_t vocab_size, float cap, const float* bias, float temperature) {
+// Of one row, see `tables.py`; null if there is none.
+struct Adjustment {
+  const int32_t* repeated;
+  float penalty;
+  const float* bias;
+};
+
+// Of the tokens from `first` on, a multiple of LANES; count: how many there are.
+Vec adjusted(Vec capped, const Adjustment& adjustment, int64_t first, int64_t count) {
+  if (adjustment.repeated) {
+    const int32_t word = adjustment.repeated[first / 32] >> first % 32;  // LANES divide 32
+    Ints again;
+    for (int lane = 0; lane < LANES; ++lane) again[lane] = word >> lane & 1;
+    const Vec penalized = capped > 0.0f ? capped / adjustment.penalty : capped * adjustment.penalty;
+    capped = again != 0 ? penalized : capped;
+  }
+  if (!adjustment.bias) return capped;
+  const float* bias = adjustment.bias + first;
+  return capped + (count == LANES ? load(bias) : load_first(bias, count));
+}
+
+// 1., of one row: `logits` become processed ones.
+Best process(float* logits, int64_t vocab_size, float cap, const Adjustment& adjustment, float temperature) {
   Vec most = splat(-std::numeric_limits<float>::infinity());
   Ints where{}, lanes;
   for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
   const int64_t whole = vocab_size / LANES * LANES;
-  const auto processed = [cap, bias, temperature](Vec raw, Vec added) {
+  const auto processed = [&](Vec raw, int64_t first, int64_t count) {
     const Vec capped = cap > 0 ? tanh(raw / cap) * cap : raw;
-    return (bias ? capped + added : capped) / temperature;
+    return adjusted(capped, adjustment, first, count) / temperature;
   };
   for (int64_t i = 0; i < whole; i += LANES) {
-    const Vec values = processed(load(logits + i), bias ? load(bias + i) : Vec{});
+    const Vec values = processed(load(logits + i), i, LANES);
     store(logits + i, values);
     const Ints token = lanes + static_cast<int32_t>(i);
     where = values > most ? token : where;
@@ -58,7 +79,7 @@ Best process(float* logits, int64_t vocab_size, float cap, const float* bias, fl
   }
   if (whole < vocab_size) {
     const int64_t rest = vocab_size - whole;
-    const Vec values = processed(load_first(logits + whole, rest), bias ? load_first(bias + whole, rest) : Vec{});
+    const Vec values = processed(load_first(logits + whole, rest), whole, rest);
     for (int64_t i = whole; i < vocab_size; ++i) {
       logits[i] = values[i - whole];
       if (logits[i] > best.value) best = {logits[i], i};
@@ -93,9 +114,10 @@ struct RowResult {
 
 // 1. to 3. of one row. noise: null if it is greedy. kept: null, or where processed logits and weights are left.
 RowResult vocabulary_row(
-    float* logits, int64_t vocab_size, float cap, const float* bias, float temperature, const Philox* noise, KeptRow* kept) {
+    float* logits, int64_t vocab_size, float cap, const Adjustment& adjustment, float temperature, const Philox* noise,
+    KeptRow* kept) {
   const float none = -std::numeric_limits<float>::infinity();
-  const Best top = process(logits, vocab_size, cap, bias, temperature);
+  const Best top = process(logits, vocab_size, cap, adjustment, temperature);
   if (kept) kept->resize(vocab_size);
   Sums sums;
   Draw draw(noise ? *noise : Philox{}, top.value, none);
@@ -142,14 +164,17 @@ void record(const LogprobTables& tables, int64_t slot, int64_t position, const R
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> vocabulary(
-    Tensor logits, double cap, Tensor temperature, Tensor bias, Tensor biased, Tensor slots, Tensor greedy, Tensor seeds,
-    Tensor canvas_indices, Tensor steps, Tensor positions, Tensor top_k, Tensor top_p, Tensor min_p, Tensor counts,
-    Tensor logprobs, Tensor tokens, Tensor values) {
+    Tensor logits, double cap, Tensor temperature, Tensor bias, Tensor biased, Tensor repeated, Tensor penalties, Tensor slots,
+    Tensor greedy, Tensor seeds, Tensor canvas_indices, Tensor steps, Tensor positions, Tensor top_k, Tensor top_p, Tensor min_p,
+    Tensor counts, Tensor logprobs, Tensor tokens, Tensor values) {
   const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
   Tensor argmax = torch::stable::new_empty(seeds, {num_rows}), sampled = torch::stable::new_empty(seeds, {num_rows});
   Tensor entropy = torch::stable::new_empty(logits, {num_rows}), total = torch::stable::new_empty(logits, {num_rows});
   float* rows = logits.mutable_data_ptr<float>();
   const float *temperatures = temperature.const_data_ptr<float>(), *biases = bias.const_data_ptr<float>();
+  const float* factors = penalties.const_data_ptr<float>();
+  const int32_t* words = repeated.const_data_ptr<int32_t>();
+  const int64_t num_words = repeated.size(1);
   const bool *is_greedy = greedy.const_data_ptr<bool>(), *has_bias = biased.const_data_ptr<bool>();
   const int64_t *seed = seeds.const_data_ptr<int64_t>(), *canvas_index = canvas_indices.const_data_ptr<int64_t>();
   const int64_t *step = steps.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
@@ -170,9 +195,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vocabulary(
       const Filters filters{ks[slot], shares[slot], least_shares[slot]};
       const bool filters_it = filters.any() && !is_greedy[row];
       KeptRow* keeps = filters_it || tables.counts[slot] > 0 ? &kept : nullptr;
+      const Adjustment adjustment{
+          factors[slot] != 1 ? words + slot * num_words : nullptr, factors[slot],
+          has_bias[slot] ? biases + slot * vocab_size : nullptr};
       RowResult result = vocabulary_row(
-          rows + row * vocab_size, vocab_size, static_cast<float>(cap), has_bias[slot] ? biases + slot * vocab_size : nullptr,
-          temperatures[row], is_greedy[row] ? nullptr : &noise, keeps);
+          rows + row * vocab_size, vocab_size, static_cast<float>(cap), adjustment, temperatures[row],
+          is_greedy[row] ? nullptr : &noise, keeps);
       if (filters_it) result.sampled = filtered(kept, filters, noise, result.largest, result.sampled);
       if (tables.counts[slot] >= 0) record(tables, slot, position[row], result, keeps);
       to_argmax[row] = result.argmax;

@@ -10,9 +10,9 @@ import torch
 from plugins.library import LIBRARY
 
 LIBRARY.define(
-    "vocabulary_cpu(Tensor(a!) logits, float cap, Tensor temperature, Tensor bias, Tensor biased, Tensor slots, Tensor greedy, "
-    "Tensor seeds, Tensor canvas_indices, Tensor steps, Tensor positions, Tensor top_k, Tensor top_p, Tensor min_p, "
-    "Tensor counts, Tensor(b!) logprobs, Tensor(c!) tokens, Tensor(d!) values) "
+    "vocabulary_cpu(Tensor(a!) logits, float cap, Tensor temperature, Tensor bias, Tensor biased, Tensor repeated, "
+    "Tensor penalties, Tensor slots, Tensor greedy, Tensor seeds, Tensor canvas_indices, Tensor steps, Tensor positions, "
+    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor counts, Tensor(b!) logprobs, Tensor(c!) tokens, Tensor(d!) values) "
     "-> (Tensor argmax, Tensor sampled, Tensor entropy, Tensor total)"
 )
 LIBRARY.define(

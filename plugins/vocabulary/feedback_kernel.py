@@ -1,6 +1,6 @@
 """Raw logits → the weights of a softmax over them, in place: what self-conditioning multiplies with the embedding.
 
-    1. processed = (soft_cap(raw logits) + bias) / temperature, rounded to the logits' dtype, as in training and in transformers
+    1. processed logits, see `processed_logits`, rounded to the logits' dtype, as in training and in transformers
     2. weight = exp(processed - the row's largest), rounded to the logits' dtype; a probability is weight / sum of weights.
        Where a token is given, its weight is 1 and every other 0
     3. the tile's sum of weights, before their rounding
@@ -21,6 +21,8 @@ def softmax_weights_kernel(
     temperature,
     bias,
     biased,
+    repeated,
+    penalties,
     slots,
     largest,
     argmax,
@@ -38,13 +40,14 @@ def softmax_weights_kernel(
     num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK - 1) // BLOCK
     columns = tile * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + row)
-    logits, bias, has_bias, inverse = processing_of(row, slot, logits, temperature, bias, biased, VOCAB_SIZE)
+    logits += row.to(tl.int64) * VOCAB_SIZE
+    processing = processing_of(row, slot, temperature, bias, biased, repeated, penalties, VOCAB_SIZE)
     dtype = logits.dtype.element_ty
 
-    processed = processed_logits(logits, bias, has_bias, inverse, columns, VOCAB_SIZE, CAP)  # 1.
+    processed = processed_logits(logits, processing, columns, VOCAB_SIZE, CAP)  # 1.
     at_top = tl.load(argmax + row)
     # Another program may have overwritten it in place: so it comes apart.
-    top = processed_logits(largest + row - at_top, bias, has_bias, inverse, at_top, VOCAB_SIZE, CAP)
+    top = processed_logits(largest + row - at_top, processing, at_top, VOCAB_SIZE, CAP)
     weights = tl.exp(processed.to(dtype).to(tl.float32) - top.to(dtype).to(tl.float32))  # 2.
     of_request = tl.load(given + row)
     weights = tl.where(of_request < 0, weights, (columns == of_request).to(tl.float32))

@@ -36,6 +36,8 @@ def filtered_sample_kernel(
     temperature,
     bias,
     biased,
+    repeated,
+    penalties,
     slots,
     argmax,
     seeds,
@@ -59,28 +61,27 @@ def filtered_sample_kernel(
     least_share = tl.load(min_p + slot)
     picks = (k > 0) & (k < VOCAB_SIZE)
     if picks | (share < 1) | (least_share > 0):
-        raw_logits, bias, has_bias, inverse = processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE)
-        largest = processed_logits(raw_logits, bias, has_bias, inverse, tl.load(argmax + row), VOCAB_SIZE, CAP)
+        raw_logits += row.to(tl.int64) * VOCAB_SIZE
+        processing = processing_of(row, slot, temperature, bias, biased, repeated, penalties, VOCAB_SIZE)
+        largest = processed_logits(raw_logits, processing, tl.load(argmax + row), VOCAB_SIZE, CAP)
 
         least = float("-inf")  # 1.
         if picks:
-            word, _, _ = kth_largest(raw_logits, bias, has_bias, inverse, k, listed + row * BLOCK, VOCAB_SIZE, CAP, BLOCK)
+            word, _, _ = kth_largest(raw_logits, processing, k, listed + row * BLOCK, VOCAB_SIZE, CAP, BLOCK)
             least = from_ordered_word(word)
         limit = least
         if least_share > 0:
             limit = tl.maximum(least, largest + tl.log(least_share))
 
         token = tl.load(sampled + row).to(tl.int32)  # 2.
-        drawn = processed_logits(raw_logits, bias, has_bias, inverse, token, VOCAB_SIZE, CAP)
+        drawn = processed_logits(raw_logits, processing, token, VOCAB_SIZE, CAP)
         again = drawn < limit
         tests = True
         while again | tests:
             if again:
                 token, drawn = _draw(
                     raw_logits,
-                    bias,
-                    has_bias,
-                    inverse,
+                    processing,
                     limit,
                     tl.load(seeds + row),
                     tl.load(canvas_indices + row),
@@ -94,7 +95,7 @@ def filtered_sample_kernel(
             again = False
             if tests:
                 limit = from_ordered_word(ordered_words(drawn) + 1)  # the next number
-                left, heavier = _sums(raw_logits, bias, has_bias, inverse, largest, least, limit, VOCAB_SIZE, CAP, BLOCK)
+                left, heavier = _sums(raw_logits, processing, largest, least, limit, VOCAB_SIZE, CAP, BLOCK)
                 again = heavier >= left * share
                 tests = again
         tl.store(sampled + row, token.to(tl.int64))
@@ -103,9 +104,7 @@ def filtered_sample_kernel(
 @triton.jit
 def _sums(
     raw_logits,
-    bias,
-    has_bias,
-    inverse,
+    processing,
     largest,
     least,
     limit,
@@ -118,7 +117,7 @@ def _sums(
     left = tl.zeros([BLOCK], tl.float32)
     heavier = tl.zeros([BLOCK], tl.float32)
     for begin in tl.range(0, VOCAB_SIZE, BLOCK, num_stages=STAGES):
-        processed = processed_logits(raw_logits, bias, has_bias, inverse, begin + places, VOCAB_SIZE, CAP)
+        processed = processed_logits(raw_logits, processing, begin + places, VOCAB_SIZE, CAP)
         weights = tl.exp2((processed - largest) * _LOG2_E)
         left += tl.where(processed >= least, weights, 0.0)
         heavier += tl.where(processed >= limit, weights, 0.0)
@@ -128,9 +127,7 @@ def _sums(
 @triton.jit
 def _draw(
     raw_logits,
-    bias,
-    has_bias,
-    inverse,
+    processing,
     limit,
     seed,
     canvas_index,
@@ -147,7 +144,7 @@ def _draw(
     tokens = tl.zeros([BLOCK], tl.int32)
     drawn = tl.full([BLOCK], float("-inf"), tl.float32)
     for begin in tl.range(0, VOCAB_SIZE, BLOCK, num_stages=STAGES):
-        processed = processed_logits(raw_logits, bias, has_bias, inverse, begin + places, VOCAB_SIZE, CAP)
+        processed = processed_logits(raw_logits, processing, begin + places, VOCAB_SIZE, CAP)
         if tl.max(processed, 0) >= limit:
             words = gumbel_words(seed, canvas_index, step, position, begin, BLOCK)
             noisy = tl.where(processed >= limit, processed + gumbel_from_words(words), float("-inf"))

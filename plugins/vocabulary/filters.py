@@ -6,7 +6,7 @@ from torch import Tensor
 from plugins.triton_launch import Launch
 from plugins.vocabulary.filter_kernel import filtered_sample_kernel
 from plugins.vocabulary.launch import block_columns
-from plugins.vocabulary.tables import Bias, Filters
+from plugins.vocabulary.tables import Adjustment, Filters
 
 BLOCK_COLUMNS, NUM_WARPS = 1024, 8
 """Of a program that reads a whole row. NVIDIA H200, Triton 3.6, 256 flat rows, top_k 64 / top_p 0.95 / 20 log probabilities:
@@ -20,23 +20,23 @@ def filter_samples(
     *,
     cap: float | None,
     temperature: Tensor,
-    bias: Bias,
+    adjustment: Adjustment,
     argmax: Tensor,
     seeds: Tensor,
     canvas_indices: Tensor,
     steps: Tensor,
     positions: Tensor,
 ) -> None:
-    """Draws `sampled` [R] int64 again, in place, where the filters of its slot, in `bias.slots`, do not let it through.
+    """Draws `sampled` [R] int64 again, in place, where the filters of its slot, in `adjustment.slots`, do not let it through.
 
     raw_logits: [R, V], contiguous. sampled, argmax: what `vocabulary_pass` made of them and of the other arguments.
     """
-    per_row = (temperature, *bias, argmax, seeds, canvas_indices, steps, positions, *filters)
+    per_row = (temperature, *adjustment, argmax, seeds, canvas_indices, steps, positions, *filters)
     filter_launch((raw_logits, *(each.contiguous() for each in per_row)), sampled, cap).run()
 
 
 def filter_launch(inputs: tuple[Tensor, ...], sampled: Tensor, cap: float | None) -> Launch:
-    """inputs: raw_logits, temperature, the bias's three, argmax, seeds, canvas_indices, steps, positions, top_k, top_p,
+    """inputs: raw_logits, temperature, the adjustment's, argmax, seeds, canvas_indices, steps, positions, top_k, top_p,
     min_p. Outputs lists, for the kernel alone, and sampled, overwritten."""
     num_rows, vocab_size = inputs[0].shape
     columns = block_columns(BLOCK_COLUMNS, vocab_size)

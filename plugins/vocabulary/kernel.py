@@ -1,7 +1,7 @@
 """The sampler's pass over the vocabulary: logits → argmax, Gumbel argmax and entropy of each row, in one read.
 
     vocabulary_tile_kernel    a tile of a row's vocabulary each, block by block
-        1. processed = (soft_cap(raw logits) + bias) / temperature, float32
+        1. processed logits, see `processed_logits`
         2. the tile's largest processed logit and where it is
         3. sums over the tile of w and of w * shifted, with shifted = processed - largest, w = exp(shifted)
         4. the largest of processed + Gumbel noise and where it is (rows that are greedy: the same as 2)
@@ -43,6 +43,8 @@ def vocabulary_tile_kernel(
     temperature,
     bias,
     biased,
+    repeated,
+    penalties,
     slots,
     greedy,
     seeds,
@@ -63,7 +65,8 @@ def vocabulary_tile_kernel(
     num_tiles: tl.constexpr = (VOCAB_SIZE + BLOCK * BLOCKS - 1) // (BLOCK * BLOCKS)
     places = tl.arange(0, BLOCK)
     slot = tl.load(slots + row)
-    raw_logits, bias, has_bias, inverse = processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE)
+    raw_logits += row.to(tl.int64) * VOCAB_SIZE
+    processing = processing_of(row, slot, temperature, bias, biased, repeated, penalties, VOCAB_SIZE)
     random = tl.load(greedy + row) == 0
     seed = tl.load(seeds + row)
     canvas_index = tl.load(canvas_indices + row)
@@ -77,7 +80,7 @@ def vocabulary_tile_kernel(
     totals = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for begin in range(tile * (BLOCK * BLOCKS), tl.minimum((tile + 1) * (BLOCK * BLOCKS), VOCAB_SIZE), BLOCK):
-        processed = processed_logits(raw_logits, bias, has_bias, inverse, begin + places, VOCAB_SIZE, CAP)  # 1.
+        processed = processed_logits(raw_logits, processing, begin + places, VOCAB_SIZE, CAP)  # 1.
 
         top = tl.max(processed, 0)  # 2.
         if top > largest:
@@ -153,27 +156,35 @@ def vocabulary_merge_kernel(
 
 
 @triton.jit
-def processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE: tl.constexpr):
-    """What `processed_logits` takes of a row in a slot: its raw_logits, bias, has_bias and inverse."""
-    raw_logits += row.to(tl.int64) * VOCAB_SIZE
+def processing_of(row, slot, temperature, bias, biased, repeated, penalties, VOCAB_SIZE: tl.constexpr):
+    """What `processed_logits` takes of a row in a slot: its bias and whether it has one, its repeated tokens, their penalty and
+    its inverse, the inverse of the temperature."""
+    penalty = tl.load(penalties + slot)
     inverse = tl.div_rn(1.0, tl.load(temperature + row))
     has_bias = tl.load(biased + slot) != 0
-    bias += slot * VOCAB_SIZE
-    return raw_logits, bias, has_bias, inverse
+    repeated += slot * ((VOCAB_SIZE + 31) // 32)
+    return bias + slot * VOCAB_SIZE, has_bias, repeated, penalty, tl.div_rn(1.0, penalty), inverse
 
 
 @triton.jit
-def processed_logits(raw_logits, bias, has_bias, inverse, columns, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr):
-    """(soft_cap(raw logits) + bias) * inverse of a row's `columns`, float32; -infinity beyond the vocabulary.
+def processed_logits(raw_logits, processing, columns, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr):
+    """A row's logits at `columns`, float32: soft cap, penalty of repeated tokens, bias, temperature; -infinity beyond the
+    vocabulary.
 
-    raw_logits, bias: the row's. The bias is read if `has_bias`. inverse: of the temperature. CAP: 0 for none.
+    raw_logits: the row's. processing: of `processing_of`; repeated tokens are read if there is a penalty, biases if there are
+    any. CAP: 0 for none.
     """
+    bias, has_bias, repeated, penalty, inverse_penalty, inverse = processing
     valid = columns < VOCAB_SIZE
     logits = tl.load(raw_logits + columns, mask=valid, other=0.0).to(tl.float32)
     if CAP > 0:
         logits = CAP * _tanh(logits * (1 / CAP))
-    if has_bias:
-        logits += tl.load(bias + columns, mask=valid, other=0.0)
+    if has_bias | (penalty != 1):  # rows that have neither take one branch
+        if penalty != 1:
+            again = (tl.load(repeated + columns // 32, mask=valid, other=0) >> columns % 32) & 1 != 0
+            logits = tl.where(again, logits * tl.where(logits > 0, inverse_penalty, penalty), logits)
+        if has_bias:
+            logits += tl.load(bias + columns, mask=valid, other=0.0)
     return tl.where(valid, logits * inverse, float("-inf"))
 
 

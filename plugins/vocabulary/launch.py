@@ -12,7 +12,7 @@ from torch import Tensor
 from plugins.triton_launch import Launch
 from plugins.vocabulary.acceptance_kernel import acceptance_kernel
 from plugins.vocabulary.kernel import vocabulary_merge_kernel, vocabulary_tile_kernel
-from plugins.vocabulary.tables import Bias
+from plugins.vocabulary.tables import Adjustment
 
 # A warp works alone, so that its many reductions need no barrier. NVIDIA H200, Triton 3.6, 256 rows of 262,144 columns: 208 µs;
 # tiles of 128 blocks: 203, of 32: 212; 512 columns, 32 blocks, 1 warp: 238, 2 warps: 227, 4 warps: 247; 1024 columns, 4 warps:
@@ -44,14 +44,14 @@ def vocabulary_pass(
     canvas_indices: Tensor,
     steps: Tensor,
     positions: Tensor,
-    bias: Bias | None = None,
+    adjustment: Adjustment | None = None,
 ) -> VocabularyResult:
     """Argmax, sampled token, entropy and the argmax's log probability of each row of logits."""
     if not raw_logits.is_contiguous():
         raise ValueError(
             f"raw_logits: got strides {raw_logits.stride()}, expected a contiguous tensor (it is too large to copy)"
         )
-    per_row = (temperature, *(bias or Bias.none(raw_logits)), greedy, seeds, canvas_indices, steps, positions)
+    per_row = (temperature, *(adjustment or Adjustment.none(raw_logits)), greedy, seeds, canvas_indices, steps, positions)
     numbers, tokens = tile_launch((raw_logits, *(each.contiguous() for each in per_row)), cap).run()
     return VocabularyResult(*merge_launch(numbers, tokens).run())
 
@@ -79,7 +79,7 @@ def accept_and_renoise(
 
 
 def tile_launch(inputs: tuple[Tensor, ...], cap: float | None) -> Launch:
-    """inputs: raw_logits, temperature, the bias's three, greedy, seeds, canvas_indices, steps, positions. Outputs
+    """inputs: raw_logits, temperature, the adjustment's, greedy, seeds, canvas_indices, steps, positions. Outputs
     numbers and tokens, for `merge_launch`."""
     raw_logits = inputs[0]
     if raw_logits.dtype not in (torch.bfloat16, torch.float32):

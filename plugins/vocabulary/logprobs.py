@@ -7,7 +7,7 @@ from plugins.triton_launch import Launch
 from plugins.vocabulary.filters import BLOCK_COLUMNS, NUM_WARPS
 from plugins.vocabulary.launch import block_columns, power_of_two
 from plugins.vocabulary.logprobs_kernel import logprobs_kernel
-from plugins.vocabulary.tables import Bias, LogprobTables
+from plugins.vocabulary.tables import Adjustment, LogprobTables
 
 
 def record_logprobs(
@@ -16,21 +16,21 @@ def record_logprobs(
     *,
     cap: float | None,
     temperature: Tensor,
-    bias: Bias,
+    adjustment: Adjustment,
     argmax: Tensor,
     logprob: Tensor,
     positions: Tensor,
 ) -> None:
-    """Writes the tables of the slots in `bias.slots`, in place.
+    """Writes the tables of the slots in `adjustment.slots`, in place.
 
     raw_logits: [R, V], contiguous. argmax, logprob: what `vocabulary_pass` made of the logits and of the other arguments.
     """
-    per_row = (temperature, *bias, argmax, logprob, positions, tables.counts)
+    per_row = (temperature, *adjustment, argmax, logprob, positions, tables.counts)
     logprobs_launch((raw_logits, *(each.contiguous() for each in per_row)), tables[1:], cap).run()
 
 
 def logprobs_launch(inputs: tuple[Tensor, ...], written: tuple[Tensor, ...], cap: float | None) -> Launch:
-    """inputs: raw_logits, temperature, the bias's three, argmax, logprob, positions, counts. written: the tables' others.
+    """inputs: raw_logits, temperature, the adjustment's, argmax, logprob, positions, counts. written: the tables' others.
     Outputs lists, tokens and values as they are found, all for the kernel alone, and `written`."""
     if not all(each.is_contiguous() for each in written):
         raise ValueError(f"tables: got strides {[each.stride() for each in written]}, expected contiguous tensors")

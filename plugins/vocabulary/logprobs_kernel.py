@@ -22,6 +22,8 @@ def logprobs_kernel(
     temperature,
     bias,
     biased,
+    repeated,
+    penalties,
     slots,
     argmax,
     logprob,
@@ -51,23 +53,22 @@ def logprobs_kernel(
         tl.store(logprobs + cell, tl.load(logprob + row))
     count = tl.minimum(count, VOCAB_SIZE)
     if count > 0:
-        raw_logits, bias, has_bias, inverse = processing_of(row, slot, raw_logits, temperature, bias, biased, VOCAB_SIZE)
+        raw_logits += row.to(tl.int64) * VOCAB_SIZE
+        processing = processing_of(row, slot, temperature, bias, biased, repeated, penalties, VOCAB_SIZE)
         found_tokens += row * MOST
         found_values += row * MOST
 
         listed += row * BLOCK
-        last, among_equals, length = kth_largest(
-            raw_logits, bias, has_bias, inverse, count, listed, VOCAB_SIZE, CAP, BLOCK
-        )  # 1.
+        last, among_equals, length = kth_largest(raw_logits, processing, count, listed, VOCAB_SIZE, CAP, BLOCK)  # 1.
         larger_at = 0  # 2.
         equal_at = count - among_equals
         if length <= BLOCK:
-            columns, processed = listed_logits(raw_logits, bias, has_bias, inverse, listed, length, VOCAB_SIZE, CAP, BLOCK)
+            columns, processed = listed_logits(raw_logits, processing, listed, length, VOCAB_SIZE, CAP, BLOCK)
             _take(columns, processed, last, larger_at, equal_at, count, found_tokens, found_values, VOCAB_SIZE)
         else:
             for begin in tl.range(0, VOCAB_SIZE, BLOCK, num_stages=STAGES):
                 columns = begin + tl.arange(0, BLOCK)
-                processed = processed_logits(raw_logits, bias, has_bias, inverse, columns, VOCAB_SIZE, CAP)
+                processed = processed_logits(raw_logits, processing, columns, VOCAB_SIZE, CAP)
                 larger_at, equal_at = _take(
                     columns, processed, last, larger_at, equal_at, count, found_tokens, found_values, VOCAB_SIZE
                 )
@@ -80,7 +81,7 @@ def logprobs_kernel(
         other_value = tl.load(found_values + own[None, :], mask=(own < count)[None, :], other=float("-inf"))
         before = (other_value > value[:, None]) | ((other_value == value[:, None]) & (other_token < token[:, None]))
         at = cell * MOST + tl.sum(before.to(tl.int32), 1)
-        largest = processed_logits(raw_logits, bias, has_bias, inverse, tl.load(argmax + row), VOCAB_SIZE, CAP)
+        largest = processed_logits(raw_logits, processing, tl.load(argmax + row), VOCAB_SIZE, CAP)
         tl.store(tokens + at, token.to(tl.int64), mask=own < count)
         tl.store(values + at, value - largest + tl.load(logprob + row), mask=own < count)
 

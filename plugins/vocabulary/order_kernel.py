@@ -36,9 +36,7 @@ def from_ordered_word(word):
 
 
 @triton.jit
-def kth_largest(
-    raw_logits, bias, has_bias, inverse, k, listed, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
-):
+def kth_largest(raw_logits, processing, k, listed, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """The word of a row's k-th largest processed logit, its place among those equal to it, from 1, and the length of the list.
 
     k: from 1 to VOCAB_SIZE. listed: [BLOCK] int32 of scratch, where the list of 2. is left: tokens with every one from the k-th
@@ -49,33 +47,31 @@ def kth_largest(
     if k <= BLOCK:
         maxima = tl.full([BLOCK], float("-inf"), tl.float32)  # 1.
         for begin in tl.range(0, VOCAB_SIZE, BLOCK, num_stages=STAGES):
-            processed = processed_logits(raw_logits, bias, has_bias, inverse, begin + places, VOCAB_SIZE, CAP)
+            processed = processed_logits(raw_logits, processing, begin + places, VOCAB_SIZE, CAP)
             maxima = tl.maximum(maxima, processed)
         limit, _ = _kth_of_block(ordered_words(maxima), k)
         limit = from_ordered_word(limit)
         length = 0  # 2.
         for begin in tl.range(0, VOCAB_SIZE, BLOCK, num_stages=STAGES):
             columns = begin + places
-            processed = processed_logits(raw_logits, bias, has_bias, inverse, columns, VOCAB_SIZE, CAP)
+            processed = processed_logits(raw_logits, processing, columns, VOCAB_SIZE, CAP)
             if tl.max(processed, 0) >= limit:
                 reaches = ((processed >= limit) & (columns < VOCAB_SIZE)).to(tl.int32)
                 at = length + tl.cumsum(reaches, 0) - 1
                 tl.store(listed + at, columns, mask=(reaches > 0) & (at < BLOCK))
                 length += tl.sum(reaches, 0)
     if length <= BLOCK:
-        processed = listed_logits(raw_logits, bias, has_bias, inverse, listed, length, VOCAB_SIZE, CAP, BLOCK)[1]
+        processed = listed_logits(raw_logits, processing, listed, length, VOCAB_SIZE, CAP, BLOCK)[1]
         word, place = _kth_of_block(ordered_words(processed), k)
     else:
-        word, place = _kth_of_row(raw_logits, bias, has_bias, inverse, k, VOCAB_SIZE, CAP, BLOCK)
+        word, place = _kth_of_row(raw_logits, processing, k, VOCAB_SIZE, CAP, BLOCK)
     return word, place, length
 
 
 @triton.jit
 def listed_logits(
     raw_logits,
-    bias,
-    has_bias,
-    inverse,
+    processing,
     listed,
     length,
     VOCAB_SIZE: tl.constexpr,
@@ -86,7 +82,7 @@ def listed_logits(
     tl.debug_barrier()  # other threads may have written it
     places = tl.arange(0, BLOCK)
     columns = tl.load(listed + places, mask=places < length, other=VOCAB_SIZE)
-    return columns, processed_logits(raw_logits, bias, has_bias, inverse, columns, VOCAB_SIZE, CAP)
+    return columns, processed_logits(raw_logits, processing, columns, VOCAB_SIZE, CAP)
 
 
 @triton.jit
@@ -101,24 +97,24 @@ def _kth_of_block(words, k):
 
 
 @triton.jit
-def _kth_of_row(raw_logits, bias, has_bias, inverse, k, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _kth_of_row(raw_logits, processing, k, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """As `_kth_of_block`, of a row's processed logits; reads them once for each bit."""
     found = tl.full((), 0, tl.uint32)
     highest = tl.full((), 2147483648, tl.uint32)
     for bit in range(32):
         trial = found | (highest >> bit)
-        reach = _count(raw_logits, bias, has_bias, inverse, trial, VOCAB_SIZE, CAP, BLOCK)
+        reach = _count(raw_logits, processing, trial, VOCAB_SIZE, CAP, BLOCK)
         found = tl.where(reach >= k, trial, found)
-    return found, k - _count(raw_logits, bias, has_bias, inverse, found + 1, VOCAB_SIZE, CAP, BLOCK)
+    return found, k - _count(raw_logits, processing, found + 1, VOCAB_SIZE, CAP, BLOCK)
 
 
 @triton.jit
-def _count(raw_logits, bias, has_bias, inverse, word, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _count(raw_logits, processing, word, VOCAB_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """How many of a row's tokens have a word of `word` or more."""
     places = tl.arange(0, BLOCK)
     counts = tl.zeros([BLOCK], tl.int32)
     for begin in tl.range(0, VOCAB_SIZE, BLOCK, num_stages=STAGES):
         columns = begin + places
-        words = ordered_words(processed_logits(raw_logits, bias, has_bias, inverse, columns, VOCAB_SIZE, CAP))
+        words = ordered_words(processed_logits(raw_logits, processing, columns, VOCAB_SIZE, CAP))
         counts += ((words >= word) & (columns < VOCAB_SIZE)).to(tl.int32)
     return tl.sum(counts, 0)

@@ -1,5 +1,6 @@
 """What the requests of all slots ask of a pass over logits beyond the plain one, as operators read it. A row for each slot."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -7,19 +8,42 @@ import torch
 from torch import Tensor
 
 
-class Bias(NamedTuple):
-    """What is added to the soft-capped logits of rows, which belong to slots."""
+def num_words(vocab_size: int) -> int:
+    """Of a set of tokens: see `token_words`."""
+    return -(-vocab_size // 32)
 
-    values: Tensor  # [S, V] float32
-    used: Tensor  # [S] bool: whether the slot has any; if not, its values are not read
+
+def token_words(token_ids: Sequence[int], vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """A set of tokens: bit t % 32 of word t // 32 says whether t is in it; [num_words] int32."""
+    bits = torch.zeros(num_words(vocab_size), 32, dtype=torch.int32, device=device)
+    bits.view(-1)[torch.as_tensor(token_ids, dtype=torch.int64, device=device)] = 1
+    return (bits << torch.arange(32, dtype=torch.int32, device=device)).sum(dim=1, dtype=torch.int32)
+
+
+class Adjustment(NamedTuple):
+    """What becomes of the soft-capped logits of rows, which belong to slots, before the temperature.
+
+    1. A repeated token's logit is divided by the penalty where it is positive, and else multiplied with it.
+    2. The bias is added.
+    """
+
+    bias: Tensor  # [S, V] float32
+    biased: Tensor  # [S] bool: whether the slot has a bias; if not, it is not read
+    repeated: Tensor  # [S, num_words] int32: `token_words`
+    penalties: Tensor  # [S] float32, above 0; where it is 1, `repeated` is not read
     slots: Tensor  # [R] int64
 
     @classmethod
-    def none(cls, raw_logits: Tensor) -> "Bias":
+    def none(cls, raw_logits: Tensor) -> "Adjustment":
         """Of rows in slots of their own."""
         num_rows, vocab_size = raw_logits.shape
-        used = torch.zeros(num_rows, dtype=torch.bool, device=raw_logits.device)
-        return cls(raw_logits.new_empty(0, vocab_size, dtype=torch.float32), used, torch.arange(num_rows, device=used.device))
+        return cls(
+            bias=raw_logits.new_empty(0, vocab_size, dtype=torch.float32),
+            biased=raw_logits.new_zeros(num_rows, dtype=torch.bool),
+            repeated=raw_logits.new_empty(0, num_words(vocab_size), dtype=torch.int32),
+            penalties=raw_logits.new_ones(num_rows, dtype=torch.float32),
+            slots=torch.arange(num_rows, device=raw_logits.device),
+        )
 
 
 class Filters(NamedTuple):
