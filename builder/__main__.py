@@ -1,4 +1,5 @@
-"""`python -m builder`: build an engine directory from a checkpoint, say what is in one, or quantize a checkpoint."""
+"""`python -m builder`: build an engine directory from a checkpoint, say what is in one; quantize a checkpoint, or merge an
+adapter into one."""
 
 import signal
 import sys
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from builder.build import build_engine, write_manifest
 from builder.errors import BuildError
+from builder.merge import merge_adapter
 from builder.quantize import PROJECTIONS, quantize_checkpoint
 from contract.checkpoint import CheckpointError
 from contract.manifest import BuildConfig, ManifestError, read_manifest
@@ -148,6 +150,27 @@ def quantize(
         for layer, of_layer in sorted(errors.items()):
             table.add_row(str(layer), *(f"{of_layer[projection]:.4f}" for projection in PROJECTIONS))
         console.print(table)
+    console.print(f"{time.monotonic() - started:.1f} s", highlight=False)
+
+
+@app.command()
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a Hugging Face checkpoint.")],
+    adapter: Annotated[Path, typer.Argument(help="Directory of a LoRA adapter, as PEFT saves it.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write; a run that was cut off is continued.")],
+) -> None:
+    """Write OUTPUT, a checkpoint like CHECKPOINT with ADAPTER merged into its weights."""
+    console, started = Console(), time.monotonic()
+    try:
+        merge_adapter(
+            checkpoint,
+            adapter,
+            output,
+            console=console,
+            report=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+        )
+    except (BuildError, CheckpointError) as error:
+        _fail(error)
     console.print(f"{time.monotonic() - started:.1f} s", highlight=False)
 
 

@@ -12,7 +12,16 @@ import torch
 from builder.errors import BuildError
 from builder.stored_weights import check_layout
 from builder.targets import current_gpu, versions
-from builder.weights import CAST_FROM, VISION_PREFIXES, Bound, all_weights, bindings, bound_weights, weight_dtype
+from builder.weights import (
+    CAST_FROM,
+    VISION_PREFIXES,
+    Bound,
+    all_weights,
+    bindings,
+    bound_weights,
+    weight_dtype,
+    with_encoder_weights,
+)
 from contract.checkpoint import Checkpoint
 from contract.cpu import this_cpu
 from contract.manifest import FORMAT_VERSION, BuildConfig, Manifest, Weight
@@ -23,8 +32,8 @@ from plugins import PLUGIN_ABI
 
 
 def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
-    """What the checkpoint's tensors make of its configuration, without a vision tower where there are none for it, and their
-    shapes.
+    """What the checkpoint's tensors make of its configuration, without a vision tower where there are none for it, with the
+    encoder's own weights; and their shapes.
 
     Raises:
         CheckpointError, BuildError: tensors that are missing, unexpected, or not of the shape, layout or dtype that they
@@ -32,6 +41,7 @@ def checked(tensors: Checkpoint, model: ModelConfig) -> tuple[ModelConfig, dict[
     """
     if model.vision and not any(name.startswith(VISION_PREFIXES) for name in tensors.names()):
         model = model.model_copy(update={"vision": None})
+    model = with_encoder_weights(model, tensors.names())
     shapes = all_weights(model)
     if model.experts_dtype:
         check_layout(tensors, shapes, model.experts_dtype)

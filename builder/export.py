@@ -16,17 +16,7 @@ from torch.export import Dim, ExportedProgram
 from builder.errors import BuildError
 from builder.network import Denoise, Encode, Head
 from builder.vision_network import Vision
-from builder.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    SELF_CONDITIONING,
-    all_weights,
-    binding_shapes,
-    bound_weights,
-    layer_scalar,
-    text_weights,
-    vision_weights,
-)
+from builder.weights import EMBEDDING, all_weights, binding_shapes, bound_weights, of_pass, text_weights, vision_weights
 from contract.manifest import Binding, BuildConfig, Device
 from contract.model_config import SOFT_TOKEN_BUDGETS, ModelConfig
 from plugins import PLAIN_DECOMPOSITIONS
@@ -78,20 +68,20 @@ def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]
     Bindings of varying size: T tokens (at most max_encode_tokens), B sequences, N pages of each layer type, P page-table
     columns, M image rows, R head rows, S soft tokens of one image.
     """
-    fp8_rows = build.expert_activations == "float8"
+    fp8_rows, names = build.expert_activations == "float8", tuple(binding_shapes(text_weights(config)))
     head_inputs = (_binding("hidden", build.dtype, "rows", config.hidden_size),)
     text = (
         Signature(
             name="encode",
             module=Encode(config, fp8_rows=fp8_rows),
             inputs=_encode_bindings(config, build),
-            weights=_encode_weights(config),
+            weights=of_pass(names, encoder=True),
         ),
         Signature(
             name="denoise",
             module=Denoise(config, fp8_rows=fp8_rows),
             inputs=_denoise_bindings(config, build),
-            weights=_denoise_weights(config),
+            weights=of_pass(names, encoder=False),
         ),
         Signature(name="head", module=Head(), inputs=head_inputs, weights=(EMBEDDING,)),
     )
@@ -150,18 +140,6 @@ def _vision_bindings(config: ModelConfig, build: BuildConfig) -> tuple[Binding, 
         _binding("patch_positions", "int32", *patches, 2),
         _binding("patch_range", "int32", 2),
     )
-
-
-def _encode_weights(config: ModelConfig) -> tuple[str, ...]:
-    """All but what only denoise reads."""
-    unused = {layer_scalar(layer, encoder=False) for layer in range(config.num_layers)} | {FINAL_NORM}
-    names = binding_shapes(text_weights(config))
-    return tuple(name for name in names if name not in unused and not name.startswith(SELF_CONDITIONING))
-
-
-def _denoise_weights(config: ModelConfig) -> tuple[str, ...]:
-    unused = {layer_scalar(layer, encoder=True) for layer in range(config.num_layers)}
-    return tuple(name for name in binding_shapes(text_weights(config)) if name not in unused)
 
 
 def size_limits(config: ModelConfig, build: BuildConfig) -> dict[str, tuple[int, int]]:

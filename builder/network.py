@@ -11,20 +11,21 @@ transformers' `modeling_diffusion_gemma.py` does, and round where it rounds.
 | head | hidden [R, D] | raw logits [R, V] |
 """  # noqa: E501
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from builder.quantization import FP8
-from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix, layer_scalar
+from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix
 from contract.model_config import LayerType, ModelConfig
 from plugins import attention_op, feed_forward_op, heads_op
 from plugins.feed_forward.reference import gated_mlp
 from plugins.rms_norm import rms_norm
 
 Tensors = Mapping[str, Tensor]
+OfLayer = Callable[[str], Tensor]
 
 _FEED_FORWARD_NORMS = (
     "post_attention_layernorm",
@@ -114,10 +115,10 @@ class _Stack(nn.Module):
             layer_type: rotation(positions, getattr(self, f"{layer_type}_frequencies"), hidden.dtype)
             for layer_type in self.config.attention
         }
-        new_kv, input_norms = [], [f"{layer_prefix(layer)}.input_layernorm.weight" for layer in range(self.config.num_layers)]
-        normed = rms_norm(hidden, weights[input_norms[0]], self.config.rms_norm_eps)
-        for layer, layer_type in enumerate(self.config.layer_types):
-            query, kv = self._project(normed, layer, layer_type, rotations[layer_type], weights)
+        layers = [self._of_layer(layer, weights) for layer in range(self.config.num_layers)]
+        new_kv, normed = [], rms_norm(hidden, layers[0]("input_layernorm.weight"), self.config.rms_norm_eps)
+        for layer, (layer_type, own) in enumerate(zip(self.config.layer_types, layers, strict=True)):
+            query, kv = self._project(normed, layer_type, rotations[layer_type], own)
             new_kv.append(kv)
             if len(new_kv) == self.config.num_layers and self.encoder:
                 break  # what follows, nobody reads
@@ -132,41 +133,43 @@ class _Stack(nn.Module):
                 self.encoder,
                 self.config.attention[layer_type].window,
             )
-            attended = linear(attended.flatten(1), weights[f"{layer_prefix(layer)}.self_attn.o_proj.weight"])
-            following = [*input_norms, FINAL_NORM][layer + 1]
-            hidden, normed = self._feed_forward(hidden, attended, layer, following, weights)
+            attended = linear(attended.flatten(1), own("self_attn.o_proj.weight"))
+            is_last = layer + 1 == self.config.num_layers
+            following = weights[FINAL_NORM] if is_last else layers[layer + 1]("input_layernorm.weight")
+            hidden, normed = self._feed_forward(hidden, attended, own, following)
         return normed, new_kv
 
-    def _feed_forward(
-        self, hidden: Tensor, attended: Tensor, layer: int, following: str, weights: Tensors
-    ) -> tuple[Tensor, Tensor]:
-        """The layer's output, and what the next norm, named `following`, makes of it."""
+    def _of_layer(self, layer: int, weights: Tensors) -> OfLayer:
+        """The weights of one layer by the names that they have within it."""
+        own, shared = layer_prefix(layer, encoder=self.encoder), layer_prefix(layer)
+        return lambda name: weights[f"{own}.{name}" if f"{own}.{name}" in weights else f"{shared}.{name}"]
 
-        def own(*names: str) -> list[Tensor]:
-            return [weights[f"{layer_prefix(layer)}.{name}"] for name in names]
+    def _feed_forward(self, hidden: Tensor, attended: Tensor, own: OfLayer, following: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output, and what the next norm, whose weight is `following`, makes of it."""
 
-        norms = [*own(*(f"{name}.weight" for name in _FEED_FORWARD_NORMS)), weights[following]]
+        def each(*names: str) -> list[Tensor]:
+            return [own(name) for name in names]
+
         return feed_forward_op.feed_forward(
             hidden,
             attended,
-            norms,
-            weights[layer_scalar(layer, encoder=self.encoder)],
-            own("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
-            own("router.scale", "router.proj.weight", "router.per_expert_scale"),
-            own(*(_FP8_EXPERTS if self.config.experts_dtype == FP8 else _EXPERTS)),
+            [*each(*(f"{name}.weight" for name in _FEED_FORWARD_NORMS)), following],
+            own("layer_scalar"),
+            each("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
+            each("router.scale", "router.proj.weight", "router.per_expert_scale"),
+            each(*(_FP8_EXPERTS if self.config.experts_dtype == FP8 else _EXPERTS)),
             self.config.top_k_experts,
             self.config.rms_norm_eps,
             self.fp8_rows,
         )
 
     def _project(
-        self, rows: Tensor, layer: int, layer_type: LayerType, rotated_by: tuple[Tensor, Tensor], weights: Tensors
+        self, rows: Tensor, layer_type: LayerType, rotated_by: tuple[Tensor, Tensor], own: OfLayer
     ) -> tuple[Tensor, Tensor]:
         """Normed, rotated queries [T, H, head_dim] and keys with values [T, 2, K, head_dim]."""
-        attention, eps, prefix = self.config.attention[layer_type], self.config.rms_norm_eps, f"{layer_prefix(layer)}.self_attn"
-
-        heads = linear(rows, weights[f"{prefix}.qkv_proj.weight"])
-        norms = (weights[f"{prefix}.{name}.weight"] for name in ("q_norm", "k_norm"))
+        attention, eps = self.config.attention[layer_type], self.config.rms_norm_eps
+        heads = linear(rows, own("self_attn.qkv_proj.weight"))
+        norms = (own(f"self_attn.{name}.weight") for name in ("q_norm", "k_norm"))
         # Full-attention layers have no v_proj: the value is the key before its norm and rotation.
         return heads_op.normed_heads(heads, *norms, *rotated_by, attention.num_kv_heads, attention.has_v_proj, eps)
 

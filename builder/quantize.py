@@ -10,33 +10,38 @@ directory in place, in one rename.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from torch import Tensor
 
 from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.quantization import CALLED, EXPERTS_ONLY, FP8, NVFP4, SCALE_SUFFIX
+from builder.rewriting import INDEX, by_layer, carried, file_name, finite, index, progress_bar, reading, record
 from builder.staging import real_place
 from builder.stored_nvfp4 import StoredNvfp4
 from builder.stored_weights import StoredWeights
 from builder.unfinished import check_is_new, unfinished
-from builder.weights import CLIPPING, VISION_PREFIXES, Shapes, layer_prefix, text_weights, vision_weights
+from builder.weights import (
+    VISION_PREFIXES,
+    Shapes,
+    is_of_experts,
+    layer_prefix,
+    text_weights,
+    vision_weights,
+    with_encoder_weights,
+)
 from contract.checkpoint import Checkpoint
 from contract.model_config import ExpertsDtype, ModelConfig
 from plugins.moe.fp8 import from_fp8, to_fp8
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
-_INDEX = "model.safetensors.index.json"
-_CARRIED, _NOT_CARRIED = (".json", ".jinja", ".model", ".txt"), ("hf_quant_config.json",)
-"""Suffixes of the small files that go along; one of Model Optimizer's that tells of the tensors as they were."""
+_NOT_CARRIED = ("hf_quant_config.json",)
+"""One of Model Optimizer's that tells of the tensors as they were."""
 
 Errors = dict[int, dict[str, float]]
 """Layer → projection → Frobenius norm of the error, relative to that of the weights; 0 where the numbers are kept."""
@@ -63,13 +68,16 @@ def quantize_checkpoint(
             a hidden directory, for the next run.
     """
     # 1.
-    model, tensors, place = read_model_config(checkpoint), Checkpoint(checkpoint), real_place(output)
+    tensors, place = Checkpoint(checkpoint), real_place(output)
+    model = with_encoder_weights(read_model_config(checkpoint), tensors.names())
     check_is_new(place)
+    if own := [name for name in model.encoder_weights if is_of_experts(name)]:
+        raise BuildError(f"{own[0]}: experts of the encoder's own, expected the decoder's alone; quantize knows no others")
     stored: Stored = StoredNvfp4(tensors) if model.experts_dtype == NVFP4 else StoredWeights(tensors)
     stored.check(_expected(model.model_copy(update={"experts_dtype": None}), tensors))
     quantized, dtype = model.model_copy(update={"experts_dtype": model.experts_dtype or FP8}), getattr(torch, model.dtype)
-    files, carried = plan(quantized, stored), _carried(checkpoint, quantized.experts_dtype)
-    with unfinished(place, _record(model, tensors)) as written:
+    files, small = plan(quantized, stored), _carried(checkpoint, quantized.experts_dtype)
+    with unfinished(place, record(tensors, model)) as written:
         found = {name: written.metadata(name, file.shapes) for name, file in files.items()}
         before = sum(metadata is not None for metadata in found.values())
         report(f"{checkpoint}: {len(files)} files to write, {before} of them written before")
@@ -80,14 +88,13 @@ def quantize_checkpoint(
             report(f"scales of activations and of the cache: {len(stored.left_out)}, left out; both stay in full precision")
         # 2.
         errors: Errors = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=console is None) as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("quantizing", total=len(files))
             for name, file in files.items():
                 metadata = found[name]
                 if metadata is None:
-                    with _reading(checkpoint):
-                        content = {other: _finite(other, stored.read(other, dtype).contiguous()) for other in file.others}
+                    with reading(checkpoint):
+                        content = {other: finite(other, stored.read(other, dtype).contiguous()) for other in file.others}
                         of_layer = {} if file.layer is None else quantize_layer(model, stored, file.layer, content)
                     metadata = {"format": "pt"} | {f"error.{each}": repr(error) for each, error in of_layer.items()}
                     written.save(name, content, metadata)
@@ -95,7 +102,7 @@ def quantize_checkpoint(
                     errors[file.layer] = {each: float(metadata[f"error.{each}"]) for each in PROJECTIONS}
                 progress.advance(task)
         # 3.
-        written.add(carried | {_INDEX: _index(files, written.directory)})
+        written.add(small | {INDEX: index({name: file.shapes for name, file in files.items()}, written.directory)})
         Checkpoint(written.directory).check(text_weights(quantized), ignored_prefixes=VISION_PREFIXES)
         # 4.
         written.put_in_place()
@@ -109,31 +116,14 @@ def _expected(model: ModelConfig, tensors: Checkpoint) -> Shapes:
     return text_weights(model) | (vision_weights(model) if has_vision else {})
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    """
-    Raises:
-        BuildError: some of its numbers are not finite; but a bound of the vision tower's may be infinite, for none.
-    """
-    wrong = tensor.isnan() if name.endswith(CLIPPING) else ~tensor.isfinite()
-    if wrong.any():
-        raise BuildError(f"{name}: has numbers that are not finite, expected none; download the checkpoint again")
-    return tensor
-
-
 def plan(quantized: ModelConfig, stored: Stored) -> dict[str, PlannedFile]:
     """By file name; what belongs to no layer is in the first. `quantized`: the model that is written."""
-    rest, shapes = stored.others(), text_weights(quantized)
-    layers = {}
-    for layer in range(quantized.num_layers):
-        layers[layer] = [name for name in rest if name.startswith(f"{layer_prefix(layer)}.")]
-    of_layers = {name for names in layers.values() for name in names}
-    contents: list[tuple[int | None, list[str]]] = [(None, [name for name in rest if name not in of_layers])]
-    contents += layers.items()
+    contents, shapes = by_layer(stored.others(), quantized.num_layers), text_weights(quantized)
     files = {}
     for place, (layer, others) in enumerate(contents, 1):
         experts = [] if layer is None else [name for name in shapes if name.startswith(f"{layer_prefix(layer)}.experts.")]
         of_file = {name: stored.shape(name) for name in others} | {name: shapes[name] for name in experts}
-        files[f"model-{place:05}-of-{len(contents):05}.safetensors"] = PlannedFile(layer=layer, others=others, shapes=of_file)
+        files[file_name(place, len(contents))] = PlannedFile(layer=layer, others=others, shapes=of_file)
     return files
 
 
@@ -170,47 +160,12 @@ def quantize_layer(model: ModelConfig, stored: Stored, layer: int, content: dict
     return errors
 
 
-def _record(model: ModelConfig, tensors: Checkpoint) -> bytes:
-    """All that the files depend on.
-
-    Raises:
-        BuildError: the checkpoint cannot be read.
-    """
-    with _reading(tensors.directory):
-        files = {name: each.model_dump() for name, each in tensors.fingerprint().items()}
-    return json.dumps({"model": model.model_dump(mode="json"), "files": files}, sort_keys=True).encode()
-
-
 def _carried(checkpoint: Path, experts_dtype: ExpertsDtype) -> dict[str, bytes]:
     """The small files of the output but the index.
 
     Raises:
         BuildError: one of the checkpoint's cannot be read.
     """
-    files = {}
-    with _reading(checkpoint):
-        paths = [path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _CARRIED]
-        paths = [path for path in paths if path.name not in _NOT_CARRIED]
-    for path in paths:
-        with _reading(path):
-            files[path.name] = path.read_bytes()
+    files = carried(checkpoint, without=_NOT_CARRIED)
     config = json.loads(files["config.json"]) | {"quantization_config": EXPERTS_ONLY[experts_dtype]}
     return files | {"config.json": f"{json.dumps(config, indent=2)}\n".encode()}
-
-
-def _index(files: dict[str, PlannedFile], directory: Path) -> bytes:
-    weight_map = {tensor: name for name, file in files.items() for tensor in file.shapes}
-    total_bytes = sum((directory / name).stat().st_size for name in files)
-    return f"{json.dumps({'metadata': {'total_size': total_bytes}, 'weight_map': weight_map}, indent=1)}\n".encode()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """
-    Raises:
-        BuildError: the block cannot read what is there.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise BuildError(f"{path}: cannot be read ({error}); give access to it, or download it again") from error

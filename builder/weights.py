@@ -1,10 +1,11 @@
 """The tensors that the programs read: names as in the checkpoint, shapes from the model configuration; and the weight bindings
 made of them.
 
-Every text weight but `layer_scalar` is shared by the encode and the denoise pass and exists once, under `model.decoder`.
+The encode and the denoise pass share the text weights, which exist once, under `model.decoder`; but each layer's `layer_scalar`
+exists twice, and so may others of a layer: where a checkpoint has one for the encoder, too, the encode pass reads that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from builder.quantization import FP8, NVFP4
@@ -19,6 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 EMBEDDING = "model.decoder.embed_tokens.weight"
 FINAL_NORM = "model.decoder.norm.weight"
 SELF_CONDITIONING = "model.decoder.self_conditioning"
+DECODER_LAYERS, ENCODER_LAYERS = "model.decoder.layers.", "model.encoder.language_model.layers."
 VISION_TOWER = "model.encoder.vision_tower"
 VISION_PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
 VISION_PREFIXES = (f"{VISION_TOWER}.", "model.encoder.embed_vision.")
@@ -28,13 +30,20 @@ CLIPPING = ("input_min", "input_max", "output_min", "output_max")
 """Scalars of a linear layer that clamps what goes in and what comes out."""
 
 
-def layer_prefix(layer: int) -> str:
-    return f"model.decoder.layers.{layer}"
+def layer_prefix(layer: int, *, encoder: bool = False) -> str:
+    return f"{ENCODER_LAYERS if encoder else DECODER_LAYERS}{layer}"
 
 
-def layer_scalar(layer: int, *, encoder: bool) -> str:
-    """The one weight that differs between the two passes."""
-    return f"model.encoder.language_model.layers.{layer}.layer_scalar" if encoder else f"{layer_prefix(layer)}.layer_scalar"
+def of_decoder(name: str) -> str:
+    """The name that the decoder has for a tensor of the encoder's layers."""
+    return DECODER_LAYERS + name.removeprefix(ENCODER_LAYERS)
+
+
+def with_encoder_weights(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """With those of a checkpoint's tensors that are the encoder's own. transformers then does not tie them to the decoder's."""
+    shared = text_weights(config.model_copy(update={"encoder_weights": ()}))
+    own = [name for name in names if name.startswith(ENCODER_LAYERS) and of_decoder(name) in shared and name not in shared]
+    return config.model_copy(update={"encoder_weights": tuple(sorted(own))})
 
 
 def all_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -84,8 +93,8 @@ def text_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if attention.has_v_proj:
             local["self_attn.v_proj.weight"] = (keys, hidden)
         shapes |= {f"{layer_prefix(layer)}.{name}": shape for name, shape in local.items()}
-        shapes |= {layer_scalar(layer, encoder=encoder): (1,) for encoder in (False, True)}
-    return shapes
+        shapes |= {f"{layer_prefix(layer, encoder=encoder)}.layer_scalar": (1,) for encoder in (False, True)}
+    return shapes | {name: shapes[of_decoder(name)] for name in config.encoder_weights}
 
 
 def _stored_columns(columns: int, config: ModelConfig) -> int:
@@ -142,7 +151,7 @@ def bindings(shapes: Shapes) -> dict[str, tuple[str, ...]]:
     """Weight binding → the checkpoint tensors that it is made of, one after the other along the first axis.
 
     Linear layers that read the same rows are bound as one weight, and are one product: with few rows each product alone is
-    too small for a GPU.
+    too small for a GPU. The encoder's, where one of them is its own, takes the others from the decoder.
     """
     bound = {}
     for name in shapes:
@@ -150,7 +159,8 @@ def bindings(shapes: Shapes) -> dict[str, tuple[str, ...]]:
             own = next((part for part in parts if name.endswith(f".{part}")), None)
             if own:
                 prefix = name.removesuffix(own)
-                bound[prefix + stack] = tuple(prefix + part for part in parts if prefix + part in shapes)
+                of_stack = [prefix + part if prefix + part in shapes else of_decoder(prefix + part) for part in parts]
+                bound[prefix + stack] = tuple(part for part in of_stack if part in shapes)
                 break
         else:
             bound[name] = (name,)
@@ -165,6 +175,15 @@ def binding_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
         for other in others:
             bound[binding] = (bound[binding][0] + shapes[other][0], *shapes[first][1:])
     return bound
+
+
+def of_pass(names: Iterable[str], *, encoder: bool) -> tuple[str, ...]:
+    """The weight bindings of the text model that the encode pass reads, or the denoise pass."""
+    own = {of_decoder(name): name for name in names if name.startswith(ENCODER_LAYERS)}
+    shared = [name for name in names if not name.startswith(ENCODER_LAYERS)]
+    if not encoder:
+        return tuple(shared)
+    return tuple(own.get(name, name) for name in shared if name != FINAL_NORM and not name.startswith(SELF_CONDITIONING))
 
 
 def is_of_experts(name: str) -> bool:

@@ -69,7 +69,8 @@ class VisionConfig(Record):
 
 class ModelConfig(Record):
     """Sizes and constants of one checkpoint of the family; vision is None where it reads text alone. experts_dtype: of the
-    experts' weights, where it is not the dtype of the others.
+    experts' weights, where it is not the dtype of the others. encoder_weights: tensors of layers that the encode pass has for
+    itself, besides the scalars; else it shares those of the denoising pass.
 
     Source of the meanings: transformers' `DiffusionGemmaTextConfig` and `DiffusionGemmaConfig`.
     """
@@ -97,6 +98,7 @@ class ModelConfig(Record):
     vision: VisionConfig | None = None
     dtype: str
     experts_dtype: ExpertsDtype | None = None
+    encoder_weights: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -13,7 +13,7 @@ from backend.weights import bind_weights
 from builder.config import read_model_config
 from builder.description import describe
 from builder.export import export_program, signatures
-from builder.weights import all_weights
+from builder.weights import all_weights, with_encoder_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Program
 from contract.model_config import VisionConfig
@@ -137,7 +137,7 @@ def network_session(checkpoint: Path, *, dtype: str = "auto", traced: Collection
     traced: programs that are traced and run as their graphs, which lack what no output needs: in encode, the last layer but for
     its keys and values.
     """
-    model = read_model_config(checkpoint)
+    model = with_encoder_weights(read_model_config(checkpoint), Checkpoint(checkpoint).names())
     build = BuildConfig(target="inductor", dtype=model.dtype if dtype == "auto" else dtype, **choices)
     manifest = describe(model, build, Checkpoint(checkpoint), all_weights(model), checkpoint, checkpoint)
     programs, runners = {}, {}
