@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from builder.errors import BuildError
+from builder.paths import check_path
 from builder.rewriting import reading
 from contract.problems import in_few_lines
 from contract.regular_file import regular
@@ -84,6 +85,7 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
         BuildError: there is no adapter, its files cannot be read, or it has more than low ranks of linear layers; a line for
             each of the first problems of a kind.
     """
+    check_path(directory)
     config, parts = _read_config(directory / CONFIG), _read_tensors(directory / TENSORS)
     added, unknown, wrong = {}, [], []
     for name in sorted(parts):

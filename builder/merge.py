@@ -55,9 +55,9 @@ def merge_adapter(
             a hidden directory, for the next run.
     """
     # 1.
-    tensors, place = Checkpoint(checkpoint), real_place(output)
-    model, _ = checked(tensors, read_model_config(checkpoint))
+    model, tensors, place = read_model_config(checkpoint), Checkpoint(checkpoint), real_place(output)
     check_is_new(place)
+    model, _ = checked(tensors, model)
     added = read_adapter(adapter)
     merged = plan(tensors, added)
     contents = by_layer(merged, model.num_layers)

@@ -68,9 +68,9 @@ def quantize_checkpoint(
             a hidden directory, for the next run.
     """
     # 1.
-    tensors, place = Checkpoint(checkpoint), real_place(output)
-    model = with_encoder_weights(read_model_config(checkpoint), tensors.names())
+    model, tensors, place = read_model_config(checkpoint), Checkpoint(checkpoint), real_place(output)
     check_is_new(place)
+    model = with_encoder_weights(model, tensors.names())
     if own := [name for name in model.encoder_weights if is_of_experts(name)]:
         raise BuildError(f"{own[0]}: experts of the encoder's own, expected the decoder's alone; quantize knows no others")
     stored: Stored = StoredNvfp4(tensors) if model.experts_dtype == NVFP4 else StoredWeights(tensors)

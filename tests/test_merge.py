@@ -178,3 +178,11 @@ def test_an_adapter_that_cannot_be_read_is_told_in_one_line(content, checkpoint,
     shown = CliRunner().invoke(app, ["merge", str(checkpoint), str(tmp_path / "adapter"), str(tmp_path / "merged")])
     assert shown.exit_code == 1 and shown.output.count("\n") == 1
     assert shown.output.startswith(f"error: {tmp_path / 'adapter' / 'adapter_config.json'}: ")
+
+
+def test_a_path_with_control_characters_is_refused_in_one_line(checkpoint, adapter, tmp_path):
+    odd = tmp_path / "a\nb\x1b[2J"
+    for paths in ((odd, adapter, tmp_path / "merged"), (checkpoint, odd, tmp_path / "merged"), (checkpoint, adapter, odd)):
+        shown = CliRunner().invoke(app, ["merge", *map(str, paths)])
+        assert shown.exit_code == 1 and shown.output.count("\n") == 1 and "\x1b" not in shown.output
+    assert not list(tmp_path.iterdir())
