@@ -139,6 +139,7 @@ def test_a_key_of_the_clients_own_does_not_break_the_line():
         ({"seed": True}, "seed: got true, expected integer"),
         ({"logit_bias": [1]}, "logit_bias: got [1], expected a JSON object"),
         ({"chat_template_kwargs": "a"}, "chat_template_kwargs: got 'a', expected a JSON object"),
+        ({"prediction": {"type": "text"}}, "prediction.type: got 'text', expected 'content'"),
     ],
 )
 def test_messages_have_the_words_of_json(parameter, message):

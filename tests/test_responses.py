@@ -572,6 +572,18 @@ def said(*parts: dict[str, Any]) -> dict[str, Any]:
             "set the client's store to false",
         ),
         ({"input": [{"type": "web_search_call", "id": "a"}]}, f"input[0].type: got 'web_search_call', expected {ITEMS}"),
+        *[  # the type is at fault, whatever else the items of other types would want
+            (
+                {"input": [user(), {"call_id": "c", **item}, {"type": "b"}]},
+                f"input[1].type: got {item['type']!r}, expected {ITEMS}",
+            )
+            for item in (
+                {"type": "custom_tool_call_output", "output": [{"type": "input_image", "image_url": IMAGE}]},
+                {"type": "shell_call_output", "output": [{"stdout": "a", "stderr": ""}]},
+                {"type": "computer_call_output", "output": {"type": "computer_screenshot"}},
+                {"type": "mcp_call", "name": "f", "arguments": "{}"},
+            )
+        ],
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id: got nothing, expected a value; add it"),
         (
             {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]}]},
