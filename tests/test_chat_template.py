@@ -101,6 +101,19 @@ def test_min_tokens_where_a_grammar_decides_when_a_call_ends(template):
         assert str(raised.value) == f"min_tokens: {got}; remove it, or tool_choice and strict"
 
 
+def test_min_tokens_where_the_first_call_ends_the_answer(template):
+    config = SamplingConfig(min_tokens=5)
+    for tools, choice, parallel in (([WEATHER], None, True), ([WEATHER], "none", False), ([], None, False)):
+        prompt = template.prompt(chat_request([USER], tools, choice, parallel_tool_calls=parallel))
+        assert prompt.form.sampling(config).min_tokens == 5
+    prompt = template.prompt(chat_request([USER], [WEATHER], parallel_tool_calls=False))
+    assert prompt.form.sampling(SamplingConfig()).min_tokens == 0
+    with pytest.raises(RequestError) as raised:
+        prompt.form.sampling(config)
+    got = "got 5, but with parallel_tool_calls false the first call may end the answer sooner"
+    assert str(raised.value) == f"min_tokens: {got}; remove one"
+
+
 @pytest.mark.parametrize(
     ("tools", "choice", "parallel", "last"),
     [

@@ -51,12 +51,16 @@ class AnswerFormat:
         that of the answer alone, of which there is none where a call must be made; and such a call is one, unless the request
         itself gives parts of it.
 
-        Raises RequestError INVALID_ARGUMENT for min_tokens where calls are held to a grammar."""
+        Raises RequestError INVALID_ARGUMENT for min_tokens where calls are held to a grammar, or the first one ends the
+        answer."""
         grammar = None if self.prefill else config.structured_outputs
         within = replace(grammar, before=self.before_answer) if grammar else None if config.infill else self.of_call
         if config.min_tokens and within and not grammar:
             got = f"got {config.min_tokens}, but a call that must be made, or is of a strict tool, may end the answer sooner"
             raise refused(f"min_tokens: {got}; remove it, or tool_choice and strict")
+        if config.min_tokens and self.stop_scope.last:
+            got = f"got {config.min_tokens}, but with parallel_tool_calls false the first call may end the answer sooner"
+            raise refused(f"min_tokens: {got}; remove one")
         return replace(config, skip_special_tokens=False, structured_outputs=within)
 
 
