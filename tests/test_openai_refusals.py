@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from backend.openai_server.app import create_app
 from backend.openai_server.errors import bad_request
 from backend.openai_server.settings import OpenAISettings, checked_origins
+from backend.parameters import shown
 
 CHAT = {"model": "diffusiongemma", "messages": [{"role": "user", "content": "a"}]}
 COMPLETION = {"model": "diffusiongemma", "prompt": "a"}
@@ -233,6 +234,21 @@ def test_the_usual_verbosity_is_accepted():
             "structured_outputs: no",
             "structured_outputs: no",
         ),
+        (
+            {"max_completion_tokens": 2},
+            "min_tokens: got 3, expected at most max_tokens, 2; raise that",
+            "min_tokens: got 3, expected at most max_completion_tokens, 2; raise that",
+        ),
+        (
+            {"max_completion_tokens": 2},
+            "prompt: got 9 tokens and max_tokens 2, too much; shorten the prompt or lower max_tokens",
+            "messages: got 9 tokens and max_completion_tokens 2, too much; shorten the prompt or lower max_completion_tokens",
+        ),
+        (
+            {"response_format": {"type": "json_object"}},
+            "min_tokens and structured_outputs: both given, but structured_outputs may end the answer sooner; remove one",
+            "min_tokens and response_format: both given, but response_format may end the answer sooner; remove one",
+        ),
         ({}, "prompt: got no tokens", "messages: got no tokens"),
         ({}, "tools: too many", "tools: too many"),
     ],
@@ -245,7 +261,14 @@ def test_what_the_model_refuses_has_the_clients_name(asked, line, message):
 
     with TestClient(create_app(OpenAISettings(), Refusing())) as client:
         error = client.post("/v1/chat/completions", json={**CHAT, **asked}).json()["error"]
-    assert (error["message"], error["param"]) == (message, message.partition(":")[0])
+    assert (error["message"], error["param"]) == (message, re.match(r"[\w.]+", message)[0])
+
+
+def test_what_the_client_sent_is_shown_as_it_was():
+    for sent in ("max_tokens", 'it\'s "max_tokens"', {"a": ["\\'max_tokens"]}, "max_tokens " * 9):
+        line = f"infill: got {shown(sent)}, expected at most the server's max_tokens, not max_tokens_a"
+        renamed = bad_request(line).renamed({"max_tokens": "max_output_tokens"})
+        assert str(renamed) == line.replace("server's max_tokens", "server's max_output_tokens")
 
 
 @pytest.mark.parametrize(

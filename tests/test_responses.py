@@ -259,7 +259,26 @@ def test_what_fails_later_is_the_last_event():
     ("asked", "line", "message"),
     [
         ({"max_output_tokens": 0}, "max_tokens: got 0", "max_output_tokens: got 0"),
-        ({}, "prompt: got 9000 tokens and max_tokens 256, too much", "input: got 9000 tokens and max_tokens 256, too much"),
+        (
+            {},
+            "prompt: got 9000 tokens and max_tokens 256; lower max_tokens to 9, or shorten the prompt",
+            "input: got 9000 tokens and max_output_tokens 256; lower max_output_tokens to 9, or shorten the prompt",
+        ),
+        (
+            {"max_output_tokens": 2, "min_tokens": 3},
+            "min_tokens: got 3, expected at most max_tokens, 2; raise that",
+            "min_tokens: got 3, expected at most max_output_tokens, 2; raise that",
+        ),
+        (
+            {"text": {"format": {"type": "json_object"}}, "min_tokens": 3},
+            "min_tokens and structured_outputs: both given, but structured_outputs may end the answer sooner; remove one",
+            "min_tokens and text.format: both given, but text.format may end the answer sooner; remove one",
+        ),
+        (
+            {},
+            "unknown sampling parameter 'max_tokens ' (closest: 'max_tokens'); expected max_tokens, min_tokens",
+            "unknown sampling parameter 'max_tokens ' (closest: 'max_tokens'); expected max_output_tokens, min_tokens",
+        ),
         ({}, "messages: the chat template refuses them", "input: the chat template refuses them"),
         ({"instructions": "a"}, "messages[0].content: no", "instructions.content: no"),
         ({"instructions": "a"}, "messages[1].content: no", "input.content: no"),

@@ -21,6 +21,8 @@ _AT_FAULT = re.compile(
     r"unknown sampling parameter '(.+?)'"
     r"|([\w.\[\]]+)(?:=.*?| of token id \S+| and .+?)?: "
 )
+# What the client sent, as `shown` shows it: to the quote that ends it, or to where it is cut.
+_QUOTED = r"""(?<!\w)(?P<quote>['"])(?:\\.|(?!(?P=quote))[^\\])*?(?:(?P=quote)|\.\.\.)"""
 _TOO_LONG = re.compile(r"prompt: got \d+ tokens and max_tokens \d")
 
 
@@ -37,17 +39,15 @@ class ApiError(Exception):
         return {"error": error.model_dump(exclude_unset=True)}
 
     def renamed(self, names: Mapping[str, str]) -> "ApiError":
-        """With the client's name of the parameter at fault. names: the model's → the client's, where they differ, of parameters
-        and parts of them; the longest counts."""
+        """With the client's names of the parameter at fault and of others that the line has: what to change, or to remove, is
+        what the client sent. names: the model's → the client's, where they differ, of parameters and parts of them; the longest
+        counts. Behind the parameter at fault, one that is a word as well ("prompt") is that word."""
         line = str(self)
-        if not self.param or not line.startswith(self.param):
-            return self
-        within = [name for name in names if re.match(re.escape(name) + r"(?!\w)", self.param)]
-        if not within:
-            return self
-        longest = max(within, key=len)
-        param = names[longest] + self.param.removeprefix(longest)
-        return ApiError(self.status, param + line.removeprefix(self.param), code=self.code, param=param)
+        at_fault = self.param if self.param and line.startswith(self.param) else ""
+        param = _renamed(at_fault, names)
+        others = {name: here for name, here in names.items() if not name.isalpha()}
+        line = param + _renamed(line.removeprefix(at_fault), others)
+        return ApiError(self.status, line, code=self.code, param=param or self.param)
 
 
 class ServerAway(ApiError):
@@ -79,3 +79,10 @@ def client_gone() -> ApiError:
 def unknown_model(name: object, served_name: str) -> ApiError:
     message = f"model: got {shown(name)}, expected {served_name!r}"
     return ApiError(404, message, code="model_not_found", param="model")
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    """With every name of `names`, but in quotes, as it is there; of several that begin alike, the longest counts."""
+    # There may be thousands, of a long chat: the pattern is of those that it can find.
+    found_here = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name in text)
+    return re.sub(rf"{_QUOTED}|(?<![\w.])(?P<name>{found_here})(?!\w)", lambda found: names.get(found["name"], found[0]), text)
