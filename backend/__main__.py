@@ -277,7 +277,10 @@ def _instances(count: int | None, gpus: str) -> Instances | None:
     numbers = [number for number in gpus.split(",") if number]
     if gpus and not (numbers and all(number.isdecimal() and len(number) < 10 for number in numbers)):
         _fail(f"--gpus: got {gpus!r}, expected numbers and commas like 0,1")
-    return Instances(count=count or 1, gpus=tuple(map(int, numbers))) if count or numbers else None
+    chosen = tuple(map(int, numbers))
+    if twice := [each for at, each in enumerate(chosen) if each in chosen[:at]]:
+        _fail(f"--gpus: got {twice[0]} twice, expected each GPU once; remove one, or pass --instances for replicas")
+    return Instances(count=count or 1, gpus=chosen) if count or chosen else None
 
 
 def _note(line: str) -> None:

@@ -164,6 +164,15 @@ def test_a_server_sees_the_gpu_that_is_meant(monkeypatch):
     assert str(raised.value) == f"--gpus: got 2, {expected}; pass other numbers"
 
 
+def test_where_no_gpu_is_visible_a_server_sees_none(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert server_environment()["CUDA_VISIBLE_DEVICES"] == ""
+    with pytest.raises(ServerError) as raised:
+        server_environment(1)
+    expected = "expected none, because CUDA_VISIBLE_DEVICES is empty"
+    assert str(raised.value) == f"--gpus: got 1, {expected}; unset it, or remove --gpus"
+
+
 def test_a_gpu_beyond_those_that_are_visible_is_refused_before_anything_starts(monkeypatch):
     def start(_) -> None:
         raise AssertionError("a server was started")

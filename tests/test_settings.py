@@ -165,6 +165,14 @@ def test_gpus_must_be_numbers(given):
     assert result.exit_code == 1 and f"--gpus: got '{given}', expected numbers and commas like 0,1" in result.output
 
 
+@pytest.mark.parametrize("command", [["config", "--output", "/nowhere/config.pbtxt"], ["serve", "--engine", "/nowhere"]])
+def test_a_gpu_is_named_once(command, monkeypatch):
+    monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)  # they are this process's
+    result = CliRunner().invoke(app, [*command, "--gpus", "0,1,00"])
+    expected = "expected each GPU once; remove one, or pass --instances for replicas"
+    assert (result.exit_code, result.output) == (1, f"error: --gpus: got 0 twice, {expected}\n")
+
+
 @pytest.mark.parametrize(
     ("instances", "kind"),
     [

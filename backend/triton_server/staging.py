@@ -90,8 +90,11 @@ def server_environment(gpu: int | None = None) -> dict[str, str]:
 
 def _visible(gpu: int) -> str:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not seen:
+    if seen is None:
         return str(gpu)
+    if not seen.strip():  # CUDA's way of saying that none is visible
+        expected = "expected none, because CUDA_VISIBLE_DEVICES is empty"
+        raise ServerError(f"--gpus: got {gpu}, {expected}; unset it, or remove --gpus")
     devices = seen.split(",")
     if gpu >= len(devices):
         expected = f"expected at most {len(devices) - 1}, because CUDA_VISIBLE_DEVICES is {seen}"
