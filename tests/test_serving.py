@@ -1,6 +1,8 @@
 """What `python -m backend serve` starts: one server, or one a GPU, their ports and what the front end is told of them."""
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from typer.testing import CliRunner
 from backend import serving
 from backend.__main__ import app
 from backend.addresses import AddressError
+from backend.openai_server import launch
+from backend.openai_server.launch import FrontEndError
 from backend.openai_server.settings import OpenAISettings
 from backend.triton_server.errors import ServerError
 from backend.triton_server.model_config import Instances
@@ -193,3 +197,37 @@ def test_a_gpu_that_is_not_there_is_named_as_it_was_given(engine_dir, monkeypatc
     assert result.exit_code == 1
     expected = "expected a GPU that Triton can use here; pass others, or leave it out"
     assert re.fullmatch(rf"error: tritonserver ended with exit code \d+: --gpus: got 1, {expected}; its log is \S+", error)
+
+
+@pytest.fixture
+def front_end(tmp_path, monkeypatch) -> Callable[[str], launch.FrontEnd]:
+    """One whose process is that of a shell, which says its address and goes on so."""
+
+    def made(script: str) -> launch.FrontEnd:
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o700)
+        monkeypatch.setattr(launch.sys, "executable", str(program))
+        return launch.FrontEnd(OpenAISettings(), tmp_path / "openai.log")
+
+    return made
+
+
+ADDRESS = "echo 'ready  OpenAI API http://a:1/v1'"
+NOTE = "echo '--triton: nothing answers yet; starting all the same' >&2"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (f"{ADDRESS}; {NOTE}", ""),
+        (ADDRESS, ""),
+        (f"echo 'error: --port: taken' >&2; {NOTE}", ": --port: taken"),
+    ],
+)
+def test_only_an_error_is_why_the_front_end_ended(said, reason, front_end, tmp_path):
+    with pytest.raises(FrontEndError) as raised, front_end(f"{said}; exit 3") as started:
+        while True:
+            started.check_alive()
+            time.sleep(0.01)
+    assert str(raised.value) == f"OpenAI front end ended with exit code 3{reason}; its log is {tmp_path / 'openai.log'}"

@@ -69,12 +69,12 @@ class FrontEnd:
         self.stop()
 
     def check_alive(self) -> None:
-        """Raises FrontEndError with the reason if the process has ended."""
+        """Raises FrontEndError if the process has ended, with the reason if it said one: notes are none."""
         if self._process.poll() is not None:
-            log = self.log_path.read_text(errors="replace")
-            reason = log.strip().rpartition("\n")[2].removeprefix("error: ") or "it said nothing"
-            code = self._process.returncode
-            raise FrontEndError(f"OpenAI front end ended with exit code {code}: {reason}; its log is {self.log_path}")
+            lines = self.log_path.read_text(errors="replace").splitlines()
+            reasons = [line.removeprefix("error") for line in lines if line.startswith("error: ")]
+            ended = f"OpenAI front end ended with exit code {self._process.returncode}{''.join(reasons[-1:])}"
+            raise FrontEndError(f"{ended}; its log is {self.log_path}")
 
     def stop(self) -> None:
         """Ends the process. May be called again."""
