@@ -49,18 +49,18 @@ def serve(
         _start(servers, running)
         addresses = {"gRPC": _joined(servers, "grpc_url"), "HTTP": _joined(servers, "http_url")}
         addresses["metrics"], logs = _joined(servers, "metrics_url"), {"log": _joined(servers, "log_path")}
-        parts: list[TritonServer | FrontEnd] = [*servers]
+        front_ends: list[FrontEnd] = []
         if openai:
             found = {"triton_urls": tuple(server.grpc_url for server in servers), "port": openai_port}
             if len(servers) == 1:
                 found["triton_metrics_url"] = servers[0].metrics_url
             front_end = FrontEnd(openai.model_copy(update=found), servers[0].log_path.with_name("openai.log"))
-            parts.append(running.enter_context(front_end))  # while the servers load
+            front_ends.append(running.enter_context(front_end))  # while the servers load
             addresses["OpenAI"], logs["OpenAI log"] = f"{front_end.url}/v1", front_end.log_path
-        _wait_until_ready(servers)
+        _wait_until_ready(servers, front_ends)
         print("ready", *(f"{name} {where}" for name, where in (addresses | logs).items()), sep="  ", flush=True)
         while True:
-            for part in parts:
+            for part in (*servers, *front_ends):
                 part.check_alive()
             time.sleep(_CHECK_INTERVAL_S)
 
@@ -73,9 +73,14 @@ def _start(servers: Sequence[TritonServer], running: ExitStack) -> None:
     running.callback(lambda: [server.begin_to_stop() for server in servers])
 
 
-def _wait_until_ready(servers: Sequence[TritonServer]) -> None:
+def _wait_until_ready(servers: Sequence[TritonServer], front_ends: Sequence[FrontEnd]) -> None:
     waiting = servers
-    while waiting := [server for server in waiting if not server.is_ready()]:
+    while True:
+        waiting = [server for server in waiting if not server.is_ready()]
+        for front_end in front_ends:
+            front_end.check_alive()
+        if not waiting:
+            return
         time.sleep(POLL_INTERVAL_S)
 
 

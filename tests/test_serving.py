@@ -76,6 +76,9 @@ class FrontEnd(Started):
     def __init__(self, settings: OpenAISettings, log_path: Path):
         self.settings, self.log_path = settings, log_path
 
+    def check_alive(self) -> None:
+        pass
+
 
 @pytest.fixture
 def served(monkeypatch, capsys):
@@ -112,6 +115,17 @@ def test_servers_load_and_stop_at_once(served):
     served(OpenAISettings(port=0), instances=Instances(gpus=(0, 3)))
     loaded = ["0 started", "1 started", "2 started", "0 ready", "1 ready"]
     assert Started.events == [*loaded, "2 ended", "0 stopping", "1 stopping", "1 ended", "0 ended"]
+
+
+@pytest.mark.parametrize("loaded", [[], ["0 ready"]], ids=["while an engine loads", "as it is loaded"])
+def test_a_front_end_that_dies_before_all_is_ready(loaded, served, monkeypatch):
+    def check_alive(_) -> None:
+        if "1 started" in Started.events and set(loaded) <= set(Started.events):
+            raise Stop
+
+    monkeypatch.setattr(FrontEnd, "check_alive", check_alive)
+    assert served(OpenAISettings(port=0), instances=None)[1] == ""
+    assert [event for event in Started.events if "ready" in event] == loaded
 
 
 def test_what_a_server_of_a_gpu_reports_says_which(served):
