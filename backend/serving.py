@@ -45,7 +45,8 @@ def serve(
         TritonServer(host=host, **its_ports, **its_own, **options)
         for its_ports, its_own in zip(ports_of_servers, each, strict=True)
     ]
-    with ExitStack() as running:
+    # The front end outlasts the servers: what they refuse, or end, while they stop is for it to tell its clients.
+    with ExitStack() as outlasting, ExitStack() as running:
         _start(servers, running)
         addresses = {"gRPC": _joined(servers, "grpc_url"), "HTTP": _joined(servers, "http_url")}
         addresses["metrics"], logs = _joined(servers, "metrics_url"), {"log": _joined(servers, "log_path")}
@@ -55,7 +56,7 @@ def serve(
             if len(servers) == 1:
                 found["triton_metrics_url"] = servers[0].metrics_url
             front_end = FrontEnd(openai.model_copy(update=found), servers[0].log_path.with_name("openai.log"))
-            front_ends.append(running.enter_context(front_end))  # while the servers load
+            front_ends.append(outlasting.enter_context(front_end))  # while the servers load
             addresses["OpenAI"], logs["OpenAI log"] = f"{front_end.url}/v1", front_end.log_path
         _wait_until_ready(servers, front_ends)
         print("ready", *(f"{name} {where}" for name, where in (addresses | logs).items()), sep="  ", flush=True)

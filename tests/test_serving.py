@@ -1,9 +1,11 @@
 """What `python -m backend serve` starts: one server, or one a GPU, their ports and what the front end is told of them."""
 
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ from backend.addresses import AddressError
 from backend.openai_server import launch
 from backend.openai_server.launch import FrontEndError
 from backend.openai_server.settings import OpenAISettings
+from backend.triton_server import launch as triton_launch
 from backend.triton_server.errors import ServerError
 from backend.triton_server.model_config import Instances
 from backend.triton_server.staging import server_environment
@@ -111,10 +114,10 @@ def test_with_the_front_end_each_gpu_has_a_server(served):
     )
 
 
-def test_servers_load_and_stop_at_once(served):
+def test_servers_load_and_stop_at_once_and_the_front_end_outlasts_them(served):
     served(OpenAISettings(port=0), instances=Instances(gpus=(0, 3)))
     loaded = ["0 started", "1 started", "2 started", "0 ready", "1 ready"]
-    assert Started.events == [*loaded, "2 ended", "0 stopping", "1 stopping", "1 ended", "0 ended"]
+    assert Started.events == [*loaded, "0 stopping", "1 stopping", "1 ended", "0 ended", "2 ended"]
 
 
 @pytest.mark.parametrize("loaded", [[], ["0 ready"]], ids=["while an engine loads", "as it is loaded"])
@@ -245,3 +248,32 @@ def test_only_an_error_is_why_the_front_end_ended(said, reason, front_end, tmp_p
             started.check_alive()
             time.sleep(0.01)
     assert str(raised.value) == f"OpenAI front end ended with exit code 3{reason}; its log is {tmp_path / 'openai.log'}"
+
+
+def test_a_second_signal_ends_a_front_end_that_is_waited_for(front_end, monkeypatch):
+    with front_end(f"trap '' TERM; {ADDRESS}; exec sleep 60") as started:
+        process, wait = started._process, started._process.wait
+
+        def waiting(timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise SystemExit  # what `leave_on_signals` does
+            return wait()
+
+        monkeypatch.setattr(process, "wait", waiting)
+        with pytest.raises(SystemExit):
+            started.stop()
+        assert process.returncode == -signal.SIGKILL
+
+
+def test_the_time_that_a_server_has_to_end_is_from_when_it_was_told(monkeypatch):
+    """Of several, which are waited for one by one."""
+    clock, waited, told = SimpleNamespace(monotonic=lambda: clock.now_s, now_s=100.0), [], []
+    server = triton_launch.TritonServer(exit_timeout_s=10)
+    monkeypatch.setattr(triton_launch, "time", clock)
+    monkeypatch.setattr(triton_launch.os, "killpg", lambda *_: None)
+    process = {"terminate": lambda: told.append(clock.now_s), "wait": lambda timeout=None: waited.append(timeout)}
+    server._process = SimpleNamespace(pid=1, **process)
+    server.begin_to_stop()
+    for clock.now_s in (109.0, 130.0):
+        server.stop()
+    assert (told, waited) == ([100.0], [3.0, None, 0.0, None])

@@ -80,10 +80,12 @@ class FrontEnd:
         """Ends the process. May be called again."""
         if self._process is None:
             return
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_TIMEOUT_S)
-        self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
-        self._process = None
+        try:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_TIMEOUT_S)
+        finally:  # a signal may end the wait
+            self._process.kill()
+            self._process.wait()
+            self._process.stdout.close()
+            self._process = None

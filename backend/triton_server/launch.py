@@ -79,6 +79,7 @@ class TritonServer:
         self._staging: Path | None = None
         self._news: LogNews | None = None
         self._seconds_to_load = self._late_at_s = 0.0
+        self._killed_at_s: float | None = None  # if it has not ended by then; None: it has not been told to
 
     @property
     def grpc_url(self) -> str:
@@ -156,8 +157,9 @@ class TritonServer:
 
     def begin_to_stop(self) -> None:
         """Has the server refuse new requests and end those under way, without waiting for it; `stop` has to follow."""
-        if self._process is not None:
+        if self._process is not None and self._killed_at_s is None:
             self._process.terminate()
+            self._killed_at_s = time.monotonic() + self._exit_timeout_s + _KILL_TIMEOUT_S
 
     def stop(self, *, keep_logs: bool = False) -> None:
         """Ends the server, its stubs and its shared memory, and removes the staging directory. May be called again.
@@ -226,7 +228,7 @@ class TritonServer:
         try:
             self.begin_to_stop()
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(self._exit_timeout_s + _KILL_TIMEOUT_S)
+                self._process.wait(max(0.0, self._killed_at_s - time.monotonic()))
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # a killed or crashed server leaves its stubs behind
