@@ -24,6 +24,104 @@ def save_the_interpreters_time() -> None:
         return found[scalar.name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, look_up_once
+    _make_types_once()
+    _call_operators_directly()
+    _leave_out_what_is_not_looked_at()
+    _shift_bfloat16()
+
+
+def _make_types_once() -> None:
+    """Every value gets a type, with a shape of constants, and every two are made alike: most of the time of an operation."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    make_type, types, shapes = tl.block_type.__init__, {}, {}
+    make_tensor, scalar = tl.tensor.__init__, {}
+    equal = tl.dtype.__eq__
+    promote, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+
+    def type_made_once(block, element_ty, shape):
+        key = (id(element_ty), *shape)
+        if key not in types:
+            make_type(block, element_ty, shape)
+            block.shape = shapes.setdefault((*block.shape,), block.shape)
+            types[key] = vars(block)  # and with it `element_ty`, whose id stays its own
+        block.__dict__ = types[key]
+
+    def tensor_of_known_shape(tensor, handle, dtype):
+        known = vars(dtype).get("known") if dtype.is_block() else scalar
+        if not known:
+            make_tensor(tensor, handle, dtype)
+            known = {"shape": tensor.shape, "numel": tensor.numel}
+            if dtype.is_block():
+                dtype.known = known
+            else:
+                scalar.update(known)
+        tensor.handle, tensor.type, tensor.dtype = handle, dtype, dtype.scalar
+        tensor.shape, tensor.numel = known["shape"], known["numel"]
+
+    def promote_what_differs(semantic, left, right, *options, **named):
+        alike = isinstance(left, tl.tensor) and isinstance(right, tl.tensor) and left.dtype is right.dtype
+        if alike and not left.dtype.is_ptr() and len(options) < 4 and not named:  # options: no division
+            return semantic.broadcast_impl_value(left, right)
+        return promote(semantic, left, right, *options, **named)
+
+    def broadcast_what_differs(semantic, left, right):
+        one, other = left.type, right.type
+        if one.is_block() == other.is_block() and (not one.is_block() or one.shape is other.shape):
+            return left, right
+        return broadcast(semantic, left, right)
+
+    tl.block_type.__init__, tl.tensor.__init__ = type_made_once, tensor_of_known_shape
+    tl.dtype.__eq__ = lambda dtype, other: dtype is other or equal(dtype, other)
+    TritonSemantic.binary_op_type_checking_impl = promote_what_differs
+    TritonSemantic.broadcast_impl_value = broadcast_what_differs
+
+
+def _call_operators_directly() -> None:
+    """Not through two functions, of which each makes a dictionary of the arguments."""
+    import inspect
+
+    from triton.runtime import interpreter
+
+    def attach(owner, name, member, builder, scope):
+        function, own = inspect.unwrap(member), interpreter.interpreter_semantic
+
+        def call(*arguments, _semantic=None, **named):
+            return function(*arguments, **named, _semantic=own)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = attach
+
+
+def _leave_out_what_is_not_looked_at() -> None:
+    """The interpreter makes each integer sum and product again, in 64 bits, for an assertion that only a debugging one has."""
+    from dataclasses import replace
+
+    from triton.runtime.interpreter import interpreter_builder
+
+    assert not interpreter_builder.options.debug
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def _shift_bfloat16() -> None:
+    """The interpreter takes a number apart, and puts it together with more bits or with fewer."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, dst_type):
+        kinds = (source.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle((source.data.view(np.uint32) >> 16).astype(np.uint16), tl.bfloat16)
+        return plain(self, source, dst_type)
+
+    InterpreterBuilder.cast_impl = cast_impl
 
 
 def let_dot_read_bfloat16() -> None:
