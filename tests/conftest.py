@@ -12,8 +12,11 @@ import pytest
 # Of all that the tests start, too. Several processes run at once, and threads of an operation wait for each other by spinning:
 # on two busy cores a small operation takes five times as long with two threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Containers like to forbid Python to keep what it compiled: each process would compile PyTorch again, for up to 8 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
-import torch
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints" / "tiny"

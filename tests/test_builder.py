@@ -25,7 +25,7 @@ from builder.__main__ import app, main
 from builder.build import build_engine, write_manifest
 from builder.config import read_model_config
 from builder.errors import BuildError
-from builder.export import export_program, signatures
+from builder.export import export_program, signatures, size_limits
 from builder.network import rope_frequencies
 from builder.targets import inductor
 from builder.weights import (
@@ -917,11 +917,25 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(checkpoint, monkeypat
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_sequences": 1}, {"max_head_rows": 1}, {"max_head_rows": 4}, {"page_size": 2**26}], ids=str
+    ("limits", "names"),
+    [
+        ({"max_sequences": 1}, ["encode", "denoise"]),
+        ({"max_head_rows": 1}, ["head"]),
+        ({"max_head_rows": 4}, ["head"]),
+        ({"page_size": 2**26}, ["encode", "denoise"]),
+    ],
+    ids=str,
 )
-def test_programs_are_traced_for_the_smallest_limits(limits, checkpoint):
+def test_programs_are_traced_for_the_smallest_limits(limits, names, checkpoint):
+    """Those that have the size; the others are what they are without the limit."""
     model, build = read_model_config(checkpoint), BuildConfig(target="inductor", dtype="float32", **limits)
-    for signature in signatures(model, build):
+    before = size_limits(model, BuildConfig(target="inductor", dtype="float32"))
+    limited = {name for name, limit in size_limits(model, build).items() if limit != before[name]}
+    having = [
+        each for each in signatures(model, build) if limited & {size for binding in each.inputs for size in binding.shape}
+    ]
+    assert [each.name for each in having] == names
+    for signature in having:
         assert export_program(signature, model, build).outputs
 
 

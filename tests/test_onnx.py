@@ -20,7 +20,9 @@ from backend.generation_defaults import GenerationDefaults
 from backend.session import Session
 from builder.__main__ import app
 from builder.build import build_engine
-from contract.manifest import Binding
+from builder.export import Signature, TracedProgram, export_program
+from contract.manifest import Binding, BuildConfig
+from contract.model_config import ModelConfig
 from plugins.library import NAMESPACE
 
 PROGRAMS = ("encode", "denoise", "head", "vision")
@@ -36,7 +38,7 @@ TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full
 def checkpoint(request, tmp_path_factory):
     if request.param == "tiny":
         return TINY
-    return random_checkpoint(tmp_path_factory.mktemp("random"), seed=9, num_experts=128, moe_intermediate_size=8)
+    return random_checkpoint(tmp_path_factory.mktemp("random"), seed=9, num_experts=128, moe_intermediate_size=8, **TWO_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,22 @@ def test_a_generation_gives_the_tokens_of_transformers(checkpoint, session):
         assert result.num_steps == expected.num_steps
 
 
-def test_a_build_keeps_the_onnx_files_on_request(uncompiled, tmp_path):
+@pytest.fixture
+def traced_once(monkeypatch):
+    """What two builds, and the files of one of them, are made from."""
+    traced = {}
+
+    def export_once(signature: Signature, model: ModelConfig, build: BuildConfig, minimum: int = 1) -> TracedProgram:
+        key = (signature.name, minimum, model.model_dump_json(), build.model_dump_json())
+        if key not in traced:
+            traced[key] = export_program(signature, model, build, minimum)
+        return traced[key]
+
+    for module in ("compiling", "onnx_export"):
+        monkeypatch.setattr(f"builder.{module}.export_program", export_once)
+
+
+def test_a_build_keeps_the_onnx_files_on_request(uncompiled, traced_once, tmp_path):
     """They have the manifest's bindings, the nodes that TensorRT's plugins answer to, and no weight."""
 
     checkpoint, engine, lines = random_checkpoint(tmp_path / "checkpoint", **TWO_LAYERS), tmp_path / "engine", []
