@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -75,7 +76,8 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     Raises:
         BuildError: some of its numbers are not finite; but a bound of the vision tower's may be infinite, for none.
     """
-    wrong = tensor.isnan() if name.endswith(CLIPPING) else ~tensor.isfinite()
+    has_no_infinity = tensor.dtype == torch.float8_e4m3fn  # for which PyTorch has no `isfinite`
+    wrong = tensor.isnan() if name.endswith(CLIPPING) or has_no_infinity else ~tensor.isfinite()
     if wrong.any():
         raise BuildError(f"{name}: has numbers that are not finite, expected none; download the checkpoint again")
     return tensor

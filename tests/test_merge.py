@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvfp4_weights import nvfp4_checkpoint
 from oracles import Oracle
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from backend import SamplingConfig
 from builder.__main__ import app
+from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.merge import merge_adapter
 from builder.quantize import quantize_checkpoint
@@ -117,13 +119,30 @@ def test_a_run_that_was_cut_off_is_continued(checkpoint, adapter, tmp_path, monk
         merge_adapter(checkpoint, adapter, tmp_path / "merged")
 
 
-def test_a_merged_checkpoint_can_be_quantized(checkpoint, adapter, tmp_path):
+def test_before_and_after_quantize(checkpoint, adapter, tmp_path):
+    """The same, because what is adapted is not quantized."""
     merge_adapter(checkpoint, adapter, tmp_path / "merged")
-    quantize_checkpoint(tmp_path / "merged", tmp_path / "quantized")
-    before, after = Checkpoint(tmp_path / "merged"), Checkpoint(tmp_path / "quantized")
-    name = f"{layer_prefix(1, encoder=True)}.self_attn.q_proj.weight"
-    assert torch.equal(after.tensor(name), before.tensor(name))
-    llm_of(tmp_path / "quantized").generate([prompt_of(9)], SamplingConfig(seed=5, **RANDOM))
+    quantize_checkpoint(tmp_path / "merged", tmp_path / "after")
+    quantize_checkpoint(checkpoint, tmp_path / "quantized")
+    merge_adapter(tmp_path / "quantized", adapter, tmp_path / "before")
+    after, before = Checkpoint(tmp_path / "after"), Checkpoint(tmp_path / "before")
+    assert after.names() == before.names()
+    for name in after.names():
+        assert torch.equal(*(each.tensor(name).view(torch.uint8) for each in (after, before)))
+    both = [f"{layer_prefix(1, encoder=encoder)}.self_attn.q_proj.weight" for encoder in (True, False)]
+    assert not torch.equal(*(after.tensor(name) for name in both))
+    assert read_model_config(tmp_path / "before") == read_model_config(tmp_path / "after")
+    llm_of(tmp_path / "before").generate([prompt_of(9)], SamplingConfig(seed=5, **RANDOM))
+
+
+def test_a_checkpoint_in_nvfp4_can_be_merged_into(adapter, tmp_path):
+    checkpoint = random_checkpoint(tmp_path / "checkpoint", seed=8, moe_intermediate_size=32)
+    quantize_checkpoint(nvfp4_checkpoint(checkpoint, tmp_path / "published"), tmp_path / "quantized")
+    merge_adapter(tmp_path / "quantized", adapter, tmp_path / "merged")
+    before, after = Checkpoint(tmp_path / "quantized"), Checkpoint(tmp_path / "merged")
+    experts = f"{layer_prefix(1)}.experts.down_proj"
+    assert before.dtype(experts) == "uint8" and torch.equal(after.tensor(experts), before.tensor(experts))
+    llm_of(tmp_path / "merged").generate([prompt_of(9)], SamplingConfig(seed=5, **RANDOM))
 
 
 def changed(adapter: Path, directory: Path, config: dict, tensors: dict) -> Path:
