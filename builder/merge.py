@@ -61,7 +61,7 @@ def merge_adapter(
     added = read_adapter(adapter)
     merged = plan(tensors, added)
     contents = by_layer(merged, model.num_layers)
-    files = {file_name(place, len(contents)): names for place, (_, names) in enumerate(contents, 1)}
+    files = {file_name(number, len(contents)): names for number, (_, names) in enumerate(contents, 1)}
     own = merged.keys() - tensors.names()
     own_bytes = sum(tensors.extent(merged[name].source).num_bytes for name in own)
     with reading(adapter):
