@@ -35,14 +35,14 @@ class ExtrasTables:
         """From now on the slot's are those of `sampling`. opening: see `CanvasLoop.start_canvas`."""
         first = slot + self._num_slots
         self._num_first[slot] = opening.num_places if opening else 0
+        if sampling.repeated:
+            self._repeated[[slot, first]] = token_words(sampling.repeated, self._bias.shape[1], self._bias.device)
         for row in (slot, first) if opening else (slot,):
             if sampling.logit_bias:
                 token_ids, values = zip(*sampling.logit_bias, strict=True)
                 self._bias[row] = 0
                 self._bias[row, list(token_ids)] = torch.tensor(values, device=self._bias.device)
             self._biased[row] = bool(sampling.logit_bias)
-            if sampling.repeated:
-                self._repeated[row] = token_words(sampling.repeated, self._bias.shape[1], self._bias.device)
             self._penalties[row] = sampling.repetition_penalty if sampling.repeated else 1
             for table, value in zip(self.filters, (sampling.top_k, sampling.top_p, sampling.min_p), strict=True):
                 table[row] = value

@@ -5,6 +5,8 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -135,22 +137,13 @@ def quantize(
 ) -> None:
     """Write OUTPUT, a checkpoint like CHECKPOINT with the experts' weights in FP8, and print the error of every layer. Experts
     that are in FP8 or NVFP4 keep their numbers."""
-    console, started = Console(), time.monotonic()
-    try:
-        errors = quantize_checkpoint(
-            checkpoint,
-            output,
-            console=console,
-            report=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
-        )
-    except (BuildError, CheckpointError) as error:
-        _fail(error)
-    if any(error for of_layer in errors.values() for error in of_layer.values()):
-        table = Table("layer", *PROJECTIONS, title="error of the weights, relative to their norm", title_justify="left")
-        for layer, of_layer in sorted(errors.items()):
-            table.add_row(str(layer), *(f"{of_layer[projection]:.4f}" for projection in PROJECTIONS))
-        console.print(table)
-    console.print(f"{time.monotonic() - started:.1f} s", highlight=False)
+    with _rewriting() as (console, report):
+        errors = quantize_checkpoint(checkpoint, output, console=console, report=report)
+        if any(error for of_layer in errors.values() for error in of_layer.values()):
+            table = Table("layer", *PROJECTIONS, title="error of the weights, relative to their norm", title_justify="left")
+            for layer, of_layer in sorted(errors.items()):
+                table.add_row(str(layer), *(f"{of_layer[projection]:.4f}" for projection in PROJECTIONS))
+            console.print(table)
 
 
 @app.command()
@@ -160,18 +153,8 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Directory to write; a run that was cut off is continued.")],
 ) -> None:
     """Write OUTPUT, a checkpoint like CHECKPOINT with ADAPTER merged into its weights."""
-    console, started = Console(), time.monotonic()
-    try:
-        merge_adapter(
-            checkpoint,
-            adapter,
-            output,
-            console=console,
-            report=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
-        )
-    except (BuildError, CheckpointError) as error:
-        _fail(error)
-    console.print(f"{time.monotonic() - started:.1f} s", highlight=False)
+    with _rewriting() as (console, report):
+        merge_adapter(checkpoint, adapter, output, console=console, report=report)
 
 
 @app.command()
@@ -238,6 +221,17 @@ def inspect(engine: Annotated[Path, typer.Argument(help="Engine directory.")]) -
         console.print(table)
         for profile in program.profiles:
             console.print(f"profile {profile}", highlight=False)
+
+
+@contextmanager
+def _rewriting() -> Iterator[tuple[Console, Callable[[str], None]]]:
+    """What writes a checkpoint is given; tells how long it took, or what is wrong."""
+    console, started = Console(), time.monotonic()
+    try:
+        yield console, lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)
+    except (BuildError, CheckpointError) as error:
+        _fail(error)
+    console.print(f"{time.monotonic() - started:.1f} s", highlight=False)
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:

@@ -7,13 +7,12 @@ An adapted linear layer, W x, is (W + s B A) x, where s is alpha / r, or alpha /
 import json
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from builder.errors import BuildError
@@ -133,9 +132,8 @@ def _read_config(path: Path) -> _Config:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with reading(path), ExitStack() as opened:
-        file = opened.enter_context(safe_open(regular(path), framework="pt"))
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    with reading(path):
+        return load_file(regular(path))
 
 
 def _of_pattern(pattern: Mapping[str, float], module: str, other: float) -> float:
