@@ -19,7 +19,7 @@ from builder.adapter import CONFIG, TENSORS, LowRank, read_adapter
 from builder.config import read_model_config
 from builder.description import checked
 from builder.errors import BuildError
-from builder.rewriting import INDEX, by_layer, carried, file_name, finite, index, progress_bar, reading, record
+from builder.rewriting import INDEX, Content, by_layer, carried, file_name, finite, index, reading, record, write_files
 from builder.staging import real_place
 from builder.unfinished import check_is_new, unfinished
 from builder.weights import CAST_FROM, DECODER_LAYERS, ENCODER_LAYERS, of_decoder
@@ -67,22 +67,22 @@ def merge_adapter(
     with reading(adapter):
         of_adapter = {CONFIG: (adapter / CONFIG).read_text(), TENSORS: FileFingerprint.of(adapter / TENSORS).model_dump()}
     with unfinished(place, record(tensors, model, adapter=of_adapter)) as written:
-        missing = {
-            name: names
+        found = {
+            name: written.metadata(name, {each: tensors.shape(merged[each].source) for each in names})
             for name, names in files.items()
-            if written.metadata(name, {each: tensors.shape(merged[each].source) for each in names}) is None
         }
-        report(f"{checkpoint}: {len(files)} files to write, {len(files) - len(missing)} of them written before")
+        before = sum(metadata is not None for metadata in found.values())
+        report(f"{checkpoint}: {len(files)} files to write, {before} of them written before")
         own_size = f"{len(own)} more are the encoder's own, {own_bytes / 1e6:,.1f} MB"
         report(f"adapter {adapter}: {len(added)} weights change; {own_size}")
+
         # 2.
-        with progress_bar(console) as progress:
-            task = progress.add_task("merging", total=len(files), completed=len(files) - len(missing))
-            for name, names in missing.items():
-                with reading(checkpoint):
-                    content = {each: finite(each, merged[each].read(tensors).contiguous()) for each in names}
-                written.save(name, content, {"format": "pt"})
-                progress.advance(task)
+        def make(name: str) -> Content:
+            with reading(checkpoint):
+                content = {each: finite(each, merged[each].read(tensors).contiguous()) for each in files[name]}
+            return content, {"format": "pt"}
+
+        write_files(written, found, make, title="merging", console=console)
         # 3.
         written.add(carried(checkpoint) | {INDEX: index(files, written.directory)})
         checked(Checkpoint(written.directory), read_model_config(written.directory))

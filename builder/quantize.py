@@ -21,7 +21,7 @@ from torch import Tensor
 from builder.config import read_model_config
 from builder.errors import BuildError
 from builder.quantization import CALLED, EXPERTS_ONLY, FP8, NVFP4, SCALE_SUFFIX
-from builder.rewriting import INDEX, by_layer, carried, file_name, finite, index, progress_bar, reading, record
+from builder.rewriting import INDEX, Content, by_layer, carried, file_name, finite, index, reading, record, write_files
 from builder.staging import real_place
 from builder.stored_nvfp4 import StoredNvfp4
 from builder.stored_weights import StoredWeights
@@ -87,20 +87,20 @@ def quantize_checkpoint(
             report(f"other weights in NVFP4: {len(stored.turned_back)}, which become {model.dtype}")
             report(f"scales of activations and of the cache: {len(stored.left_out)}, left out; both stay in full precision")
         # 2.
-        errors: Errors = {}
-        with progress_bar(console) as progress:
-            task = progress.add_task("quantizing", total=len(files))
-            for name, file in files.items():
-                metadata = found[name]
-                if metadata is None:
-                    with reading(checkpoint):
-                        content = {other: finite(other, stored.read(other, dtype).contiguous()) for other in file.others}
-                        of_layer = {} if file.layer is None else quantize_layer(model, stored, file.layer, content)
-                    metadata = {"format": "pt"} | {f"error.{each}": repr(error) for each, error in of_layer.items()}
-                    written.save(name, content, metadata)
-                if file.layer is not None:
-                    errors[file.layer] = {each: float(metadata[f"error.{each}"]) for each in PROJECTIONS}
-                progress.advance(task)
+
+        def make(name: str) -> Content:
+            file = files[name]
+            with reading(checkpoint):
+                content = {other: finite(other, stored.read(other, dtype).contiguous()) for other in file.others}
+                of_layer = {} if file.layer is None else quantize_layer(model, stored, file.layer, content)
+            return content, {"format": "pt"} | {f"error.{each}": repr(error) for each, error in of_layer.items()}
+
+        write_files(written, found, make, title="quantizing", console=console)
+        errors = {
+            file.layer: {each: float(found[name][f"error.{each}"]) for each in PROJECTIONS}
+            for name, file in files.items()
+            if file.layer is not None
+        }
         # 3.
         written.add(small | {INDEX: index({name: file.shapes for name, file in files.items()}, written.directory)})
         Checkpoint(written.directory).check(text_weights(quantized), ignored_prefixes=VISION_PREFIXES)

@@ -1,7 +1,7 @@
 """A checkpoint that is written anew, a file a layer: what `quantize` and `merge` have in common."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from builder.errors import BuildError
+from builder.unfinished import Unfinished
 from builder.weights import CLIPPING, layer_prefix
 from contract.checkpoint import Checkpoint
 from contract.model_config import ModelConfig
@@ -71,6 +72,29 @@ def index(files: Mapping[str, Iterable[str]], directory: Path) -> bytes:
     return f"{json.dumps({'metadata': {'total_size': total_bytes}, 'weight_map': weight_map}, indent=1)}\n".encode()
 
 
+Content = tuple[dict[str, Tensor], dict[str, str]]
+"""A file's tensors and its metadata."""
+
+
+def write_files(
+    written: Unfinished,
+    found: dict[str, dict[str, str] | None],
+    make: Callable[[str], Content],
+    *,
+    title: str,
+    console: Console | None,
+) -> None:
+    """Writes each file of which no metadata is `found`, and puts that there. make: of a file's name. `console`: where the
+    progress bar goes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        for name in progress.track(list(found), description=title):
+            if found[name] is None:
+                content, metadata = make(name)
+                written.save(name, content, metadata)
+                found[name] = metadata
+
+
 def finite(name: str, tensor: Tensor) -> Tensor:
     """
     Raises:
@@ -81,11 +105,6 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     if wrong.any():
         raise BuildError(f"{name}: has numbers that are not finite, expected none; download the checkpoint again")
     return tensor
-
-
-def progress_bar(console: Console | None) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=console is None)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""The directory that `quantize` collects files in, beside their place, until all are there. A run that is cut off leaves it,
-and the next one keeps the files that are whole.
+"""The directory that `quantize` and `merge` collect files in, beside their place, until all are there. A run that is cut off
+leaves it, and the next one keeps the files that are whole.
 
 A file gets its name when its content is on the disk, and so does the directory: a power cut leaves no half of either.
 """
