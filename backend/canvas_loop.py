@@ -43,7 +43,8 @@ class CanvasLoop:
         num_slots = len(cache.length) + 1  # one more, the idle row that fills up a batch of fixed size
         self._session, self._cache, self._model = session, cache, model
         fitting = workspace_bytes // head_row_bytes(model, build, plain=self._plain)
-        self._chunk_rows = max(1, min(fitting, build.max_head_rows))
+        self.head_rows = max(1, min(fitting, build.max_head_rows))
+        """The most rows that the head gets at once."""
         self._embed_scale = model.hidden_size**0.5
 
         def state(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -205,7 +206,7 @@ class CanvasLoop:
     def _chunks(self, num_rows: int) -> Iterator[slice]:
         """As few as the workspace allows, of about the same size: the CPU rounds products of a few rows differently, so a rest
         of them would not be what the same rows are in another batch."""
-        count = -(-num_rows // self._chunk_rows)
+        count = -(-num_rows // self.head_rows)
         for index in range(count):
             yield slice(num_rows * index // count, num_rows * (index + 1) // count)
 

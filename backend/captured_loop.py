@@ -95,7 +95,10 @@ class CapturedLoop(TableLoop):
         """`workspace_bytes` bounds the logits of a chunk, the one thing of the vocabulary's size. `max_step_sequences`: the
         most that one step is given; None: all. Without `capture`, as on the CPU, the same operations run one by one."""
         super().__init__(session, cache, workspace_bytes=workspace_bytes)
-        self._buckets = buckets(max_step_sequences or len(cache.length))
+        if self.head_rows > self._model.canvas_length:  # whole canvases, so that each is in its own product of `feed_back`
+            self.head_rows -= self.head_rows % self._model.canvas_length
+        self.batches = buckets(max_step_sequences or len(cache.length))
+        """The buckets."""
         self._idle = len(cache.length)
         self._steps: dict[int, _Step] = {}
         self._results: dict[int, tuple[_Results, int]] = {}  # slot → where the host has its last results
@@ -144,18 +147,18 @@ class CapturedLoop(TableLoop):
 
     def prepare(self) -> None:
         """See `CanvasLoop.prepare`: captures every bucket. The largest goes first: the others find room in its memory."""
-        for size in tqdm(self._buckets[::-1], desc="capturing steps", disable=None):
+        for size in tqdm(self.batches[::-1], desc="capturing steps", disable=None):
             if size not in self._steps:
                 self._prepare(size)
 
     def rehearse(self) -> None:
         """Runs a step of every bucket on the idle row, without capturing it."""
-        for size in self._buckets[::-1]:
+        for size in self.batches[::-1]:
             for part in self._parts(size)[2]:
                 part()
 
     def _bucket(self, slots: Sequence[int]) -> int:
-        return next(size for size in self._buckets if size >= len(slots))
+        return next(size for size in self.batches if size >= len(slots))
 
     def _fill(self, inputs: _Inputs, slots: Sequence[int]) -> None:
         """The last copy from `staged` must be over: what was made of it has been waited for."""
@@ -259,15 +262,16 @@ class CapturedLoop(TableLoop):
                 embedding=self._session.embedding,
                 embed_scale=self._embed_scale,
                 given=given.flatten()[chunk.rows],
+                rows_at_once=length,
                 **chunk.processing,
             )
 
         held = None  # the last chunk: its logits are gone before the next are there
-        for begin in range(0, hidden.shape[0], self._chunk_rows):
+        for begin in range(0, hidden.shape[0], self.head_rows):
             if held:
                 feed_back(held)
                 held = None
-            held = pass_over(slice(begin, begin + self._chunk_rows))
+            held = pass_over(slice(begin, begin + self.head_rows))
         passed = (torch.cat(parts).view(-1, length) for parts in zip(*passes, strict=True))
         argmax, sampled, entropy = sampler.put_given(given, *passed)
         # 3. and 4.

@@ -9,11 +9,36 @@
 
 While canvases are being denoised, each step waits for the pass before it. The pass is then no larger than the step, counted in
 rows, or an eighth of the largest pass if that is more: a step takes about twice its time at most, and prompts still get on.
+
+A batch-invariant engine cuts prompts at multiples of a number of tokens, and canvases not at all (`plugins.batch_invariance`):
+a row's part ends at the last such place, and the one that has waited longest gets at least its tokens up to the first. What
+cannot be cut goes before what can, and where a canvas is to be committed there is room for one.
 """
 
 from collections.abc import Sequence
 
+from backend.job import Job
+from contract.manifest import BuildConfig
+from plugins.batch_invariance import CUT_TOKENS
+
 _LEAST_PART = 8
+
+Spans = Sequence[tuple[int, int]]
+"""What is in one pass whole, ascending: (first token, token behind the last one), counted from the row's next token."""
+
+
+def next_pass(waiting: Sequence[Job], num_canvas_rows: int, build: BuildConfig) -> list[tuple[Job, int]]:
+    """Who goes with the next pass, with how many tokens. num_canvas_rows: see `encode_budget`."""
+    budget, multiple = encode_budget(build.max_encode_tokens, num_canvas_rows), 1
+    uncut: list[Spans] = [job.images_left for job in waiting]
+    if build.batch_invariant:
+        multiple = CUT_TOKENS
+        canvases = [job.num_pending for job in waiting if job.canvas_index]
+        uncut = [[(0, job.num_pending)] if job.canvas_index else spans for job, spans in zip(waiting, uncut, strict=True)]
+        budget = min(build.max_encode_tokens, max(budget, *(2 * each for each in canvases), CUT_TOKENS))
+    pending, since = [job.num_pending for job in waiting], [job.waiting_since for job in waiting]
+    shares = share_encode_budget(pending, since, budget, uncut, multiple)
+    return [(job, share) for job, share in zip(waiting, shares, strict=True) if share]
 
 
 def encode_budget(max_encode_tokens: int, num_canvas_rows: int) -> int:
@@ -27,29 +52,51 @@ def share_encode_budget(
     tokens_left: Sequence[int],
     waiting_since: Sequence[int],
     budget: int,
-    images_left: Sequence[Sequence[tuple[int, int]]] | None = None,
+    uncut: Sequence[Spans] | None = None,
+    multiple: int = 1,
 ) -> list[int]:
     """Tokens of the next pass for each row, at most the row's tokens_left. In all they are at most `budget`, or as many as the
-    first image of the row that has waited longest.
+    row that has waited longest has up to the first place where it may be cut.
 
-    waiting_since: a number that orders the rows by when they began to wait; of equals the first row is the oldest.
-    images_left: for each row the images among its tokens_left, ascending: (first token, token behind the last one).
+    waiting_since: a number that orders the rows by when they began to wait; of equals the first row is the oldest. uncut: for
+    each row what of its tokens_left is not cut. multiple: rows are cut after multiples of so many tokens.
     """
     shares = [0] * len(tokens_left)
     if not shares:
         return shares
-    images = images_left or [()] * len(shares)
+    spans = uncut or [()] * len(shares)
     oldest = min(range(len(shares)), key=waiting_since.__getitem__)
-    first_image = next((end for start, end in images[oldest] if start == 0), 0)  # 3.
-    shares[oldest] = _uncut(max(min(tokens_left[oldest], -(-budget // 2)), first_image), images[oldest])  # 1.
+    first = _first_cut(tokens_left[oldest], spans[oldest], multiple)  # 3.
+    shares[oldest] = max(_last_cut(-(-budget // 2), tokens_left[oldest], spans[oldest], multiple), first)  # 1.
     budget = max(0, budget - shares[oldest])
-    for row in sorted(range(len(shares)), key=tokens_left.__getitem__):  # 2.
-        more = _uncut(min(tokens_left[row], shares[row] + budget), images[row]) - shares[row]
+
+    def order(row: int) -> tuple[bool, int]:
+        left = tokens_left[row]
+        can_be_cut = _first_cut(left, spans[row], multiple) < left
+        return can_be_cut, left if can_be_cut else -left  # a short prompt fits behind a canvas, but not the other way about
+
+    for row in sorted(range(len(shares)), key=order):  # 2.
+        more = _last_cut(shares[row] + budget, tokens_left[row], spans[row], multiple) - shares[row]
         shares[row] += more
         budget -= more
     return shares
 
 
-def _uncut(count: int, images: Sequence[tuple[int, int]]) -> int:
-    """The most tokens up to `count` that end in no image."""
-    return next((start for start, end in images if start < count < end), count)
+def _last_cut(count: int, tokens_left: int, uncut: Spans, multiple: int) -> int:
+    """The most tokens up to `count` after which a row may be cut; 0 if that is before its first one."""
+    if count >= tokens_left:
+        return tokens_left
+    count -= count % multiple
+    for start, end in reversed(uncut):
+        if start < count < end:
+            count = start - start % multiple
+    return count
+
+
+def _first_cut(tokens_left: int, uncut: Spans, multiple: int) -> int:
+    """The fewest tokens after which a row may be cut."""
+    count = min(multiple, tokens_left)
+    for start, end in uncut:
+        if start < count < end:
+            count = min(-(-end // multiple) * multiple, tokens_left)
+    return count

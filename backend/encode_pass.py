@@ -12,6 +12,7 @@ from backend.images.preprocess import ImagePatches
 from backend.job import Job
 from backend.kv_cache import PagedKVCache
 from backend.session import Session
+from plugins.batch_invariance import PASS_ROWS
 from plugins.moe.cpu import ROW_MULTIPLE
 
 
@@ -39,9 +40,10 @@ def encode_new_tokens(session: Session, cache: PagedKVCache, packed: Sequence[Ne
     token_ids = [token for each in packed for token in each.token_ids]
     positions = [each for length, count in zip(lengths, counts, strict=True) for each in range(length, length + count)]
     # Filler behind the last sequence's tokens, which cannot see it; its keys and values are not written. With few rows
-    # products on the CPU would round differently.
-    room = session.manifest.build.max_encode_tokens - len(token_ids)
-    num_filler = min(-len(token_ids) % ROW_MULTIPLE, room)
+    # products on the CPU would round differently, with fewer than 200 also on a GPU.
+    build = session.manifest.build
+    multiple = PASS_ROWS if build.batch_invariant else ROW_MULTIPLE
+    num_filler = min(-len(token_ids) % multiple, build.max_encode_tokens - len(token_ids))
     token_ids += [0] * num_filler
     positions += range(positions[-1] + 1, positions[-1] + 1 + num_filler)
     starts[-1] += num_filler

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from backend.answer_grammar import Grammars
+from backend.batch_invariance import check_batch_invariance
 from backend.canvas_loop import CanvasLoop
 from backend.compiled_loop import CompiledLoop
 from backend.encode_pass import warm_up
@@ -19,6 +20,7 @@ from backend.scheduler import Scheduler
 from backend.session import Session
 from contract.manifest import ManifestError, read_manifest
 from contract.regular_file import regular
+from plugins.batch_invariance import CUT_TOKENS
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -32,7 +34,7 @@ class Engine:
         """Allocates the KV pages and the canvases; what that comes to is in `plan`, and logged.
 
         Raises:
-            ManifestError: see `plan_memory`, `Grammars.prepare`, and on a GPU `check_free`.
+            ManifestError: see `plan_memory`, `Grammars.prepare`, and on a GPU `check_free` and `check_batch_invariance`.
         """
         model, build = session.manifest.model, session.manifest.build
         grammars = Grammars(tokenizer, model.vocab_size)
@@ -53,6 +55,7 @@ class Engine:
             max_tokens=model.max_position_embeddings,
             dtype=session.dtype,
             device=session.device,
+            shared_multiple=max(1, CUT_TOKENS // build.page_size) if build.batch_invariant else 1,
         )
         max_pass_rows = pass_rows(session.manifest, limits, session.device.type)
         loop = _canvas_loop(session, cache, limits, max_pass_rows // model.canvas_length)
@@ -68,6 +71,9 @@ class Engine:
         )
         if session.device.type == "cuda" and build.target == "inductor":  # plans have their kernels inside
             _compile_kernels(session, cache, loop)
+            if build.batch_invariant:
+                check_batch_invariance(session, cache, batches=loop.batches, head_rows=loop.head_rows)
+                torch.cuda.empty_cache()
             loop.prepare()
             warm_up(session, cache)
         else:

@@ -46,8 +46,10 @@ class PagedKVCache:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        shared_multiple: int = 1,
     ):
-        self.page_size = page_size
+        """shared_multiple: sequences share pages in multiples of so many."""
+        self.page_size, self._shared_multiple = page_size, shared_multiple
         self.length = [0] * max_sequences
         self.pages = [
             zeros(
@@ -117,7 +119,7 @@ class PagedKVCache:
 
     def _shared(self, page_keys: Sequence[bytes], images: Sequence[ImageSpan]) -> tuple[int, dict[LayerType, dict[int, int]]]:
         """How many cached pages a sequence with these keys starts from, and those that are still seen: column → page."""
-        end = usable_pages(page_keys, self._pools, self._kept, self.page_size, images)
+        end = usable_pages(page_keys, self._pools, self._kept, self.page_size, images, self._shared_multiple)
         shared: dict[LayerType, dict[int, int]] = {}
         for kind, kept in self._kept.items():
             first = 0 if kept is None else max(0, end * self.page_size - kept) // self.page_size
@@ -170,8 +172,8 @@ class PagedKVCache:
         """Writes the keys and values of new tokens behind what each sequence has, and gives up pages that left the window.
 
         counts: new tokens of each of `slots`; new_kv: for each layer [sum(counts) or more, 2, K, head_dim], in the order of
-        `slots`. page_keys: for each slot the keys of all of its full pages, which are then kept for the prefix cache; None
-        keeps nothing.
+        `slots`. page_keys: for each slot the keys of its full pages, or of the first of them, which are then kept for the
+        prefix cache; None keeps nothing.
         """
         firsts = {
             kind: [self._advance(slot, kind, count) for slot, count in zip(slots, counts, strict=True)] for kind in self._pools
@@ -205,7 +207,7 @@ class PagedKVCache:
                 for kind, pool in self._pools.items():
                     pages = self._owned[slot][kind] | passing.get((slot, kind), {})
                     for column in filled if page_keys is not None else ():
-                        if column in pages:
+                        if column in pages and column < len(page_keys[index]):
                             pool.name(pages[column], page_keys[index][column])
         finally:
             for (_, kind), pages in passing.items():

@@ -46,8 +46,9 @@ def usable_pages(
     kept_tokens: Mapping[LayerType, int | None],
     page_size: int,
     images: Iterable[ImageSpan] = (),
+    multiple: int = 1,
 ) -> int:
-    """The most pages of the prefix `keys` that can be used (see the module docstring).
+    """The most pages of the prefix `keys` that can be used (see the module docstring), a multiple of `multiple`.
 
     kept_tokens: how many tokens before it a token sees in each layer type; None sees all.
 
@@ -60,6 +61,7 @@ def usable_pages(
     end = len(keys)
     for pool in full:  # 1.
         end = next((page for page in range(end) if pool.find(keys[page]) is None), end)
+    end -= end % multiple
     while end:
         below = end
         for pool, kept in windows:  # 2.
@@ -70,5 +72,5 @@ def usable_pages(
                 below = min(below, image.start // page_size)
         if below == end:
             break
-        end = below
+        end = below - below % multiple
     return end

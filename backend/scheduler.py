@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from backend.admission import check_images, check_request, most_cached_tokens
 from backend.answer_grammar import Grammars
 from backend.canvas_loop import CanvasLoop
-from backend.encode_budget import encode_budget, share_encode_budget
+from backend.encode_budget import next_pass
 from backend.encode_pass import NewTokens, encode_new_tokens
 from backend.errors import RequestError
 from backend.images.placeholders import image_spans
@@ -73,8 +73,10 @@ class Scheduler:
         self.num_failed_steps = 0
         """Device steps in a row that failed: a server whose device does not recover can tell by it."""
         self._session, self._cache, self._loop, self._tokenizer, self._clock = session, cache, loop, tokenizer, clock
-        # Without the cache nobody would read the last canvas.
-        self._prefix_cache, self._commit_last = prefix_cache, commit_last and prefix_cache
+        # A batch-invariant engine shares prompts alone: where an answer is a part of one, its canvases are cut elsewhere.
+        self._share_answers = prefix_cache and not session.manifest.build.batch_invariant
+        # Where answers are not shared nobody would read the last canvas.
+        self._prefix_cache, self._commit_last = prefix_cache, commit_last and self._share_answers
         self._canvas_length = session.manifest.model.canvas_length
         self._max_pass_sequences = max(1, max_pass_rows // self._canvas_length) if max_pass_rows else len(cache.length)
         self._queue: deque[Job] = deque()
@@ -129,7 +131,8 @@ class Scheduler:
             added_at=self._clock() if added_at is None else added_at,
             prefix=list(prompt_ids),
         )
-        self._extend_page_keys(job)
+        if self._prefix_cache:
+            self._extend_page_keys(job)
         self._queue.append(job)
         return job
 
@@ -233,14 +236,7 @@ class Scheduler:
 
     def _encode(self, waiting: list[Job]) -> None:
         num_canvas_rows = (len(self._active) - len(waiting)) * self._canvas_length
-        budget = encode_budget(self._session.manifest.build.max_encode_tokens, num_canvas_rows)
-        shares = share_encode_budget(
-            [job.num_pending for job in waiting],
-            [job.waiting_since for job in waiting],
-            budget,
-            [job.images_left for job in waiting],
-        )
-        packed = [(job, share) for job, share in zip(waiting, shares, strict=True) if share]
+        packed = next_pass(waiting, num_canvas_rows, self._session.manifest.build)
         if not packed:
             return
         new_tokens = [NewTokens.of(job, count) for job, count in packed]
@@ -304,12 +300,12 @@ class Scheduler:
 
     def _commit(self, job: Job, canvas: list[int]) -> None:
         job.prefix += canvas
-        self._extend_page_keys(job)
+        if self._share_answers:
+            self._extend_page_keys(job)
         self._wait_for_encode(job, len(canvas))
 
     def _extend_page_keys(self, job: Job) -> None:
-        if self._prefix_cache:
-            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size, job.image_spans)
+        extend_page_keys(job.page_keys, job.prefix, self._cache.page_size, job.image_spans)
 
     def _set_gauges(self) -> None:
         self.metrics.set("active_requests", len(self._active))

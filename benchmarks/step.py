@@ -20,6 +20,7 @@ from step_pieces import pieces_of
 from step_timing import kernel_times, milliseconds, time_row, time_steps
 from tokenizers import Tokenizer
 
+from backend.batch_invariance import check_batch_invariance
 from backend.captured_loop import CapturedLoop
 from backend.generation_defaults import GenerationDefaults
 from backend.sampling_config import SamplingConfig
@@ -59,6 +60,7 @@ class Bench:
             max_sequences=options.max_sequences,
             expert_activations=options.fp8_experts or "full",
             expert_weights="plain" if experts_dtype else options.expert_weights or "packed",
+            batch_invariant=options.batch_invariant,
         )
         self.results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
@@ -122,7 +124,7 @@ class Bench:
         torch.cuda.empty_cache()
 
     def check(self) -> None:
-        """Replayed steps equal uncaptured ones bit for bit, in a padded bucket; everything is finite."""
+        """Replayed steps equal uncaptured ones bit for bit, in a padded bucket; all is finite; what is to be invariant is."""
         states = []
         with self.sequences([700, 1, 130]) as slots:
             for loop in self.loops.values():
@@ -138,6 +140,8 @@ class Bench:
         self.note("soft_embeds_rms", round(soft.float().pow(2).mean().sqrt().item(), 4))
         if not (same and self.results["finite"]):
             raise AssertionError("the captured step is wrong; nothing after this means anything")
+        if self.build.batch_invariant:
+            check_batch_invariance(self.session, self.cache, batches=loop.batches, head_rows=loop.head_rows)
 
     def step(self) -> None:
         """Wall time of `step` as the scheduler calls it, with its copies and its waiting: of one step alone, and of one in a
@@ -276,15 +280,11 @@ def main() -> None:
     parser.add_argument(
         "--expert-weights", choices=("plain", "packed", "int4", NVFP4), help="not FP8 ones; packed, as a build chooses"
     )
-    parser.add_argument(
-        "--max-encode-tokens", type=command_line.count, default=8192, help="fewer are compiled in less time; %(default)s"
-    )
-    parser.add_argument(
-        "--max-sequences", type=command_line.count, default=64, help="fewer are compiled in less time; %(default)s"
-    )
-    parser.add_argument(
-        "--cached-tokens", type=command_line.count, default=CACHED_TOKENS, help="longer prefixes are left out; %(default)s"
-    )
+    count = partial(parser.add_argument, type=command_line.count)
+    count("--max-encode-tokens", default=8192, help="fewer are compiled in less time; %(default)s")
+    count("--max-sequences", default=64, help="fewer are compiled in less time; %(default)s")
+    count("--cached-tokens", default=CACHED_TOKENS, help="longer prefixes are left out; %(default)s")
+    parser.add_argument("--batch-invariant", action="store_true", help="a batch-invariant build")
     parser.add_argument("--uncompiled", action="store_true", help="the network's modules instead of compiled programs")
     parser.add_argument("--output", type=Path, help="file for the results, written after each phase")
     options = parser.parse_args()

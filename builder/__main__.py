@@ -92,6 +92,10 @@ def build(
         ),
     ] = WeightsOption.auto,
     max_head_rows: _MaxHeadRows = _DEFAULTS["max_head_rows"],
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="On a GPU, a request gets the same tokens alone and among others, bit for bit."),
+    ] = False,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
     force: Annotated[
@@ -125,6 +129,7 @@ def build(
                 max_sequences=max_sequences,
                 max_head_rows=max_head_rows,
                 expert_activations=expert_activations.value,
+                batch_invariant=batch_invariant,
             )
     except (BuildError, CheckpointError) as error:
         _fail(error)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from builder.batch_invariant import check_batch_invariant
 from builder.carried_files import are_current, carried_files, check_tokenizer
 from builder.compiling import compile_plans, compile_programs
 from builder.config import read_model_config
@@ -78,6 +79,8 @@ def build_engine(
     )
     build = BuildConfig(target=chosen, dtype=in_dtype, device=chosen_device, expert_weights=chosen_weights, **choices)
     _check_encodes_a_canvas(build, model)
+    if build.batch_invariant:
+        check_batch_invariant(build, model)
     if timing_cache and chosen != "tensorrt":
         raise BuildError(f"timing_cache: got {timing_cache}, expected none: the target is {chosen}, TensorRT alone has timings")
     if build.expert_activations != "full" and model.experts_dtype != FP8:

@@ -40,11 +40,11 @@ _MORE_ROWS = (512, 2048, CALLED_FROM)
 class TracedProgram:
     """An exported program with the bindings that it is called with, in order: `inputs`, then `weights`; all on `device`.
 
-    minimum: the least tokens of an encode program; else 1.
+    calls_feed_forward: on a GPU the operator stays a call, see `builder.targets.inductor`.
     """
 
     name: str
-    minimum: int
+    calls_feed_forward: bool
     device: Device
     exported: ExportedProgram
     inputs: tuple[Binding, ...]
@@ -68,18 +68,19 @@ def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]
     Bindings of varying size: T tokens (at most max_encode_tokens), B sequences, N pages of each layer type, P page-table
     columns, M image rows, R head rows, S soft tokens of one image.
     """
-    fp8_rows, names = build.expert_activations == "float8", tuple(binding_shapes(text_weights(config)))
+    names = tuple(binding_shapes(text_weights(config)))
+    choices = {"fp8_rows": build.expert_activations == "float8", "batch_invariant": build.batch_invariant}
     head_inputs = (_binding("hidden", build.dtype, "rows", config.hidden_size),)
     text = (
         Signature(
             name="encode",
-            module=Encode(config, fp8_rows=fp8_rows),
+            module=Encode(config, **choices),
             inputs=_encode_bindings(config, build),
             weights=of_pass(names, encoder=True),
         ),
         Signature(
             name="denoise",
-            module=Denoise(config, fp8_rows=fp8_rows),
+            module=Denoise(config, **choices),
             inputs=_denoise_bindings(config, build),
             weights=of_pass(names, encoder=False),
         ),
@@ -162,9 +163,10 @@ def minimums(signature: Signature, build: BuildConfig) -> tuple[int, ...]:
     A kernel's tile depends on the number of rows and is chosen when it is compiled: encode for a GPU, where few rows are
     bound by memory and many by arithmetic, is compiled for few, some, many and very many, and for `max_encode_tokens` alone
     where the most rows start there: chunks of long prompts have just so many. float32 has one tile. Of denoise, the kernels of
-    the experts are chosen when it is captured.
+    the experts are chosen when it is captured. Compiled for other sizes, what is between the kernels may round otherwise, so a
+    batch-invariant build has one encode program, in which they are chosen at each call.
     """
-    if build.device == "cpu" or build.dtype == "float32" or signature.name != "encode":
+    if build.device == "cpu" or build.dtype == "float32" or build.batch_invariant or signature.name != "encode":
         return (1,)
     return (1, *(rows for rows in _MORE_ROWS if rows <= build.max_encode_tokens))
 
@@ -235,7 +237,7 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
     )
     return TracedProgram(
         name=signature.name if minimum == 1 else f"{signature.name}.{minimum}",
-        minimum=minimum,
+        calls_feed_forward=signature.name == "denoise" or build.batch_invariant or minimum >= CALLED_FROM,
         device=build.device,
         exported=exported,
         inputs=signature.inputs,

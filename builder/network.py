@@ -21,6 +21,7 @@ from builder.quantization import FP8
 from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix
 from contract.model_config import LayerType, ModelConfig
 from plugins import attention_op, feed_forward_op, heads_op
+from plugins.batch_invariance import num_splits
 from plugins.feed_forward.reference import gated_mlp
 from plugins.rms_norm import rms_norm
 
@@ -42,9 +43,9 @@ _FP8_EXPERTS = ("experts.gate_up_proj", "experts.gate_up_proj_scale", "experts.d
 class Encode(nn.Module):
     """The causal pass over a prompt's chunk or a finished canvas. There is no head: only keys and values come out."""
 
-    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False):
+    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False, batch_invariant: bool = False):
         super().__init__()
-        self.stack = _Stack(config, encoder=True, fp8_rows=fp8_rows)
+        self.stack = _Stack(config, encoder=True, fp8_rows=fp8_rows, batch_invariant=batch_invariant)
 
     def forward(self, inputs: Tensors, weights: Tensors) -> list[Tensor]:
         hidden = self.stack.embed(inputs["token_ids"], weights)
@@ -61,9 +62,9 @@ class Encode(nn.Module):
 class Denoise(nn.Module):
     """One bidirectional pass over the canvases."""
 
-    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False):
+    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False, batch_invariant: bool = False):
         super().__init__()
-        self.stack = _Stack(config, encoder=False, fp8_rows=fp8_rows)
+        self.stack = _Stack(config, encoder=False, fp8_rows=fp8_rows, batch_invariant=batch_invariant)
         self.eps = config.rms_norm_eps
 
     def forward(self, inputs: Tensors, weights: Tensors) -> Tensor:
@@ -94,9 +95,9 @@ class Head(nn.Module):
 class _Stack(nn.Module):
     """The layers, shared by encode (causal) and denoise."""
 
-    def __init__(self, config: ModelConfig, *, encoder: bool, fp8_rows: bool):
+    def __init__(self, config: ModelConfig, *, encoder: bool, fp8_rows: bool, batch_invariant: bool):
         super().__init__()
-        self.config, self.encoder, self.fp8_rows = config, encoder, fp8_rows
+        self.config, self.encoder, self.fp8_rows, self.batch_invariant = config, encoder, fp8_rows, batch_invariant
         for layer_type, attention in config.attention.items():
             self.register_buffer(f"{layer_type}_frequencies", rope_frequencies(attention), persistent=False)
 
@@ -122,7 +123,8 @@ class _Stack(nn.Module):
             new_kv.append(kv)
             if len(new_kv) == self.config.num_layers and self.encoder:
                 break  # what follows, nobody reads
-            attended = attention_op.paged_attention(
+            attended = self._attend(
+                layer_type,
                 query,
                 kv,
                 inputs[f"kv_pages.{layer}"],
@@ -130,8 +132,6 @@ class _Stack(nn.Module):
                 inputs["prefix_lengths"],
                 starts,
                 image_blocks,
-                self.encoder,
-                self.config.attention[layer_type].window,
             )
             attended = linear(attended.flatten(1), own("self_attn.o_proj.weight"))
             is_last = layer + 1 == self.config.num_layers
@@ -143,6 +143,13 @@ class _Stack(nn.Module):
         """The weights of one layer by the names that they have within it."""
         own, shared = layer_prefix(layer, encoder=self.encoder), layer_prefix(layer)
         return lambda name: weights[f"{own}.{name}" if f"{own}.{name}" in weights else f"{shared}.{name}"]
+
+    def _attend(self, layer_type: LayerType, *inputs: Tensor) -> Tensor:
+        window = self.config.attention[layer_type].window
+        if not self.batch_invariant:
+            return attention_op.paged_attention(*inputs, self.encoder, window)
+        splits = num_splits(window=window, encoder=self.encoder)
+        return attention_op.paged_attention_in_splits(*inputs, self.encoder, window, splits)
 
     def _feed_forward(self, hidden: Tensor, attended: Tensor, own: OfLayer, following: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output, and what the next norm, whose weight is `following`, makes of it."""

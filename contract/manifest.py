@@ -154,6 +154,8 @@ class BuildConfig(Record):
     expert_activations: what experts with FP8 weights multiply them by: rows in full precision, or rounded to FP8 too.
     expert_weights: bfloat16 weights of experts as they are, packed into 12 bits each (`plugins.moe.packing`), or rounded to 4
         bits (`plugins.moe.int4`).
+    batch_invariant: what a request gets does not depend, bit for bit, on others that are served with it
+        (`plugins.batch_invariance`).
     """
 
     target: Target
@@ -165,6 +167,7 @@ class BuildConfig(Record):
     max_head_rows: Size = 2048
     expert_activations: ExpertActivations = "full"
     expert_weights: ExpertWeights = "plain"
+    batch_invariant: bool = False
 
 
 class Manifest(Record):

@@ -5,12 +5,13 @@ Memory that must not be read is NaN: slots that no row may see, and every output
 
 import pytest
 import torch
-from test_plugins import attention_inputs
+from test_plugins import attention_inputs, behind
 from tolerances import assert_close
 from triton_interpreter import let_dot_read_bfloat16, save_the_interpreters_time
 
 from plugins.attention.launch import attention, choose_tile
 from plugins.attention.reference import paged_attention_reference
+from plugins.batch_invariance import CUT_TOKENS
 
 let_dot_read_bfloat16()
 save_the_interpreters_time()
@@ -106,6 +107,19 @@ def test_splits_of_the_keys(num_splits, causal, dtype):
     """Also where a split has no keys at all, and where none are cached."""
     inputs = attention_inputs(prefixes=[200, 1, 0], counts=[33, 2, 3], window=0, **SMALL, dtype=dtype)
     check(inputs, causal, 0, dtype, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_row_is_the_same_wherever_its_prompt_is_cut(window, dtype):
+    """An image is among the tokens, so that a tile looks at more new keys in a longer pass."""
+    inputs = attention_inputs(prefixes=[0], counts=[300], window=window, **SMALL, images=True, dtype=dtype)
+    whole = attention(*inputs, True, window)
+    for cut in (CUT_TOKENS, 3 * CUT_TOKENS):
+        assert torch.equal(attention(*behind(inputs, cut), True, window), whole[cut:])
+    assert not torch.equal(attention(*behind(inputs, 200), True, window), whole[200:])
+    tiles = [choose_tile(head_dim, kind) for head_dim in (256, 512) for kind in DTYPES]
+    assert {CUT_TOKENS % tile.keys for tile in tiles} == {0}
 
 
 @pytest.mark.parametrize("causal", [True, False])

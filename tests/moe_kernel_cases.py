@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tolerances import assert_close
-from triton_interpreter import let_dot_read_bfloat16, save_the_interpreters_time
+from triton_interpreter import let_casts_round_to_bfloat16, let_dot_read_bfloat16, save_the_interpreters_time
 
 from plugins.feed_forward.reference import route
 from plugins.moe import alignment, kinds, launch
@@ -24,6 +24,7 @@ from plugins.moe.launch import FEW_ROWS, Tile
 from plugins.moe.reference import experts_reference
 
 let_dot_read_bfloat16()
+let_casts_round_to_bfloat16()
 save_the_interpreters_time()
 
 pytestmark = [
@@ -72,6 +73,22 @@ def test_router(rows, experts, top_k, dtype):
     assert weights.dtype == torch.float32
     assert torch.equal(index, expected_index)
     assert_close(weights, expected_weights, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden", "experts"), [(1, 40, 16), (130, 700, 20), (65, 600, 128)])
+def test_the_routers_logits_are_a_products_and_the_same_however_many_programs_share_a_row(
+    rows, hidden, experts, dtype, monkeypatch
+):
+    x, projection = torch.randn(rows, hidden).to(dtype), torch.randn(experts, hidden).to(dtype)
+    (parts,) = launch.router_logits(x, projection).run()
+    monkeypatch.setattr(launch, "ROUTER_MANY_ROWS", 1)
+    (halves,) = launch.router_logits(x, projection).run()
+    assert (len(parts), len(halves)) == (-(-hidden // launch.ROUTER_PART), min(2, len(parts)))
+    logits = halves.sum(0).to(dtype)
+    assert_close(logits, (x.float() @ projection.float().T).to(dtype), dtype)
+    chosen = [launch.router(each, torch.ones(experts), 2, dtype).run() for each in (parts, halves, logits)]
+    assert all(torch.equal(*pair) for other in chosen[1:] for pair in zip(chosen[0], other, strict=True))
 
 
 def test_router_takes_the_lower_index_of_equal_logits():

@@ -11,11 +11,12 @@ import torch
 pytest.importorskip("triton", reason="the kernel is written in Triton's Gluon")
 
 from gluon_interpreter import InterpretedKernel
-from test_plugins import attention_inputs
+from test_plugins import attention_inputs, behind
 from tolerances import assert_close
 
 from plugins.attention.hopper_launch import choose_tile, hopper_launch
 from plugins.attention.reference import paged_attention_reference
+from plugins.batch_invariance import CUT_TOKENS
 
 SLIDING = {"heads": 4, "kv_heads": 2, "head_dim": 256, "page_size": 32}
 FULL = {"heads": 8, "kv_heads": 1, "head_dim": 512, "page_size": 32}
@@ -92,6 +93,17 @@ def test_every_place_of_a_window_in_its_blocks():
                 value.copy_(own[position])
         new_kv[:, 1, 0] = own[70:]
         check(inputs, True, window)
+
+
+@pytest.mark.parametrize(("sizes", "window"), [(SLIDING, 100), (FULL, 0)], ids=["sliding", "full"])
+def test_a_row_is_the_same_wherever_its_prompt_is_cut(sizes, window):
+    """An image is among the tokens, so that a tile looks at more new keys in a longer pass."""
+    inputs = attention_inputs(prefixes=[0], counts=[300], window=window, **sizes, images=True, dtype=torch.bfloat16)
+    whole = interpreted(inputs, True, window)
+    for cut in (CUT_TOKENS, 3 * CUT_TOKENS):
+        assert torch.equal(interpreted(behind(inputs, cut), True, window), whole[cut:])
+    assert not torch.equal(interpreted(behind(inputs, 200), True, window), whole[200:])
+    assert CUT_TOKENS % choose_tile(sizes["head_dim"]).keys == 0
 
 
 @pytest.mark.parametrize("window", [0, 8])

@@ -154,6 +154,7 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
     assert least(max_encode_tokens=8192)["encode"] == least(max_encode_tokens=4096)["encode"] == (1, 512, 2048, 4096)
     assert least(max_encode_tokens=4095)["encode"] == (1, 512, 2048)
     assert least(max_encode_tokens=511)["encode"] == (1,)
+    assert set(least(batch_invariant=True).values()) == {(1,)}
     assert set(least(device="cpu").values()) == set(least(dtype="float32").values()) == {(1,)}
 
 
@@ -224,6 +225,10 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
     for minimum, most, name in variants:
         program = export_program(encode, model, build_config(max_encode_tokens=most), minimum)
         assert called(program) == {"normed_heads_triton": layers, "paged_attention": layers - 1, name: layers - 1}
+    for signature, fewer in zip(signatures(model, build_config(batch_invariant=True))[:2], (1, 0), strict=True):
+        program = export_program(signature, model, build_config(batch_invariant=True))
+        calls = {"paged_attention_in_splits": layers - fewer, "feed_forward": layers - fewer}
+        assert called(program) == {"normed_heads_triton": layers, **calls}
 
 
 def called(program: TracedProgram) -> Counter:

@@ -102,7 +102,7 @@ def test_the_tile_is_the_one_for_the_fewest_rows(least_rows, hopper):
 
 
 ENTERING = ["residual", "dense_rows", "expert_rows", "row_scale", "router_rows"]
-ROUTING = [["top_k_weights", "top_k_index"], ["row_order", "tile_expert"]]
+ROUTING = [["parts"], ["top_k_weights", "top_k_index"], ["row_order", "tile_expert"]]
 LEAVING = ["output", "normed"]
 
 

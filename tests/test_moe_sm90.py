@@ -16,7 +16,7 @@ from plugins.moe import alignment, launch
 from plugins.triton_launch import Launch
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2816, 704, 128, 8
-PIPELINE = ["router", "align", "gate_up", "down", "combine"]
+PIPELINE = ["router_logits", "router", "align", "gate_up", "down", "combine"]
 
 
 def launches(rows: int, dtype: torch.dtype) -> dict[str, Launch]:
@@ -26,7 +26,8 @@ def launches(rows: int, dtype: torch.dtype) -> dict[str, Launch]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     tile = launch.choose_tile(rows, TOP_K, EXPERTS, dtype)
-    router = launch.router(tensor(rows, EXPERTS), tensor(EXPERTS), TOP_K)
+    router_logits = launch.router_logits(tensor(rows, HIDDEN), tensor(EXPERTS, HIDDEN))
+    router = launch.router(*router_logits.outputs, tensor(EXPERTS), TOP_K, dtype)
     top_k_weights, top_k_index = router.outputs
     align = alignment.align(top_k_index, EXPERTS, tile.rows)
     gate_up = launch.gate_up(tensor(rows, HIDDEN), tensor(EXPERTS, 2 * WIDTH, HIDDEN), *align.outputs, TOP_K, tile)
@@ -35,7 +36,7 @@ def launches(rows: int, dtype: torch.dtype) -> dict[str, Launch]:
     )
     combine = launch.combine(*down.outputs, TOP_K)
     assert combine.outputs[0].shape == (rows, HIDDEN)
-    return dict(zip(PIPELINE, (router, align, gate_up, down, combine), strict=True))
+    return dict(zip(PIPELINE, (router_logits, router, align, gate_up, down, combine), strict=True))
 
 
 @pytest.mark.parametrize("name", PIPELINE)
@@ -46,7 +47,7 @@ def launches(rows: int, dtype: torch.dtype) -> dict[str, Launch]:
 )
 def test_compiles(rows, dtype, name, tmp_path):
     instructions = check_compiles(launches(rows, dtype)[name], tmp_path, f"{rows} rows, {dtype}")
-    if name in ("gate_up", "down") and dtype == torch.bfloat16:
+    if name in ("router_logits", "gate_up", "down") and dtype == torch.bfloat16:
         assert "wgmma.mma_async" in instructions, "no tensor cores, or not Hopper's way of using them"
         assert "cp.async.cg" in instructions, "no 16-byte asynchronous copies"
 

@@ -39,6 +39,16 @@ def attention_inputs(*, prefixes, counts, heads, kv_heads, head_dim, page_size, 
     )
 
 
+def behind(inputs, cut):
+    """Inputs for one sequence, nothing of it cached → those for its tokens from `cut` on, the others cached."""
+    query, new_kv, kv_pages, *_, images = inputs
+    page_size = kv_pages.shape[1]
+    pages = new_kv.new_full((-(-cut // page_size), page_size, *new_kv.shape[1:]), float("nan"))
+    pages.flatten(0, 1)[:cut] = new_kv[:cut]
+    lengths = (torch.tensor([cut], dtype=torch.int32), torch.tensor([0, len(query) - cut], dtype=torch.int32))
+    return query[cut:], new_kv[cut:], pages, torch.arange(len(pages), dtype=torch.int32)[None], *lengths, images[cut:]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(

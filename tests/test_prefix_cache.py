@@ -98,13 +98,14 @@ def test_usable_prefixes_by_their_definition(seed):
         for key in itertools.compress(keys, there[kind]):
             pool.name(pool.take(), key)
     images = [ImageSpan(start, start + random.randrange(30), b"") for start in random.sample(range(200), 2)]
+    multiple = random.choice((1, 2, 3))
 
     def is_usable(pages: int) -> bool:
         seen = {kind: range(0 if each is None else max(0, pages * PAGE - each) // PAGE, pages) for kind, each in kept.items()}
         whole = not any(image.start < pages * PAGE < image.end for image in images)
         return whole and all(there[kind][page] for kind, pages_seen in seen.items() for page in pages_seen)
 
-    assert usable_pages(keys, pools, kept, PAGE, images) == max(filter(is_usable, range(31)))
+    assert usable_pages(keys, pools, kept, PAGE, images, multiple) == max(filter(is_usable, range(0, 31, multiple)))
 
 
 @pytest.mark.parametrize("there", [lambda page: False, lambda page: page % 3, lambda page: True], ids=["none", "some", "all"])

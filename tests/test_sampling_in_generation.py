@@ -313,7 +313,7 @@ def every_kind_alone(pair) -> list[tuple[list[int], SamplingConfig, Generation]]
 def test_every_mix_of_rows_gives_each_what_it_gets_alone(every_kind_alone, max_sequences, chunk_rows, tmp_path):
     """Also when slots pass from one kind of row to another, and when chunks of head rows end within canvases."""
     llm = llm_of(random_checkpoint(tmp_path, seed=8), max_sequences=max_sequences)
-    llm._engine.scheduler._loop._chunk_rows = chunk_rows
+    llm._engine.scheduler._loop.head_rows = chunk_rows
     prompts, configs, expected = zip(*every_kind_alone, strict=True)
     for config, result, alone in zip(configs, llm.generate(prompts, configs), expected, strict=True):
         assert (result.token_ids, result.num_steps) == (alone.token_ids, alone.num_steps)
@@ -344,7 +344,7 @@ def test_a_neighbour_with_extras_changes_no_bit_of_a_row(chunk_rows, engine_dir)
     """On the compiled engine; also where one row of the head would be left over."""
     llm = LLM(engine_dir, max_sequences=3)
     scheduler, loop = llm._engine.scheduler, llm._engine.scheduler._loop
-    loop._chunk_rows = chunk_rows
+    loop.head_rows = chunk_rows
 
     def after_two_steps(*configs: SamplingConfig) -> list[torch.Tensor]:
         """The state of the last of them."""

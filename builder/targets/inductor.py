@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from builder.export import CALLED_FROM, TracedProgram, tracing
+from builder.export import TracedProgram, tracing
 from builder.staging import writing
 from builder.targets.compiled import Compiled
 from builder.targets.cpp_compiler import compiling
@@ -62,8 +62,9 @@ def opened(program: TracedProgram) -> ExportedProgram:
     """The program with plugin operators replaced by their kernels' launches, which the compiler sees through.
 
     Of the text model attention stays a call, which finds the kernel for the device. So does the feed-forward operator, of
-    denoise and of encode for very many tokens: its launches depend on the device and on sizes that are known at the call
-    alone. What that costs the host denoise, which is captured in CUDA graphs, pays once, and encode while kernels run.
+    denoise and of encode for very many tokens (`TracedProgram`): its launches depend on the device and on sizes that are known
+    at the call alone. What that costs the host denoise, which is captured in CUDA graphs, pays once, and encode while kernels
+    run.
     """
     from plugins.attention.opened import CUDA_DECOMPOSITIONS as ATTENTION  # only here: they need triton
     from plugins.feed_forward.opened import CUDA_DECOMPOSITIONS as FEED_FORWARD
@@ -72,7 +73,7 @@ def opened(program: TracedProgram) -> ExportedProgram:
     kernels = dict(HEADS)
     if program.name == "vision":
         kernels |= ATTENTION
-    if program.name != "denoise" and program.minimum < CALLED_FROM:
+    if not program.calls_feed_forward:
         kernels |= FEED_FORWARD
     exported = program.exported.run_decompositions(kernels)
     _store_shared(exported)

@@ -13,24 +13,21 @@ from plugins.library import LIBRARY
 from plugins.triton_launch import HOPPER_CAPABILITY
 
 
-def paged_attention_cuda(
-    query: Tensor,
-    new_kv: Tensor,
-    kv_pages: Tensor,
-    page_table: Tensor,
-    prefix_lengths: Tensor,
-    sequence_starts: Tensor,
-    image_block_ids: Tensor,
-    causal: bool,
-    window: int,
-) -> Tensor:
-    """On the current stream, without waiting for the device."""
-    inputs = (query, new_kv, kv_pages, page_table, prefix_lengths, sequence_starts, image_block_ids)
-    device = torch.cuda.get_device_properties(query.device)
-    num_splits = choose_num_splits(inputs, window, device.multi_processor_count)
-    if (device.major, device.minor) == HOPPER_CAPABILITY and has_kernel(inputs):
-        return hopper_attention(inputs, causal, window, num_splits)
+def paged_attention_cuda(*arguments) -> Tensor:
+    """The operator. arguments: see the package's docstring. On the current stream, without waiting for the device."""
+    *inputs, _, window = arguments
+    num_multiprocessors = torch.cuda.get_device_properties(inputs[0].device).multi_processor_count
+    return paged_attention_in_splits_cuda(*arguments, choose_num_splits(tuple(inputs), window, num_multiprocessors))
+
+
+def paged_attention_in_splits_cuda(*arguments) -> Tensor:
+    """As `paged_attention_cuda`; num_splits programs share the keys of a tile."""
+    *inputs, causal, window, num_splits = arguments
+    device = torch.cuda.get_device_properties(inputs[0].device)
+    if (device.major, device.minor) == HOPPER_CAPABILITY and has_kernel(tuple(inputs)):
+        return hopper_attention(tuple(inputs), causal, window, num_splits)
     return attention(*inputs, causal, window, num_splits=num_splits)
 
 
 LIBRARY.impl("paged_attention", paged_attention_cuda, "CUDA")
+LIBRARY.impl("paged_attention_in_splits", paged_attention_in_splits_cuda, "CUDA")

@@ -5,8 +5,9 @@ and values into shared memory and two that compute 64 rows each: see `hopper_gro
 every warp do everything in turn, and the tensor cores wait for exponentials and for the addresses of copies. So this is in
 Gluon, which says who does what; neither Triton's interpreter nor other GPUs can run it.
 
-The keys of a tile are counted in blocks: first the cached ones, from a multiple of BLOCK_KEYS on, then the new ones. Programs
-that share a tile's keys take consecutive blocks.
+The keys of a tile are counted in blocks: first the cached ones, then the new ones, both from a multiple of BLOCK_KEYS on. So
+where a prompt is cut at such multiples, a row's keys are in the same blocks wherever it is cut, and the row is the same bit for
+bit. Programs that share a tile's keys take consecutive blocks.
 
 All else is as in `kernel.py`: the tiles of a sequence, what a row sees, float32 for what is kept from block to block, memory
 that no row may see is never loaded, indices are brought within what the tensors hold. With several splits the outputs are those
@@ -85,7 +86,7 @@ def hopper_attention_kernel(
             if gl.max(images, 0) < 0:  # the tokens of an image see each other wherever they are
                 stop_new = gl.minimum(first_token + TOKENS, num_new)
                 if WINDOW:
-                    first_new = gl.maximum(first_token - WINDOW + 1, 0)
+                    first_new = gl.maximum(first_token - WINDOW + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
         begin_cached = first // BLOCK_KEYS * BLOCK_KEYS
         num_cached = gl.cdiv(prefix - begin_cached, BLOCK_KEYS)
         num_blocks = num_cached + gl.cdiv(stop_new - first_new, BLOCK_KEYS)

@@ -11,7 +11,9 @@ key/value head, so that a key or value is loaded once for all of them.
     5. Divide by the sum of the weights and store.
 
 3 and 4 keep a running maximum, sum and weighted values (online softmax), in float32. Memory that no row of the tile may see is
-never loaded, and lanes beyond the end of a block read as 0, so that unwritten slots may hold anything, NaN included.
+never loaded, but for new keys that share a block with seen ones, and lanes beyond the end of a block read as 0, so that
+unwritten slots may hold anything, NaN included. Blocks begin at multiples of BLOCK_KEYS, of the cached keys and of the new
+ones: where a prompt is cut at such multiples, a row is the same bit for bit wherever it is cut.
 
 Lengths, starts and page numbers are brought within what the tensors hold before they are used: a TensorRT builder times a
 plugin on made-up inputs, and a kernel that faults ends the build.
@@ -182,7 +184,7 @@ def attend(
         if tl.max(images, 0) < 0:
             stop_new = tl.minimum(first_token + BLOCK_ROWS // GROUP, num_new)
             if WINDOW:
-                first_new = tl.maximum(first_token - WINDOW + 1, 0)
+                first_new = tl.maximum(first_token - WINDOW + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     begin_cached = tl.minimum(first, prefix) // BLOCK_KEYS * BLOCK_KEYS
     stop_cached = prefix
     if SPLIT:  # this program's share of the cached keys followed by the new ones, in whole blocks

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from plugins.moe.fp8_kernel import divided, scale_of
+from plugins.moe.product_kernel import rounded
 
 
 @triton.jit
@@ -114,9 +115,3 @@ def inverse_rms(rows, COLUMNS: tl.constexpr, EPS: tl.constexpr):
 def weight(weights, columns, inside):
     """A norm's weights in float32."""
     return tl.load(weights + columns, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def rounded(values, dtype: tl.constexpr):
-    """float32 numbers as `dtype` holds them."""
-    return values.to(dtype).to(tl.float32)

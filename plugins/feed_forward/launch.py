@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import linear
 
 from plugins.feed_forward.kernel import enter_kernel, leave_kernel
 from plugins.feed_forward.reference import gated_mlp
@@ -108,8 +107,8 @@ def feed_forward(
     residual, dense_rows, expert_rows, row_scale, router_rows = entering.run(wrap)
     # 2.
     from_dense = start_mlp(dense_rows, *dense) if mlp_first else None
-    logits = linear(router_rows, projection)
-    top_k_weights, top_k_index = launch.router(logits, per_expert_scale, top_k).run(wrap)
+    (logits,) = launch.router_logits(router_rows, projection).run(wrap)
+    top_k_weights, top_k_index = launch.router(logits, per_expert_scale, top_k, hidden.dtype).run(wrap)
     routing = launch.route(top_k_index, top_k_weights, per_expert_scale.shape[0], tile, wrap)
     # 3.
     from_dense = from_dense or start_mlp(dense_rows, *dense)

@@ -15,8 +15,7 @@ kernel waits for a whole multiprocessor.
 import triton
 import triton.language as tl
 
-from plugins.feed_forward.kernel import rounded
-from plugins.moe.product_kernel import down_tile, gate_up_tile, gelu_tanh
+from plugins.moe.product_kernel import down_tile, gate_up_tile, gelu_tanh, rounded
 
 
 @triton.jit(do_not_specialize=("num_rows",))
@@ -32,7 +31,8 @@ def mlp_gate_up_kernel(
     TILE_DEPTH: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
 ):
-    """activated = gelu_tanh(gate(rows)) * up(rows): as an expert that every row goes to."""
+    """activated = gelu_tanh(gate(rows)) * up(rows), as an expert that every row goes to. Rounded as by `activate_kernel`: rows
+    get the same from both."""
     gate_up_tile(
         rows,
         gate_up_proj,
@@ -48,6 +48,7 @@ def mlp_gate_up_kernel(
         TILE_WIDTH,
         TILE_DEPTH,
         WEIGHTS_FIRST,
+        True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Triton-language kernels of the mixture of experts, one a pipeline stage: router, align, gate_up, down, combine.
+"""Triton-language kernels of the mixture of experts, one a pipeline stage: router_logits, router, align, gate_up, down, combine.
 
 Shape legend: N rows, E experts, k experts a row, D hidden, F expert width. A routed row is one pair of a row and one of its
 experts; routed row n * k + j is row n with its j-th expert. A slot is a place in the routed rows' order by expert, where
@@ -6,7 +6,8 @@ each expert starts a new tile of TILE_ROWS slots; a slot that holds no routed ro
 
 | kernel | inputs | scalars | outputs | a program computes |
 |---|---|---|---|---|
-| router | logits [N, E], per_expert_scale [E] | num_rows | top_k_weights [N, k], top_k_index [N, k] | ROWS rows |
+| router_logits | rows [N, D], projection [E, D] | num_rows | parts [P, N, E] float32 | a tile, one part or half of them |
+| router | logits [N, E] or their parts [P, N, E], per_expert_scale [E] | num_rows | top_k_weights [N, k], top_k_index [N, k] | ROWS rows |
 | align | top_k_index [N, k] | num_routed, num_tiles | row_order [slots], tile_expert [tiles] | see `plugins.moe.alignment_kernel` |
 | gate_up | hidden [N, D], gate_up_proj [E, 2 F, D], row_order, tile_expert | num_routed | activated [N * k, F] | a tile, TILE_WIDTH columns |
 | down | activated, down_proj [E, D, F], top_k_weights, row_order, tile_expert | num_routed | weighted [N * k, D] | a tile, TILE_WIDTH columns |
@@ -23,7 +24,49 @@ inputs, and a kernel that faults ends the build. All tensors are contiguous. The
 import triton
 import triton.language as tl
 
-from plugins.moe.product_kernel import down_tile, gate_up_tile
+from plugins.moe.product_kernel import down_tile, gate_up_tile, rounded
+
+
+@triton.jit(do_not_specialize=("num_rows",))
+def router_logits_kernel(
+    rows,
+    projection,
+    num_rows,
+    parts,
+    HIDDEN: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+    DEPTH: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    """Grid: (N / ROWS, programs that share a row). Each of these sums NUM_PARTS parts of PART columns, one or the half of all.
+
+    A part is a sum of its own; those of a half are added in their order, then the halves, here or by `router_kernel`. So a
+    row's logits are the same bit for bit however many programs share it, which depends on the number of rows.
+    """
+    own_rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    experts = tl.arange(0, EXPERTS_POW2)
+    depth = tl.arange(0, DEPTH)
+    rows_at = rows + tl.minimum(own_rows, num_rows - 1)[:, None].to(tl.int64) * HIDDEN + depth[None, :]
+    weights_at = projection + tl.minimum(experts, NUM_EXPERTS - 1)[None, :] * HIDDEN + depth[:, None]
+    total = tl.zeros((ROWS, EXPERTS_POW2), dtype=tl.float32)
+    first = tl.program_id(1) * NUM_PARTS
+    for part in range(first, tl.minimum(first + NUM_PARTS, tl.cdiv(HIDDEN, PART))):
+        of_part = tl.zeros((ROWS, EXPERTS_POW2), dtype=tl.float32)
+        for start in range(part * PART, (part + 1) * PART, DEPTH):
+            if HIDDEN % PART == 0:
+                x, weight = tl.load(rows_at + start), tl.load(weights_at + start)
+            else:
+                inside = start + depth < HIDDEN
+                x = tl.load(rows_at + start, mask=inside[None, :], other=0.0)
+                weight = tl.load(weights_at + start, mask=inside[:, None], other=0.0)
+            of_part = tl.dot(x, weight, of_part, input_precision="ieee")
+        total += of_part
+    stored = (own_rows < num_rows)[:, None] & (experts < NUM_EXPERTS)[None, :]
+    at = (tl.program_id(1) * num_rows + own_rows).to(tl.int64)[:, None] * NUM_EXPERTS + experts[None, :]
+    tl.store(parts + at, total, mask=stored)
 
 
 @triton.jit(do_not_specialize=("num_rows",))
@@ -38,8 +81,12 @@ def router_kernel(
     ROWS: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
 ):
     """Softmax over the experts, the k largest, renormalised, times the experts' scale; equal logits: the lower index first.
+
+    NUM_PARTS: logits are the sums of so many parts, see `router_logits_kernel`; BFLOAT16: rounded to that.
 
     The softmax's denominator cancels in the renormalisation, so that only the k chosen exponentials are computed.
     """
@@ -50,6 +97,17 @@ def router_kernel(
     read_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     logits_at = logits + read_rows[:, None] * NUM_EXPERTS + experts[None, :]
     left = tl.load(logits_at, mask=(experts < NUM_EXPERTS)[None, :], other=float("-inf")).to(tl.float32)
+    second_half = tl.zeros_like(left)
+    for part in tl.static_range(1, NUM_PARTS):
+        part_at = logits + (part * num_rows + read_rows)[:, None] * NUM_EXPERTS + experts[None, :]
+        of_part = tl.load(part_at, mask=(experts < NUM_EXPERTS)[None, :], other=0.0)
+        if part < (NUM_PARTS + 1) // 2:
+            left += of_part
+        else:
+            second_half += of_part
+    left += second_half
+    if BFLOAT16:
+        left = rounded(left, tl.bfloat16)
     largest = tl.max(left, axis=1)
     weights = tl.zeros((ROWS, TOP_K_POW2), dtype=tl.float32)
     index = tl.zeros((ROWS, TOP_K_POW2), dtype=tl.int32)
@@ -100,6 +158,7 @@ def gate_up_kernel(
         TILE_WIDTH,
         TILE_DEPTH,
         WEIGHTS_FIRST,
+        False,
     )
 
 

@@ -26,8 +26,11 @@ def gate_up_tile(
     TILE_WIDTH: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):
     """One program of `gate_up_kernel`. Without row_order and tile_expert there is one expert, to which all rows go.
+
+    ROUNDED: to the dtype of `activated` after every operation, as a model that is written in PyTorch does.
 
     Columns are the grid's fast axis: the programs that run together read one stretch of weights, and share the rows of a tile.
     WEIGHTS_FIRST: the product is computed transposed, where a tile has fewer rows than the tensor cores' tallest instruction.
@@ -62,12 +65,18 @@ def gate_up_tile(
             up_weight = tl.load(up_at + start, mask=inside[None, :], other=0.0)
         gate = add_product(gate, gate_weight, x, WEIGHTS_FIRST)
         up = add_product(up, up_weight, x, WEIGHTS_FIRST)
-    result = gelu_tanh(gate) * up
+    dtype = activated.dtype.element_ty
+    if ROUNDED:
+        gate, up = rounded(gate, dtype), rounded(up, dtype)
+    gate = gelu_tanh(gate)
+    if ROUNDED:
+        gate = rounded(gate, dtype)
+    result = gate * up
     if WEIGHTS_FIRST:
         result = result.T
     stored = taken[:, None] & (columns < WIDTH)[None, :]
     activated_at = activated + routed[:, None].to(tl.int64) * WIDTH + columns[None, :]
-    tl.store(activated_at, result.to(activated.dtype.element_ty), mask=stored)
+    tl.store(activated_at, result.to(dtype), mask=stored)
 
 
 @triton.jit
@@ -128,6 +137,12 @@ def down_tile(
 def gelu_tanh(x):
     """x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """float32 numbers as `dtype` holds them."""
+    return values.to(dtype).to(tl.float32)
 
 
 @triton.jit

@@ -26,25 +26,40 @@ def soft_embeddings(
     embed_scale: float,
     adjustment: Adjustment | None = None,
     given: Tensor | None = None,
+    rows_at_once: int | None = None,
 ) -> Tensor:
     """The mean of the token embeddings under the softmax of the processed logits, times embed_scale: [R, D].
 
     raw_logits: [R, V], contiguous, OVERWRITTEN. temperature: [R] float32. argmax: [R] int64, the most likely tokens. embedding:
     [V, D] in the dtype of the logits and of the result. embed_scale is rounded to that dtype, the product is summed in float32.
-    given: [R] int64, of each row the only token that is possible, or a negative number; None gives none.
+    given: [R] int64, of each row the only token that is possible, or a negative number; None gives none. rows_at_once: of a
+    product with the embedding, None all; see `_mixed`.
     """
     largest = raw_logits.gather(1, argmax[:, None])
     given = torch.full_like(argmax, -1) if given is None else given
     per_row = (temperature, *(adjustment or Adjustment.none(raw_logits)), largest, argmax, given)
     weights, totals = weights_launch(raw_logits, tuple(each.contiguous() for each in per_row), cap).run()
-    if weights.dtype == torch.float32:
-        mixed = weights @ embedding
-    elif weights.is_cuda:
-        mixed = torch.mm(weights, embedding, out_dtype=torch.float32)
-    else:
-        mixed = weights.float() @ embedding.float()
+    mixed = _mixed(weights, embedding, rows_at_once or weights.shape[0])
     scale = torch.tensor(embed_scale).to(weights.dtype).item()
     return (mixed * (scale / totals.sum(dim=1, keepdim=True))).to(weights.dtype)
+
+
+def _mixed(weights: Tensor, embedding: Tensor, rows_at_once: int) -> Tensor:
+    """weights [R, V] times embedding [V, D], summed in float32.
+
+    PyTorch's library divides so long a sum among programs in a way that depends on the number of rows: what a row gets from the
+    product depends on who else is in it. NVIDIA H200, the 26B shape, 256 / 512 / 1,024 / 2,048 rows at once: 0.55 / 1.05 /
+    2.70 / 4.51 ms; 256 at a time 0.55 / 1.09 / 2.30 / 4.51.
+    """
+    mixed = weights.new_empty(weights.shape[0], embedding.shape[1], dtype=torch.float32)
+    for rows, result in zip(weights.split(rows_at_once), mixed.split(rows_at_once), strict=True):
+        if weights.dtype == torch.float32:
+            torch.mm(rows, embedding, out=result)
+        elif weights.is_cuda:
+            torch.mm(rows, embedding, out_dtype=torch.float32, out=result)
+        else:
+            torch.mm(rows.float(), embedding.float(), out=result)
+    return mixed
 
 
 def weights_launch(raw_logits: Tensor, inputs: tuple[Tensor, ...], cap: float | None) -> Launch:
