@@ -38,7 +38,7 @@ class Engine:
         """
         model, build = session.manifest.model, session.manifest.build
         grammars = Grammars(tokenizer, model.vocab_size)
-        limits = limits.resolved(build.max_sequences)
+        limits = limits.resolved(build)
         self.plan = plan_memory(session.manifest, limits, device_type=session.device.type)
         for line in self.plan.report().splitlines():
             _logger.info("%s", line)

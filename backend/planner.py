@@ -32,7 +32,7 @@ from backend.pass_memory import (
     token_bytes,
     vision_bytes,
 )
-from contract.manifest import Manifest, ManifestError
+from contract.manifest import BuildConfig, Manifest, ManifestError
 from contract.model_config import LayerType
 
 _DEFAULT_SEQUENCES, _DEFAULT_SEQUENCE_TOKENS = 16, 8192
@@ -76,8 +76,13 @@ class EngineLimits:
         if self.max_cached_tokens is not None and self.memory_bytes is not None:
             raise ManifestError("max_cached_tokens and memory_bytes: got both, but each decides how many KV pages there are")
 
-    def resolved(self, most: int) -> "EngineLimits":
-        """With a number of sequences. most: that the engine takes. Raises ManifestError for more than that."""
+    def resolved(self, build: BuildConfig) -> "EngineLimits":
+        """With a number of sequences. Raises ManifestError for what the engine cannot do."""
+        most = build.max_sequences
+        if build.batch_invariant and self.commit_last:
+            raise ManifestError(
+                "commit_last: got true, expected false: a batch-invariant engine keeps no answers; leave it out"
+            )
         wanted = min(_DEFAULT_SEQUENCES, most) if self.max_sequences is None else self.max_sequences
         if wanted > most:
             raise ManifestError(
@@ -148,7 +153,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
         ManifestError: max_sequences is more than the engine takes, or memory_bytes does not hold what every engine needs.
     """
     model, build = manifest.model, manifest.build
-    limits = limits.resolved(build.max_sequences)
+    limits = limits.resolved(build)
     kept = {kind: each.window - 1 if each.window else None for kind, each in model.attention.items()}
     page_bytes = {kind: build.page_size * token_bytes(model, kind, build.dtype) for kind in model.attention}
     fixed = {

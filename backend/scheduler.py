@@ -75,7 +75,7 @@ class Scheduler:
         self._session, self._cache, self._loop, self._tokenizer, self._clock = session, cache, loop, tokenizer, clock
         # A batch-invariant engine shares prompts alone: where an answer is a part of one, its canvases are cut elsewhere.
         self._share_answers = prefix_cache and not session.manifest.build.batch_invariant
-        # Where answers are not shared nobody would read the last canvas.
+        # Without the cache nobody would read the last canvas.
         self._prefix_cache, self._commit_last = prefix_cache, commit_last and self._share_answers
         self._canvas_length = session.manifest.model.canvas_length
         self._max_pass_sequences = max(1, max_pass_rows // self._canvas_length) if max_pass_rows else len(cache.length)

@@ -102,7 +102,7 @@ def passes(monkeypatch, session):
 
 def test_passes_are_whole_and_prompts_are_cut_and_shared_at_multiples(session, passes):
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    scheduler = Engine(session, tokenizer, DEFAULTS, EngineLimits(max_sequences=4, commit_last=True)).scheduler
+    scheduler = Engine(session, tokenizer, DEFAULTS, EngineLimits(max_sequences=4)).scheduler
     common = torch.randint(20, 97, (500,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def answer(prompt: list[int], max_tokens: int) -> list[int]:
@@ -135,6 +135,12 @@ def test_passes_are_whole_and_prompts_are_cut_and_shared_at_multiples(session, p
         assert rows % PASS_ROWS == 0
         for cached, _ in sequences:
             assert cached % CUT_TOKENS == 0 or cached in ends
+
+
+def test_answers_are_not_kept_for_nobody(session):
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    with pytest.raises(ManifestError, match="commit_last: got true, expected false: a batch-invariant engine keeps no answers"):
+        Engine(session, tokenizer, DEFAULTS, EngineLimits(commit_last=True))
 
 
 # -- What is asked when an engine is loaded
