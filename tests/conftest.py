@@ -32,6 +32,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.path not in wanting[:1], item.path in wanting))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """File by file, but one process for those that share `tensorrt_plans.small_plans`, which takes half a minute."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return file.replace("test_tensorrt_session", "test_tensorrt_target")
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def engine_dir() -> Path:
     """The tiny checkpoint's engine, compiled; kept between runs and built again only when something it depends on changed."""

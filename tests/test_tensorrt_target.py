@@ -17,12 +17,11 @@ pytest.importorskip("triton", reason="the kernels are written in Triton's langua
 from fake_tensorrt import FakeTensorRT
 from plugin_cut import cut_plugins
 from rich.console import Console
-from tensorrt_plans import Plans, small_plans
+from tensorrt_plans import LIMITS, Plans, small_plans, to_onnx_once
 
 from builder.build import build_engine
 from builder.errors import BuildError
 from builder.export import TracedProgram
-from builder.onnx_export import to_onnx
 from builder.targets import choose_target
 from builder.targets.tensorrt import PlanBuilder
 from builder.targets.tensorrt_lowering import compile_kernels, lower_to_plugins
@@ -35,6 +34,11 @@ from plugins.moe.launch import FEW_ROWS, MANY_ROWS, choose_down_tile
 @pytest.fixture(scope="module")
 def plans() -> Plans:
     return small_plans()
+
+
+@pytest.fixture(autouse=True)
+def translated_once(monkeypatch):
+    monkeypatch.setattr("builder.targets.tensorrt.to_onnx", to_onnx_once)
 
 
 @pytest.fixture
@@ -233,7 +237,7 @@ def test_every_error_of_the_parser_is_a_line(plans, head, fake, tmp_path):
 
 
 def test_a_network_that_is_not_the_programs_is_refused(plans, head, fake):
-    model, (hidden,), (output,) = to_onnx(head), head.inputs, head.outputs
+    model, (hidden,), (output,) = to_onnx_once(head), head.inputs, head.outputs
     cases = [
         ({"inputs": (), "outputs": (output,)}, "found an input 'hidden' that is none of its bindings"),
         ({"outputs": ()}, r"got outputs \['output.0'\], expected \[\]"),
@@ -290,9 +294,16 @@ def hopper(fake, monkeypatch):
     return fake
 
 
-def test_auto_builds_plans_where_it_can_and_says_why(hopper, plans, tmp_path):
+def test_auto_builds_plans_where_it_can_and_says_why(hopper, plans, tmp_path, monkeypatch):
+    """From the programs of `plans`, so it must ask for these."""
+
+    def traced(signature, model, build):
+        assert (model, build) == (plans.model, plans.build)
+        return plans.programs[signature.name]
+
+    monkeypatch.setattr("builder.onnx_export.export_program", traced)
     lines: list[str] = []
-    build_engine(plans.checkpoint, tmp_path / "engine", dtype="float32", report=lines.append, max_sequences=2)
+    build_engine(plans.checkpoint, tmp_path / "engine", dtype="float32", report=lines.append, **LIMITS)
     assert lines[0] == "target tensorrt (TensorRT and a GPU that it builds for are here), device cuda (a GPU is here)"
     manifest = read_manifest(tmp_path / "engine")
     assert manifest.tools["tensorrt"] == "11.4.0" and manifest.gpu.name == "NVIDIA H200"
@@ -302,7 +313,7 @@ def test_auto_builds_plans_where_it_can_and_says_why(hopper, plans, tmp_path):
         "head.plan",
         "vision.plan",
     ]
-    assert [profile.name for profile in manifest.programs["denoise"].profiles] == ["batch 1", "batch 2"]
+    assert [profile.name for profile in manifest.programs["denoise"].profiles] == [f"batch {size}" for size in (1, 2, 4, 6)]
     assert (tmp_path / "tensorrt.timing_cache").exists()
 
 
@@ -363,7 +374,7 @@ def test_a_real_builder_builds_the_head_with_profile_timing_cache_and_progress(r
 def test_a_real_builder_builds_everything_between_the_plugins(rtx, plans):
     """denoise with its plugins cut out: their outputs are inputs of the network, and their inputs its outputs."""
     program = plans.programs["denoise"]
-    model = cut_plugins(to_onnx(program))
+    model = cut_plugins(to_onnx_once(program))
     names = {1: "float32", 6: "int32", 7: "int64"}
 
     def binding(value: onnx.ValueInfoProto) -> Binding:
@@ -389,7 +400,7 @@ def test_a_real_builder_builds_everything_between_the_plugins(rtx, plans):
 
 def test_a_real_parser_says_which_node_it_cannot_read(rtx, plans):
     program = plans.programs["denoise"]
-    model = lower_to_plugins(to_onnx(program), num_experts=12, top_k=8, tile=FEW_ROWS)
+    model = lower_to_plugins(to_onnx_once(program), num_experts=12, top_k=8, tile=FEW_ROWS)
     with pytest.raises(BuildError, match=r"program denoise, node node_paged_attention: .*[Pp]lugin"):
         rtx_builder(rtx, plans).build(program, model, plans.compiled["denoise"].profiles)
 
@@ -398,4 +409,4 @@ def test_a_real_builder_refuses_a_profile_that_contradicts_the_network(rtx, plan
     wrong = replace(head, inputs=(Binding(name="hidden", dtype="float32", shape=("rows", 48)),))
     descending = Profile.model_construct(name="p", sizes={"rows": (9, 5, 3)})
     with pytest.raises(BuildError, match=r"program head.*profile 'p'"):
-        rtx_builder(rtx, plans).build(wrong, to_onnx(head), (descending,))
+        rtx_builder(rtx, plans).build(wrong, to_onnx_once(head), (descending,))
