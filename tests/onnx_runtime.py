@@ -5,10 +5,12 @@ program runs whole, as one model that ONNX Runtime may optimise, and what is pro
 our domain only change their domain's name.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
@@ -17,14 +19,29 @@ from backend.session import RunProgram, Session
 from backend.weights import bind_weights
 from builder.config import read_model_config
 from builder.description import describe
-from builder.export import TracedProgram, export_program, signatures
+from builder.export import Signature, TracedProgram, export_program, signatures
 from builder.onnx_export import to_onnx
 from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Program
+from contract.model_config import ModelConfig
 from plugins.attention.reference import paged_attention_reference
 from plugins.library import NAMESPACE
 from plugins.moe.reference import experts_reference
+
+_traced: dict[tuple[str, int, str, str], TracedProgram] = {}
+
+
+def export_once(signature: Signature, model: ModelConfig, build: BuildConfig, minimum: int = 1) -> TracedProgram:
+    """`export_program`, which takes seconds; the same for the same arguments."""
+    key = (signature.name, minimum, model.model_dump_json(), build.model_dump_json())
+    if key not in _traced:
+        _traced[key] = export_program(signature, model, build, minimum)
+    return _traced[key]
+
+
+to_onnx_once = functools.cache(to_onnx)
+"""For what does not change the model."""
 
 _FLOAT, _INT32, _INT64 = PyCustomOpDef.dt_float, PyCustomOpDef.dt_int32, PyCustomOpDef.dt_int64
 
@@ -46,7 +63,8 @@ def _experts(*arrays: np.ndarray) -> np.ndarray:
 
 def onnx_program(program: TracedProgram) -> RunProgram:
     """`program` through ONNX: float32 tensors in the order of its inputs, then its weights → its outputs."""
-    model = to_onnx(program)
+    model = onnx.ModelProto()
+    model.CopyFrom(to_onnx_once(program))
     for named in (*model.graph.node, *model.opset_import):
         if named.domain == NAMESPACE:
             named.domain = "ai.onnx.contrib"
@@ -74,7 +92,7 @@ def onnx_session(
     model = read_model_config(checkpoint)
     build = BuildConfig(target="inductor", dtype=dtype, **choices)
     manifest = describe(model, build, Checkpoint(checkpoint), all_weights(model), checkpoint, checkpoint)
-    traced = [export_program(signature, model, build) for signature in signatures(model, build)]
+    traced = [export_once(signature, model, build) for signature in signatures(model, build)]
     programs = {each.name: Program(file="", inputs=each.inputs, weights=each.weights, outputs=each.outputs) for each in traced}
     manifest = manifest.model_copy(update={"programs": programs})
     runners = {each.name: runner(each) for each in traced}

@@ -3,11 +3,13 @@
 In bfloat16, which ONNX Runtime lacks on the CPU, the reference evaluator of ONNX takes its place.
 """
 
+from pathlib import Path
+
 import onnx
 import pytest
 import torch
 from onnx_reference import reference_program
-from onnx_runtime import onnx_session
+from onnx_runtime import export_once, onnx_session, to_onnx_once
 from oracles import Oracle
 from small_checkpoints import TINY, network_session, random_checkpoint
 from tokenizers import Tokenizer
@@ -20,9 +22,7 @@ from backend.generation_defaults import GenerationDefaults
 from backend.session import Session
 from builder.__main__ import app
 from builder.build import build_engine
-from builder.export import Signature, TracedProgram, export_program
-from contract.manifest import Binding, BuildConfig
-from contract.model_config import ModelConfig
+from contract.manifest import Binding
 from plugins.library import NAMESPACE
 
 PROGRAMS = ("encode", "denoise", "head", "vision")
@@ -34,11 +34,13 @@ IMAGE_TOKENS = slice(3, 8)
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
 
+def many_experts(directory: Path) -> Path:
+    return random_checkpoint(directory, seed=9, num_experts=128, moe_intermediate_size=8, **TWO_LAYERS)
+
+
 @pytest.fixture(scope="module", params=["tiny", "128 experts"])
 def checkpoint(request, tmp_path_factory):
-    if request.param == "tiny":
-        return TINY
-    return random_checkpoint(tmp_path_factory.mktemp("random"), seed=9, num_experts=128, moe_intermediate_size=8, **TWO_LAYERS)
+    return TINY if request.param == "tiny" else many_experts(tmp_path_factory.mktemp("random"))
 
 
 @pytest.fixture(scope="module")
@@ -127,28 +129,23 @@ def test_a_generation_gives_the_tokens_of_transformers(checkpoint, session):
 
 
 @pytest.fixture
-def traced_once(monkeypatch):
-    """What two builds, and the files of one of them, are made from."""
-    traced = {}
-
-    def export_once(signature: Signature, model: ModelConfig, build: BuildConfig, minimum: int = 1) -> TracedProgram:
-        key = (signature.name, minimum, model.model_dump_json(), build.model_dump_json())
-        if key not in traced:
-            traced[key] = export_program(signature, model, build, minimum)
-        return traced[key]
-
+def made_once(monkeypatch):
+    """What two builds, and the files of one of them, are made from: programs that other tests run, too."""
     for module in ("compiling", "onnx_export"):
         monkeypatch.setattr(f"builder.{module}.export_program", export_once)
+    monkeypatch.setattr("builder.onnx_export.to_onnx", to_onnx_once)
 
 
-def test_a_build_keeps_the_onnx_files_on_request(uncompiled, traced_once, tmp_path):
+def test_a_build_keeps_the_onnx_files_on_request(uncompiled, made_once, tmp_path):
     """They have the manifest's bindings, the nodes that TensorRT's plugins answer to, and no weight."""
 
-    checkpoint, engine, lines = random_checkpoint(tmp_path / "checkpoint", **TWO_LAYERS), tmp_path / "engine", []
-    build_engine(checkpoint, engine)
+    checkpoint, engine, lines = many_experts(tmp_path / "checkpoint"), tmp_path / "engine", []
+    choices = {"dtype": "float32", **CHOICES}
+    build_engine(checkpoint, engine, **choices)
     assert not list(engine.glob("*.onnx"))
-    assert CliRunner().invoke(app, ["build", str(checkpoint), str(engine), "--keep-onnx"]).exit_code == 0
-    manifest = build_engine(checkpoint, engine, keep_onnx=True, report=lines.append)
+    words = [word for name, value in choices.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert CliRunner().invoke(app, ["build", str(checkpoint), str(engine), "--keep-onnx", *words]).exit_code == 0
+    manifest = build_engine(checkpoint, engine, keep_onnx=True, report=lines.append, **choices)
     assert "up to date" in lines[-1]
     for name, program in manifest.programs.items():
         graph = onnx.load(engine / f"{name}.onnx").graph
