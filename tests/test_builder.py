@@ -927,8 +927,9 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(checkpoint, monkeypat
     ids=str,
 )
 def test_programs_are_traced_for_the_smallest_limits(limits, names, checkpoint):
-    """Those that have the size; the others are what they are without the limit."""
+    """Those that have the size; the others are what they are without the limit. One layer of each kind."""
     model, build = read_model_config(checkpoint), BuildConfig(target="inductor", dtype="float32", **limits)
+    model = model.model_copy(update={"layer_types": tuple(model.attention)})
     before = size_limits(model, BuildConfig(target="inductor", dtype="float32"))
     limited = {name for name, limit in size_limits(model, build).items() if limit != before[name]}
     having = [
