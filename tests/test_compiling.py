@@ -14,15 +14,15 @@ from small_checkpoints import TINY
 from waiting import wait_until
 
 from builder import compiling
-from builder.compiling import compile_programs, processes
+from builder.compiling import compile_programs
 from builder.config import read_model_config
 from builder.errors import BuildError
+from builder.processes import processes
 from contract.manifest import BuildConfig, Program
 
 PARENT = """
 import os, signal
-from builder import compiling
-from builder.compiling import processes
+from builder.processes import processes
 if __name__ == "__main__":
     with processes(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
@@ -30,7 +30,7 @@ if __name__ == "__main__":
         signal.pause()
 """
 ENDED = """
-from builder.compiling import processes
+from builder.processes import processes
 from tqdm import tqdm
 if __name__ == "__main__":
     with processes(1) as pool:
