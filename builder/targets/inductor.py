@@ -29,6 +29,7 @@ _OPTIONS = {
     # Else 6 s to see whether the compiler takes the processor's own vectors, which every GCC that is expected does.
     "cpp.vec_isa_ok": True,
 }
+"""None of them changes a result. PyTorch 2.11, with which engines for GPUs have been built too, does not have all."""
 
 
 def compile_program(program: TracedProgram, directory: Path) -> Compiled:
@@ -46,7 +47,9 @@ def compile_program(program: TracedProgram, directory: Path) -> Compiled:
         with tracing(program.name):
             exported = opened(program) if program.device == "cuda" else with_compiled_operators(program)
         with compiling(f"program {program.name}"):
-            torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=dict(_OPTIONS))
+            known = torch._inductor.config.get_config_copy()
+            options = {name: value for name, value in _OPTIONS.items() if name in known}
+            torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
     with writing(directory / name):
         (directory / name).write_bytes(package.getbuffer())  # PyTorch's own writer ends the process where the disk is full
     return Compiled(file=name)
