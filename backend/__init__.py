@@ -24,6 +24,7 @@
 | `kv_cache` | pages of keys and values |
 | `page_pool`, `prefix_cache` | who holds a page; which pages a prompt can start from |
 | `session` | the engine's programs, loaded and bound |
+| `batch_invariance` | programs that are said to be so are asked |
 | `weights` | weight bindings → tensors of the checkpoint |
 | `sampling_config`, `generation_defaults`, `parameters` | what a request chooses, what the checkpoint does |
 | `text_stream` | tokens → text, piece by piece, with stop strings |
