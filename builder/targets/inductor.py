@@ -41,14 +41,15 @@ def compile_program(program: TracedProgram, directory: Path) -> Compiled:
     Raises:
         BuildError: the program cannot be opened, the compiler fails, or the file cannot be written.
     """
+    from torch._inductor import config  # only here: it imports the compiler
+
     name, package = f"{program.name}.pt2", io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
         with tracing(program.name):
             exported = opened(program) if program.device == "cuda" else with_compiled_operators(program)
         with compiling(f"program {program.name}"):
-            known = torch._inductor.config.get_config_copy()
-            options = {name: value for name, value in _OPTIONS.items() if name in known}
+            options = {name: value for name, value in _OPTIONS.items() if name in config.get_config_copy()}
             torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
     with writing(directory / name):
         (directory / name).write_bytes(package.getbuffer())  # PyTorch's own writer ends the process where the disk is full
