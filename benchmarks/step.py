@@ -141,7 +141,8 @@ class Bench:
         if not (same and self.results["finite"]):
             raise AssertionError("the captured step is wrong; nothing after this means anything")
         if self.build.batch_invariant:
-            check_batch_invariance(self.session, self.cache, batches=loop.batches, head_rows=loop.head_rows)
+            graph = self.loops["graph"]
+            check_batch_invariance(self.session, self.cache, batches=graph.batches, head_rows=graph.head_rows)
 
     def step(self) -> None:
         """Wall time of `step` as the scheduler calls it, with its copies and its waiting: of one step alone, and of one in a

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from builder.batch_invariant import check_batch_invariant
+from builder.batch_invariance import check_batch_invariant
 from builder.carried_files import are_current, carried_files, check_tokenizer
 from builder.compiling import compile_plans, compile_programs
 from builder.config import read_model_config

@@ -5,7 +5,6 @@ program runs whole, as one model that ONNX Runtime may optimise, and what is pro
 our domain only change their domain's name.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,35 +12,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx_once import export_once, to_onnx_once
 from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
 
 from backend.session import RunProgram, Session
 from backend.weights import bind_weights
 from builder.config import read_model_config
 from builder.description import describe
-from builder.export import Signature, TracedProgram, export_program, signatures
-from builder.onnx_export import to_onnx
+from builder.export import TracedProgram, signatures
 from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Program
-from contract.model_config import ModelConfig
 from plugins.attention.reference import paged_attention_reference
 from plugins.library import NAMESPACE
 from plugins.moe.reference import experts_reference
-
-_traced: dict[tuple[str, int, str, str], TracedProgram] = {}
-
-
-def export_once(signature: Signature, model: ModelConfig, build: BuildConfig, minimum: int = 1) -> TracedProgram:
-    """`export_program`, which takes seconds; the same for the same arguments."""
-    key = (signature.name, minimum, model.model_dump_json(), build.model_dump_json())
-    if key not in _traced:
-        _traced[key] = export_program(signature, model, build, minimum)
-    return _traced[key]
-
-
-to_onnx_once = functools.cache(to_onnx)
-"""For what does not change the model."""
 
 _FLOAT, _INT32, _INT64 = PyCustomOpDef.dt_float, PyCustomOpDef.dt_int32, PyCustomOpDef.dt_int64
 

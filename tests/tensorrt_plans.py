@@ -7,21 +7,18 @@ from pathlib import Path
 from unittest import mock
 
 from fake_tensorrt import FakeTensorRT
+from onnx_once import export_once, to_onnx_once
 from small_checkpoints import random_checkpoint
 
 from builder.config import read_model_config
 from builder.description import describe
-from builder.export import TracedProgram, export_program, signatures
-from builder.onnx_export import to_onnx
+from builder.export import TracedProgram, signatures
 from builder.targets.compiled import Compiled
 from builder.targets.tensorrt import PlanBuilder
 from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Manifest, Program
 from contract.model_config import ModelConfig
-
-to_onnx_once = functools.cache(to_onnx)
-"""For what does not change the model: translating takes seconds a program, and the target changes copies."""
 
 LIMITS = {"page_size": 8, "max_encode_tokens": 48, "max_sequences": 6, "max_head_rows": 40}
 
@@ -51,7 +48,7 @@ def small_plans() -> Plans:
     build = BuildConfig(target="tensorrt", dtype="float32", **LIMITS)
     fake = FakeTensorRT()
     builder = PlanBuilder(fake.trt, model, build, trtp=fake.trtp)
-    programs = {each.name: export_program(each, model, build) for each in signatures(model, build)}
+    programs = {each.name: export_once(each, model, build) for each in signatures(model, build)}
     with mock.patch("builder.targets.tensorrt.to_onnx", to_onnx_once):
         compiled = {name: builder.compile_program(program, directory) for name, program in programs.items()}
     manifest = describe(

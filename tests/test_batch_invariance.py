@@ -16,7 +16,7 @@ from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
 from backend.sampling_config import SamplingConfig
 from builder.__main__ import app
-from builder.batch_invariant import check_batch_invariant
+from builder.batch_invariance import check_batch_invariant
 from builder.config import read_model_config
 from builder.errors import BuildError
 from contract.manifest import BuildConfig, ManifestError

@@ -72,7 +72,13 @@ def test_nothing_stays_in_the_directory_that_all_builds_share(tmp_path, monkeypa
     monkeypatch.setattr(inductor, "with_compiled_operators", lambda program: None)
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_and_package)
     inductor.compile_program(SimpleNamespace(name="head", device="cpu"), tmp_path)
-    assert (asked["aot_inductor.precompile_headers"], asked["cpp_cache_precompile_headers"]) == (False, False)
+    assert asked == {
+        "aot_inductor.precompile_headers": False,
+        "cpp_cache_precompile_headers": False,
+        "aot_inductor.compile_wrapper_opt_level": "Og",
+        "aot_inductor.enable_line_tables": False,
+        "cpp.vec_isa_ok": True,
+    }
 
 
 @pytest.mark.parametrize("name", ["my tmp", "it's", 'a"b', "a\\b", "tab\there"])

@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from onnx_once import export_once, to_onnx_once
 from onnx_reference import reference_program
-from onnx_runtime import export_once, onnx_session, to_onnx_once
+from onnx_runtime import onnx_session
 from oracles import Oracle
 from small_checkpoints import TINY, network_session, random_checkpoint
 from tokenizers import Tokenizer

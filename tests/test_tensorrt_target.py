@@ -15,9 +15,10 @@ from onnx import TensorProto, helper
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
 from fake_tensorrt import FakeTensorRT
+from onnx_once import to_onnx_once
 from plugin_cut import cut_plugins
 from rich.console import Console
-from tensorrt_plans import LIMITS, Plans, small_plans, to_onnx_once
+from tensorrt_plans import LIMITS, Plans, small_plans
 
 from builder.build import build_engine
 from builder.errors import BuildError

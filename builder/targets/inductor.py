@@ -49,7 +49,8 @@ def compile_program(program: TracedProgram, directory: Path) -> Compiled:
         with tracing(program.name):
             exported = opened(program) if program.device == "cuda" else with_compiled_operators(program)
         with compiling(f"program {program.name}"):
-            options = {name: value for name, value in _OPTIONS.items() if name in config.get_config_copy()}
+            known = config.get_config_copy()
+            options = {name: value for name, value in _OPTIONS.items() if name in known}
             torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
     with writing(directory / name):
         (directory / name).write_bytes(package.getbuffer())  # PyTorch's own writer ends the process where the disk is full

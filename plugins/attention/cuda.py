@@ -10,22 +10,22 @@ from torch import Tensor
 from plugins.attention.hopper_launch import has_kernel, hopper_attention
 from plugins.attention.launch import attention, choose_num_splits
 from plugins.library import LIBRARY
-from plugins.triton_launch import HOPPER_CAPABILITY
+from plugins.triton_launch import HOPPER_CAPABILITY, multiprocessors
 
 
 def paged_attention_cuda(*arguments) -> Tensor:
     """The operator. arguments: see the package's docstring. On the current stream, without waiting for the device."""
     *inputs, _, window = arguments
-    num_multiprocessors = torch.cuda.get_device_properties(inputs[0].device).multi_processor_count
-    return paged_attention_in_splits_cuda(*arguments, choose_num_splits(tuple(inputs), window, num_multiprocessors))
+    splits = choose_num_splits(tuple(inputs), window, multiprocessors(inputs[0]))
+    return paged_attention_in_splits_cuda(*arguments, splits)
 
 
 def paged_attention_in_splits_cuda(*arguments) -> Tensor:
     """As `paged_attention_cuda`; num_splits programs share the keys of a tile."""
-    *inputs, causal, window, num_splits = arguments
-    device = torch.cuda.get_device_properties(inputs[0].device)
-    if (device.major, device.minor) == HOPPER_CAPABILITY and has_kernel(tuple(inputs)):
-        return hopper_attention(tuple(inputs), causal, window, num_splits)
+    *tensors, causal, window, num_splits = arguments
+    inputs = tuple(tensors)
+    if torch.cuda.get_device_capability(inputs[0].device) == HOPPER_CAPABILITY and has_kernel(inputs):
+        return hopper_attention(inputs, causal, window, num_splits)
     return attention(*inputs, causal, window, num_splits=num_splits)
 
 
