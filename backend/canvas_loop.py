@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from backend import sampler
+from backend.encode_pass import NewTokens
 from backend.infill import BLANK, given_tokens
 from backend.job import TokenLogprob
 from backend.kv_cache import PagedKVCache
@@ -112,8 +113,12 @@ class CanvasLoop:
         extras = self._extras.get(slot)
         return extras.logprobs.tolist() if extras and extras.logprobs else None
 
-    def step(self, slots: Sequence[int]) -> list[bool]:
-        """One denoising step of each of `slots`; returns which of their canvases are finished."""
+    can_mix = False
+    """Whether `step` takes new tokens, as many as a canvas has at most, without images."""
+
+    def step(self, slots: Sequence[int], new_tokens: NewTokens | None = None) -> list[bool]:
+        """One denoising step of each of `slots`; returns which of their canvases are finished. new_tokens: encoded in the same
+        pass, before a canvas of their sequence sees them."""
         rows = torch.tensor(slots, device=self._session.device)
         # 1.
         hidden = self._denoise(slots, rows)

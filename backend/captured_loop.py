@@ -6,8 +6,9 @@ their own. Nothing in a step depends on the host but the rows and their prefix l
     1. state of the rows → denoise → head and vocabulary pass, chunk by chunk → acceptance → state, results to the host
     2. soft embeddings of the last chunk → state
 
-The host waits for the first only: while the second runs it reads the results and prepares the next step. The definitions are
-those of `canvas_loop`, the arithmetic is that of `plugins.vocabulary`. On CPU tensors, in Triton's interpreter, a step runs
+The host waits for the first only: while the second runs it reads the results and prepares the next step. New tokens of a
+sequence, a commit or a short prompt, may go with a step: each bucket has graphs for that too (`Session.mixed`). The definitions
+are those of `canvas_loop`, the arithmetic is that of `plugins.vocabulary`. On CPU tensors, in Triton's interpreter, a step runs
 uncaptured.
 
 What requests ask for beyond the plain step is in tables that the same kernels read (`extras_tables`): every row is in the same
@@ -17,49 +18,26 @@ step, whatever it asks for.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from backend import sampler
+from backend.captured_step import Inputs, NewInputs, Results, Step, buckets
+from backend.encode_pass import NewTokens
 from backend.graphs import Graphs
 from backend.kv_cache import PagedKVCache
 from backend.opening import Opening
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 from backend.table_loop import TableLoop
+from contract.model_config import LayerType
 from plugins.vocabulary.feedback import soft_embeddings
 from plugins.vocabulary.filters import filter_samples
 from plugins.vocabulary.launch import accept_and_renoise, vocabulary_pass
 from plugins.vocabulary.logprobs import record_logprobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Results:
-    """What the host reads of a step, in memory that copies from the device do not wait for. One entry a row of the bucket."""
-
-    finished: Tensor  # [B] bool
-    argmax: Tensor  # [B, C] int64
-    steps: Tensor  # [B] int64
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """What the graphs of one bucket are given."""
-
-    staged: Tensor  # on the host, what goes to `on_device`
-    on_device: Tensor  # [2, B] int64: rows of the state, prefix lengths
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """A step of one bucket, ready to run: fill `inputs`, run `first`, then `second`; `results` are there after `first`."""
-
-    inputs: _Inputs
-    results: _Results
-    first: Callable[[], object]
-    second: Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +48,6 @@ class _Chunk:
     logits: Tensor
     argmax: Tensor
     processing: Mapping[str, object]  # what makes the processed logits of them: cap, temperature, bias
-
-
-def buckets(max_sequences: int) -> tuple[int, ...]:
-    """1, 2, 4, … and at last max_sequences."""
-    sizes = [1]
-    while sizes[-1] < max_sequences:
-        sizes.append(min(2 * sizes[-1], max_sequences))
-    return tuple(sizes)
 
 
 class CapturedLoop(TableLoop):
@@ -100,8 +70,9 @@ class CapturedLoop(TableLoop):
         self.batches = buckets(max_step_sequences or len(cache.length))
         """The buckets."""
         self._idle = len(cache.length)
-        self._steps: dict[int, _Step] = {}
-        self._results: dict[int, tuple[_Results, int]] = {}  # slot → where the host has its last results
+        self.can_mix = session.can_mix
+        self._steps: dict[tuple[int, bool], Step] = {}  # by bucket, and whether new tokens go with it
+        self._results: dict[int, tuple[Results, int]] = {}  # slot → where the host has its last results
         self._on_gpu = session.device.type == "cuda"
         self._graphs = Graphs() if capture and self._on_gpu else None
         if self._on_gpu:
@@ -112,17 +83,18 @@ class CapturedLoop(TableLoop):
         self._num_steps[self._idle] = 1
         self._greedy[self._idle] = True
 
-    def step(self, slots: Sequence[int]) -> list[bool]:
+    def step(self, slots: Sequence[int], new_tokens: NewTokens | None = None) -> list[bool]:
         """See `CanvasLoop.step`. Waits for the device until the results are there, not until the step is over."""
-        size = self._bucket(slots)
-        step = self._steps.get(size) or self._prepare(size)
-        self._fill(step.inputs, slots)
-        step.first()
-        if self._on_gpu:
-            self._first_done.record()
-        step.second()
-        if self._on_gpu:
-            self._first_done.synchronize()
+        key = self._bucket(slots), new_tokens is not None
+        step = self._steps.get(key) or self._prepare(*key)
+        with self._filled(step.new, new_tokens):
+            self._fill(step.inputs, slots)
+            step.first()
+            if self._on_gpu:
+                self._first_done.record()
+            step.second()
+            if self._on_gpu:
+                self._first_done.synchronize()
         self._results = {slot: (step.results, row) for row, slot in enumerate(slots)}
         return step.results.finished[: len(slots)].tolist()
 
@@ -147,20 +119,24 @@ class CapturedLoop(TableLoop):
 
     def prepare(self) -> None:
         """See `CanvasLoop.prepare`: captures every bucket. The largest goes first: the others find room in its memory."""
-        for size in tqdm(self.batches[::-1], desc="capturing steps", disable=None):
-            if size not in self._steps:
-                self._prepare(size)
+        for key in tqdm(self._kinds(), desc="capturing steps", disable=None):
+            if key not in self._steps:
+                self._prepare(*key)
 
     def rehearse(self) -> None:
         """Runs a step of every bucket on the idle row, without capturing it."""
-        for size in self.batches[::-1]:
-            for part in self._parts(size)[2]:
+        for key in self._kinds():
+            for part in self._parts(*key)[-1]:
                 part()
+
+    def _kinds(self) -> list[tuple[int, bool]]:
+        """Of the steps that there are, the largest first."""
+        return [(size, mixed) for size in self.batches[::-1] for mixed in ((True, False) if self.can_mix else (False,))]
 
     def _bucket(self, slots: Sequence[int]) -> int:
         return next(size for size in self.batches if size >= len(slots))
 
-    def _fill(self, inputs: _Inputs, slots: Sequence[int]) -> None:
+    def _fill(self, inputs: Inputs, slots: Sequence[int]) -> None:
         """The last copy from `staged` must be over: what was made of it has been waited for."""
         padding = [self._idle] * (inputs.staged.shape[1] - len(slots))
         self._cache.upload_tables()
@@ -168,28 +144,35 @@ class CapturedLoop(TableLoop):
         inputs.staged.copy_(torch.tensor([[*slots, *padding], lengths]))
         inputs.on_device.copy_(inputs.staged, non_blocking=True)
 
-    def _idle_inputs(self, size: int) -> _Inputs:
-        staged = torch.zeros(2, size, dtype=torch.int64, pin_memory=self._on_gpu)
-        staged[0] = self._idle
-        return _Inputs(staged=staged, on_device=staged.to(self._session.device, copy=True))
+    @contextmanager
+    def _filled(self, inputs: NewInputs | None, new_tokens: NewTokens | None) -> Iterator[None]:
+        """Around a step with new tokens: their sequence has them from the beginning."""
+        if inputs is None:
+            yield
+            return
+        slot, count = new_tokens.slot, len(new_tokens.token_ids)
+        length, keys = self._cache.length[slot], new_tokens.page_keys
+        with self._cache.appending([slot], [count], page_keys=[keys] if keys else None) as places:
+            inputs.fill(slot, length, new_tokens.token_ids, places)
+            yield
 
-    def _prepare(self, size: int) -> _Step:
-        inputs, results, parts = self._parts(size)
+    def _prepare(self, size: int, mixed: bool = False) -> Step:
+        inputs, new, results, parts = self._parts(size, mixed)
         first, second = self._ready(*parts)
-        self._steps[size] = _Step(inputs=inputs, results=results, first=first, second=second)
-        return self._steps[size]
+        self._steps[size, mixed] = Step(inputs=inputs, new=new, results=results, first=first, second=second)
+        return self._steps[size, mixed]
 
-    def _parts(self, size: int) -> tuple[_Inputs, _Results, Sequence[Callable[[], object]]]:
-        """The two parts of a bucket's step, what they are given and what they fill."""
-        pinned, inputs = {"pin_memory": self._on_gpu}, self._idle_inputs(size)
-        results = _Results(
-            finished=torch.zeros(size, dtype=torch.bool, **pinned),
-            argmax=torch.zeros(size, self._model.canvas_length, dtype=torch.int64, **pinned),
-            steps=torch.zeros(size, dtype=torch.int64, **pinned),
-        )
+    def _parts(
+        self, size: int, mixed: bool = False
+    ) -> tuple[Inputs, NewInputs | None, Results, Sequence[Callable[[], object]]]:
+        """The two parts of a bucket's step, what they are given and what they fill. mixed: with new tokens."""
+        length, device = self._model.canvas_length, self._session.device
+        inputs, results = Inputs.of(size, self._idle, device), Results.of(size, length, pinned=self._on_gpu)
+        new = NewInputs.of(tuple(self._cache.device_tables), length, self._idle, device) if mixed else None
         pending: list[Callable[[], None]] = []
-        parts = (lambda: pending.append(self._update_canvases(inputs.on_device, results)), lambda: pending.pop()())
-        return inputs, results, parts
+        hidden = partial(self._hidden_of, inputs.on_device, new)
+        parts = (lambda: pending.append(self._update_canvases(inputs.on_device, hidden, results)), lambda: pending.pop()())
+        return inputs, new, results, parts
 
     def _ready(self, *parts: Callable[[], object]) -> Sequence[Callable[[], object]]:
         """As graphs, or as they are where nothing is captured."""
@@ -209,13 +192,18 @@ class CapturedLoop(TableLoop):
         if self._on_gpu:
             torch.cuda.current_stream().wait_stream(self._other_stream)
 
-    def _hidden_of(self, inputs: Tensor) -> Tensor:
+    def _hidden_of(self, inputs: Tensor, new: NewInputs | None) -> Tensor:
         rows, prefix_lengths = inputs[0], inputs[1].int()
-        tables = {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}
-        return self._hidden(rows, prefix_lengths, tables)
+        canvases = self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, self._tables_of(rows)
+        if new is None:
+            return self._session.denoise(*canvases)
+        return self._session.mixed(*canvases, table=self._tables_of(new.slot), **new.tensors())
+
+    def _tables_of(self, rows: Tensor) -> dict[LayerType, Tensor]:
+        return {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}
 
     @torch.no_grad()
-    def _update_canvases(self, inputs: Tensor, results: _Results) -> Callable[[], None]:
+    def _update_canvases(self, inputs: Tensor, hidden_states: Callable[[], Tensor], results: Results) -> Callable[[], None]:
         """The first part of a step; returns its second part. The numbers are those of `canvas_loop`."""
         rows, length = inputs[0], self._model.canvas_length
         # 1. Beside it goes what 2. needs to know of the rows: many kernels, all of them tiny.
@@ -234,7 +222,7 @@ class CapturedLoop(TableLoop):
             each["positions"] = self._within.repeat(rows.numel())
             each["slots"] = self._tables.slots(each["slots"], each["positions"])
             given = self._given[rows]
-        hidden = self._hidden_of(inputs).flatten(0, 1)
+        hidden = hidden_states().flatten(0, 1)
         # 2.
         self._join()
         passes, soft_embeds = [], torch.empty_like(hidden)

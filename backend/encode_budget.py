@@ -41,6 +41,13 @@ def next_pass(waiting: Sequence[Job], num_canvas_rows: int, build: BuildConfig) 
     return [(job, share) for job, share in zip(waiting, shares, strict=True) if share]
 
 
+def one_for_a_step(waiting: Sequence[Job], canvas_length: int) -> Job | None:
+    """The row whose tokens may go with a denoising step, after which it waits for none: where it is the only one, and these are
+    text, no more than a canvas. Of several, one pass for all takes less than a step of each with its own."""
+    [job] = waiting if len(waiting) == 1 else [None]
+    return job if job and job.num_pending <= canvas_length and not (job.images_left or job.ended) else None
+
+
 def encode_budget(max_encode_tokens: int, num_canvas_rows: int) -> int:
     """Tokens of the next pass. num_canvas_rows: positions of the canvases that are being denoised, 0 without any."""
     if not num_canvas_rows:

@@ -10,7 +10,8 @@ window go back at once.
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -175,6 +176,23 @@ class PagedKVCache:
         `slots`. page_keys: for each slot the keys of its full pages, or of the first of them, which are then kept for the
         prefix cache; None keeps nothing.
         """
+        with self.appending(slots, counts, page_keys=page_keys) as places:
+            on_device = {kind: places[kind].to(self.device_tables[kind].device, non_blocking=True) for kind in places}
+            for kind, pages, kv in zip(self._layer_types, self.pages, new_kv, strict=True):
+                rows, cells = on_device[kind]
+                pages.flatten(0, 1).index_copy_(0, cells, kv.index_select(0, rows))
+
+    @contextmanager
+    def appending(
+        self, slots: Sequence[int], counts: Sequence[int], *, page_keys: Sequence[Sequence[bytes]] | None = None
+    ) -> Iterator[dict[LayerType, torch.Tensor]]:
+        """Around what writes the keys and values of new tokens behind what each sequence has: see `append`. `length` has them
+        from the beginning.
+
+        Gives for each layer type rows and cells, [2, …] int64 on the host: the new token, counted over all sequences, whose
+        keys and values go to the cell page * page_size + slot. Tokens that are out of the window already are not among them.
+        """
+        lengths = [self.length[slot] for slot in slots]
         firsts = {
             kind: [self._advance(slot, kind, count) for slot, count in zip(slots, counts, strict=True)] for kind in self._pools
         }
@@ -184,26 +202,22 @@ class PagedKVCache:
                 for kind in self._pools:
                     for slot, first in zip(slots, firsts[kind], strict=True):
                         self._take_passing(slot, kind, first, passing.setdefault((slot, kind), {}))
-            rows: dict[LayerType, torch.Tensor] = {}
-            cells: dict[LayerType, torch.Tensor] = {}
+            places: dict[LayerType, torch.Tensor] = {}
             for kind in self._pools:
-                parts_rows, parts_cells, begin = [], [], 0
+                parts, begin = [], 0
                 for slot, count, first in zip(slots, counts, firsts[kind], strict=True):
                     first -= len(passing.get((slot, kind), ())) * self.page_size
                     positions = torch.arange(first, self.length[slot] + count)
-                    table = self._tables[kind][slot]
-                    parts_cells.append(table[positions // self.page_size].long() * self.page_size + positions % self.page_size)
-                    parts_rows.append(positions - self.length[slot] + begin)
+                    cells = self._tables[kind][slot][positions // self.page_size].long() * self.page_size
+                    parts.append(torch.stack([positions - self.length[slot] + begin, cells + positions % self.page_size]))
                     begin += count
-                device = self.device_tables[kind].device
-                rows[kind] = torch.cat(parts_rows).to(device, non_blocking=True)
-                cells[kind] = torch.cat(parts_cells).to(device, non_blocking=True)
+                places[kind] = torch.cat(parts, dim=1)
             self.upload_tables()
-            for kind, pages, kv in zip(self._layer_types, self.pages, new_kv, strict=True):
-                pages.flatten(0, 1).index_copy_(0, cells[kind], kv.index_select(0, rows[kind]))
-            for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-                filled = range(self.length[slot] // self.page_size, (self.length[slot] + count) // self.page_size)
+            for slot, count in zip(slots, counts, strict=True):
                 self.length[slot] += count
+            yield places
+            for index, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+                filled = range(lengths[index] // self.page_size, (lengths[index] + count) // self.page_size)
                 for kind, pool in self._pools.items():
                     pages = self._owned[slot][kind] | passing.get((slot, kind), {})
                     for column in filled if page_keys is not None else ():

@@ -10,7 +10,7 @@ NAME_count. `flat_series` declares those, and `MetricsDelta.flat` gives their in
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -166,6 +166,11 @@ class MetricValues:
         series = _series(name, "gauge", label_value)
         with self._lock:
             self._gauges[series] = value
+
+    def set_each(self, name: str, values: Mapping[str, float]) -> None:
+        """Sets a gauge for each value of its label."""
+        for label_value, value in values.items():
+            self.set(name, value, label_value)
 
     def observe(self, name: str, value: float) -> None:
         """Adds an observation to a histogram; a value equal to a bucket's bound is in that bucket."""

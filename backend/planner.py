@@ -269,6 +269,12 @@ def pass_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> int
     return max(manifest.model.canvas_length, min(limit, every))
 
 
+def _step_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
+    """Rows of the largest denoising pass, with the new tokens that may go with it."""
+    new_tokens = manifest.model.canvas_length if "mixed" in manifest.programs else 0
+    return pass_rows(manifest, limits, device_type) + new_tokens
+
+
 def _beside(plan: MemoryPlan) -> int:
     return plan.runtime_bytes + plan.workspace_bytes + plan.graphs_bytes
 
@@ -277,7 +283,7 @@ def _workspace_bytes(manifest: Manifest, limits: EngineLimits, device_type: str)
     """Of the largest of an encode pass, an image and a step, on a GPU the one before a capture; of a step, the pass and the
     sampler, whose memory the allocator keeps apart."""
     model, build = manifest.model, manifest.build
-    step = denoise_bytes(model, build, pass_rows(manifest, limits, device_type), device_type)
+    step = denoise_bytes(model, build, _step_rows(manifest, limits, device_type), device_type)
     plain = device_type != "cuda" and not manifest.operators
     step += sampler_bytes(model, build, limits.sampler_workspace_bytes, plain=plain)
     return max(encode_bytes(model, build, device_type), vision_bytes(model, build), step)
@@ -288,5 +294,5 @@ def _graphs_bytes(manifest: Manifest, limits: EngineLimits, device_type: str) ->
     if device_type != "cuda":
         return 0
     model, build = manifest.model, manifest.build
-    step = denoise_bytes(model, build, pass_rows(manifest, limits, device_type), device_type)
+    step = denoise_bytes(model, build, _step_rows(manifest, limits, device_type), device_type)
     return step + sampler_bytes(model, build, limits.sampler_workspace_bytes, plain=False)

@@ -7,7 +7,8 @@ the next canvas … → finished. At each tick:
    that waits for pages. What the prefix cache has of a prompt is not encoded again.
 2. Encode: commits and prompts, packed into one pass of at most `max_encode_tokens`; `encode_budget` says who goes first.
 3. One denoising step of every row that has a canvas, in passes of at most `max_pass_rows` rows, so that the memory of a pass
-   does not grow with the number of sequences.
+   does not grow with the number of sequences. Where the loop takes new tokens, those that one row alone waits for are not
+   encoded before, but go with its next step, which reads the weights for both.
 4. Rows whose canvas is finished: trim, send, and finish or commit. The others send drafts, if the request wants them.
 
 A canvas that ends its request is not committed: that would cost an encode pass now, and a next turn that goes on from it
@@ -31,7 +32,7 @@ from tokenizers import Tokenizer
 from backend.admission import check_images, check_request, most_cached_tokens
 from backend.answer_grammar import Grammars
 from backend.canvas_loop import CanvasLoop
-from backend.encode_budget import next_pass
+from backend.encode_budget import next_pass, one_for_a_step
 from backend.encode_pass import NewTokens, encode_new_tokens
 from backend.errors import RequestError
 from backend.images.placeholders import image_spans
@@ -185,8 +186,8 @@ class Scheduler:
         self._num_ticks += 1
         try:
             self._admit()  # 1.
-            self._encode([job for job in self._active if job.is_encoding])  # 2.
-            stepped = self._denoise([job for job in self._active if not job.is_encoding])  # 3.
+            new_tokens = self._encode([job for job in self._active if job.is_encoding])  # 2.
+            stepped = self._denoise([job for job in self._active if not job.is_encoding], new_tokens)  # 3.
         except RuntimeError as error:  # PyTorch's and CUDA's errors, out of memory among them
             self._fail_step(error)
         else:
@@ -234,26 +235,31 @@ class Scheduler:
             self._loop.start_canvas(job.slot, job.canvas_index, job.canvas_sampling, opening)
             job.canvas_started_at = self._clock()
 
-    def _encode(self, waiting: list[Job]) -> None:
+    def _encode(self, waiting: list[Job]) -> NewTokens | None:
+        """Encodes, or returns what is to be encoded with the next step."""
+        fits = self._loop.can_mix and len(self._active) <= self._max_pass_sequences
+        if fits and (job := one_for_a_step(waiting, self._canvas_length)):
+            new_tokens, job.num_pending = NewTokens.of(job, job.num_pending), 0
+            self._start_canvas(job)
+            return None if job.ended else new_tokens
         num_canvas_rows = (len(self._active) - len(waiting)) * self._canvas_length
         packed = next_pass(waiting, num_canvas_rows, self._session.manifest.build)
-        if not packed:
-            return
-        new_tokens = [NewTokens.of(job, count) for job, count in packed]
-        encode_new_tokens(self._session, self._cache, new_tokens, keep_pages=self._prefix_cache)
+        if new := [NewTokens.of(job, count) for job, count in packed]:
+            encode_new_tokens(self._session, self._cache, new, keep_pages=self._prefix_cache)
         for job, count in packed:
             job.num_pending -= count
             if not job.num_pending and job.ended:
                 self._leave(job)
             elif not job.num_pending:
                 self._start_canvas(job)
+        return None
 
-    def _denoise(self, rows: list[Job]) -> list[Callable[[], None]]:
-        """One step of each row; returns what is to be done about the rows once all have made it."""
+    def _denoise(self, rows: list[Job], new_tokens: NewTokens | None) -> list[Callable[[], None]]:
+        """One step of each row, `new_tokens` with it; returns what is to be done about the rows once all have made it."""
         stepped: list[Callable[[], None]] = []
         for start in range(0, len(rows), self._max_pass_sequences):
             group = rows[start : start + self._max_pass_sequences]
-            for job, is_finished in zip(group, self._loop.step([job.slot for job in group]), strict=True):
+            for job, is_finished in zip(group, self._loop.step([job.slot for job in group], new_tokens), strict=True):
                 if is_finished or job.draft_is_due(self._clock()):
                     deliver = self._finish_canvas if is_finished else self._send_draft
                     canvas, num_steps = self._loop.argmax_canvas(job.slot), self._loop.num_steps(job.slot)
@@ -309,8 +315,6 @@ class Scheduler:
 
     def _set_gauges(self) -> None:
         self.metrics.set("active_requests", len(self._active))
-        cache = self._cache
-        of_pages = {"kv_pages": cache.num_pages, "kv_pages_used": cache.num_pages_used, "kv_pages_cached": cache.num_pages_kept}
-        for name, pages in of_pages.items():
-            for kind, count in pages.items():
-                self.metrics.set(name, count, kind)
+        self.metrics.set_each("kv_pages", self._cache.num_pages)
+        self.metrics.set_each("kv_pages_used", self._cache.num_pages_used)
+        self.metrics.set_each("kv_pages_cached", self._cache.num_pages_kept)

@@ -28,7 +28,7 @@ _PACKAGED_MODEL = "model"  # what PyTorch calls the only one of a package
 
 
 class Session:
-    """encode, denoise, head and vision of one engine. Not thread-safe: one owner.
+    """encode, denoise, mixed, head and vision of one engine. Not thread-safe: one owner.
 
     Use `Session.load` for an engine directory; the constructor takes programs from anywhere, tests for one.
     """
@@ -144,6 +144,45 @@ class Session:
         """Final-norm hidden states [B, C, D] of canvas_ids [B, C] int32 with soft_embeds [B, C, D]."""
         return self._run(
             "denoise", canvas_ids=canvas_ids, soft_embeds=soft_embeds, prefix_lengths=prefix_lengths, **_named(tables)
+        )[0]
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether the engine has the program `mixed`."""
+        return "mixed" in self._programs
+
+    def mixed(
+        self,
+        canvas_ids: torch.Tensor,
+        soft_embeds: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        tables: Mapping[str, torch.Tensor],
+        *,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        starts: torch.Tensor,
+        length: torch.Tensor,
+        table: Mapping[str, torch.Tensor],
+        places: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """As `denoise`; beside it new tokens of one sequence are encoded, and their keys and values written to `places`, before
+        the canvases see them.
+
+        token_ids, positions [C] int32, filled up. starts [2] int32: 0 and C. length [1] int32 and table [1, columns]: of the
+        sequence, without them. places: by layer type [2, C] int64, see `plugins.attention.mixed_op`.
+        """
+        new = {"starts": starts, "prefix_lengths": length} | _named(table)
+        for kind, (rows, cells) in places.items():
+            new |= {f"{kind}.rows": rows, f"{kind}.cells": cells}
+        return self._run(
+            "mixed",
+            canvas_ids=canvas_ids,
+            soft_embeds=soft_embeds,
+            prefix_lengths=prefix_lengths,
+            **_named(tables),
+            token_ids=token_ids,
+            positions=positions,
+            **{f"new.{name}": each for name, each in new.items()},
         )[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from builder.errors import BuildError
+from builder.export import WITHOUT_ONNX
 from contract.manifest import COPIED_FILES, FILE_NAME, Checkpoint, Manifest, ManifestError, read_manifest
 from contract.regular_file import regular
 
-_COMPILED = re.compile(r"operators\.so|(encode|denoise|head|vision)(\.\d+)?\.(pt2|plan|onnx)")
+_COMPILED = re.compile(r"operators\.so|(encode|denoise|mixed|head|vision)(\.\d+)?\.(pt2|plan|onnx)")
 """Files that builds make, of every target and format of the manifest."""
 
 
@@ -76,7 +77,8 @@ def programs_can_stay(existing: Manifest, wanted: Manifest, sound: Collection[st
     that has moved changes none."""
     known = existing.checkpoint.files == wanted.checkpoint.files
     described = existing.model_copy(update={"programs": {}, "operators": None, "files": {}, "checkpoint": wanted.checkpoint})
-    needed = {*existing.program_files, *(f"{name}.onnx" for name in existing.programs if keep_onnx)}
+    onnx = {f"{name}.onnx" for name in existing.programs if name not in WITHOUT_ONNX}
+    needed = {*existing.program_files, *(onnx if keep_onnx else ())}
     return known and described == wanted and needed <= set(sound)
 
 

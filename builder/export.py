@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from builder.errors import BuildError
-from builder.network import Denoise, Encode, Head
+from builder.network import Denoise, Encode, Head, Mixed
 from builder.vision_network import Vision
 from builder.weights import EMBEDDING, all_weights, binding_shapes, bound_weights, of_pass, text_weights, vision_weights
 from contract.manifest import Binding, BuildConfig, Device
@@ -31,6 +31,9 @@ CALLED_FROM = 4096
 """Tokens from which on encode for a GPU calls the feed-forward operator, whose launches are Python; with fewer it is opened.
 NVIDIA H200, 26B shape, packed experts, opened / called: 8192 tokens 126.6 / 121.8 ms, 2048 tokens 34.6 / 33.5, but 44.0 while
 other processes kept the host's cores busy, which at 8192 is hidden behind the kernels."""
+
+WITHOUT_ONNX = ("mixed",)
+"""Programs that write into their inputs, which ONNX has no words for."""
 
 # Rows at which the experts' tile changes, 32 and 128 rows an expert with 128 experts of which 8 are chosen, and CALLED_FROM.
 _MORE_ROWS = (512, 2048, CALLED_FROM)
@@ -63,13 +66,13 @@ class Signature:
 
 
 def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]:
-    """The programs encode, denoise and head of one checkpoint, and vision, if it has a vision tower.
+    """The programs encode, denoise and head of one checkpoint, mixed, where it is of use, and vision, if it has a vision tower.
 
     Bindings of varying size: T tokens (at most max_encode_tokens), B sequences, N pages of each layer type, P page-table
     columns, M image rows, R head rows, S soft tokens of one image.
     """
     names = tuple(binding_shapes(text_weights(config)))
-    choices = {"fp8_rows": build.expert_activations == "float8", "batch_invariant": build.batch_invariant}
+    choices = {"fp8_rows": _fp8_rows(build), "batch_invariant": build.batch_invariant}
     head_inputs = (_binding("hidden", build.dtype, "rows", config.hidden_size),)
     text = (
         Signature(
@@ -86,10 +89,33 @@ def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]
         ),
         Signature(name="head", module=Head(), inputs=head_inputs, weights=(EMBEDDING,)),
     )
+    if _mixes(config, build):
+        text += (mixed_signature(config, build),)
     if config.vision is None:
         return text
     inputs, weights = _vision_bindings(config, build), tuple(vision_weights(config))
     return (*text, Signature(name="vision", module=Vision(config), inputs=inputs, weights=weights))
+
+
+def _mixes(config: ModelConfig, build: BuildConfig) -> bool:
+    """Whether there is a program in which encode and denoise share one reading of the weights: where reading them is what takes
+    the time, on a GPU; both passes have to have the same. Plans cannot write into their inputs."""
+    return build.device == "cuda" and build.target == "inductor" and not (build.batch_invariant or config.encoder_weights)
+
+
+def mixed_signature(config: ModelConfig, build: BuildConfig) -> Signature:
+    """The program mixed. Its new tokens are always as many as a canvas has."""
+    names = tuple(binding_shapes(text_weights(config)))
+    return Signature(
+        name="mixed",
+        module=Mixed(config, fp8_rows=_fp8_rows(build)),
+        inputs=(*_denoise_bindings(config, build), *_new_bindings(config)),
+        weights=tuple(dict.fromkeys((*of_pass(names, encoder=False), *of_pass(names, encoder=True)))),
+    )
+
+
+def _fp8_rows(build: BuildConfig) -> bool:
+    return build.expert_activations == "float8"
 
 
 def _binding(name: str, dtype: str, *shape: int | str) -> Binding:
@@ -131,6 +157,25 @@ def _denoise_bindings(config: ModelConfig, build: BuildConfig) -> tuple[Binding,
         _binding("canvas_ids", "int32", *canvas),
         _binding("soft_embeds", build.dtype, *canvas, config.hidden_size),
         *_cache_bindings(config, build),
+    )
+
+
+def _new_bindings(config: ModelConfig) -> tuple[Binding, ...]:
+    count = config.canvas_length
+    of_types = (
+        (
+            _binding(f"new.{each}.page_table", "int32", 1, "columns"),
+            _binding(f"new.{each}.rows", "int64", count),
+            _binding(f"new.{each}.cells", "int64", count),
+        )
+        for each in config.attention
+    )
+    return (
+        _binding("token_ids", "int32", count),
+        _binding("positions", "int32", count),
+        _binding("new.starts", "int32", 2),
+        _binding("new.prefix_lengths", "int32", 1),
+        *(binding for of_type in of_types for binding in of_type),
     )
 
 
@@ -237,7 +282,7 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
     )
     return TracedProgram(
         name=signature.name if minimum == 1 else f"{signature.name}.{minimum}",
-        calls_feed_forward=signature.name == "denoise" or build.batch_invariant or minimum >= CALLED_FROM,
+        calls_feed_forward=signature.name in ("denoise", "mixed") or build.batch_invariant or minimum >= CALLED_FROM,
         device=build.device,
         exported=exported,
         inputs=signature.inputs,

@@ -1,4 +1,4 @@
-"""The network in plain PyTorch: three pure programs over (activations, weights).
+"""The network in plain PyTorch: four programs over (activations, weights).
 
 Shape legend: T packed tokens, B sequences, C canvas_length, D hidden_size, V vocabulary, H query heads, K key/value heads,
 P page-table columns, R rows. Activations are in the engine's dtype; norms, softmaxes and rotations compute in float32 where
@@ -8,10 +8,11 @@ transformers' `modeling_diffusion_gemma.py` does, and round where it rounds.
 |---|---|---|
 | encode | token_ids [T], positions [T], sequence_starts [B + 1], prefix_lengths [B], page tables, image inputs, KV pages | new keys and values of every layer, [T, 2, K, head_dim] each |
 | denoise | canvas_ids [B, C], soft_embeds [B, C, D], prefix_lengths [B], page tables, KV pages | final-norm hidden states [B, C, D] |
+| mixed | those of denoise; token_ids [C], positions [C] and starts [2] of new tokens, what their sequence has before them and where they go | as denoise; it writes the new tokens' keys and values into their pages |
 | head | hidden [R, D] | raw logits [R, V] |
 """  # noqa: E501
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn.functional import linear
 from builder.quantization import FP8
 from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix
 from contract.model_config import LayerType, ModelConfig
-from plugins import attention_op, feed_forward_op, heads_op
+from plugins import attention_op, feed_forward_op, heads_op, mixed_op
 from plugins.batch_invariance import num_splits
 from plugins.feed_forward.reference import gated_mlp
 from plugins.rms_norm import rms_norm
@@ -68,21 +69,42 @@ class Denoise(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, inputs: Tensors, weights: Tensors) -> Tensor:
+        hidden, positions, starts = self.canvases(inputs, weights)
+        normed, _ = self.stack(hidden, positions, starts, torch.full_like(positions, -1), inputs, weights)
+        return normed.view(*inputs["canvas_ids"].shape, -1)
+
+    def canvases(self, inputs: Tensors, weights: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layers are given of the canvases: rows [B * C, D], their positions [B * C], starts [B + 1]."""
         canvas_ids = inputs["canvas_ids"]
         batch, length = canvas_ids.shape
         hidden = self.stack.embed(canvas_ids.flatten(), weights)
         hidden = self._self_condition(hidden, inputs["soft_embeds"].flatten(0, 1), weights)
         within = torch.arange(length, dtype=torch.int32, device=canvas_ids.device)
         positions = (inputs["prefix_lengths"].unsqueeze(1) + within).flatten()
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=canvas_ids.device) * length
-        normed, _ = self.stack(hidden, positions, starts, torch.full_like(positions, -1), inputs, weights)
-        return normed.view(batch, length, -1)
+        return hidden, positions, torch.arange(batch + 1, dtype=torch.int32, device=canvas_ids.device) * length
 
     def _self_condition(self, hidden: Tensor, soft_embeds: Tensor, weights: Tensors) -> Tensor:
         """Adds the gated MLP of the previous step's soft embeddings; zeros in, zeros added."""
         normed = rms_norm(soft_embeds, weights[f"{SELF_CONDITIONING}.pre_norm.weight"], self.eps)
         made = gated_mlp(normed, *(weights[f"{SELF_CONDITIONING}.{name}.weight"] for name in ("gate_up_proj", "down_proj")))
         return rms_norm(hidden + made, None, self.eps)
+
+
+class Mixed(Denoise):
+    """Denoise, and encode of new tokens of one sequence, in one pass over the weights. If one of the canvases is the sequence's
+    next, it sees them."""
+
+    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False):
+        super().__init__(config, fp8_rows=fp8_rows)
+        self.stack = _MixedStack(config, fp8_rows=fp8_rows)
+
+    def forward(self, inputs: Tensors, weights: Tensors) -> Tensor:
+        hidden, positions, starts = self.canvases(inputs, weights)
+        hidden = torch.cat([self.stack.embed(inputs["token_ids"], weights), hidden])
+        positions = torch.cat([inputs["positions"], positions])
+        normed, _ = self.stack(hidden, positions, starts, torch.full_like(positions, -1), inputs, weights)
+        num_new, num_rows = inputs["token_ids"].shape[0], inputs["canvas_ids"].numel()
+        return normed.narrow(0, num_new, num_rows).view(*inputs["canvas_ids"].shape, -1)
 
 
 class Head(nn.Module):
@@ -117,14 +139,14 @@ class _Stack(nn.Module):
             for layer_type in self.config.attention
         }
         layers = [self._of_layer(layer, weights) for layer in range(self.config.num_layers)]
+        scalars = self._scalars(hidden, weights)
         new_kv, normed = [], rms_norm(hidden, layers[0]("input_layernorm.weight"), self.config.rms_norm_eps)
         for layer, (layer_type, own) in enumerate(zip(self.config.layer_types, layers, strict=True)):
             query, kv = self._project(normed, layer_type, rotations[layer_type], own)
             new_kv.append(kv)
             if len(new_kv) == self.config.num_layers and self.encoder:
                 break  # what follows, nobody reads
-            attended = self._attend(
-                layer_type,
+            seen = [
                 query,
                 kv,
                 inputs[f"kv_pages.{layer}"],
@@ -132,11 +154,12 @@ class _Stack(nn.Module):
                 inputs["prefix_lengths"],
                 starts,
                 image_blocks,
-            )
+            ]
+            attended = self._attend(layer_type, seen, inputs)
             attended = linear(attended.flatten(1), own("self_attn.o_proj.weight"))
             is_last = layer + 1 == self.config.num_layers
             following = weights[FINAL_NORM] if is_last else layers[layer + 1]("input_layernorm.weight")
-            hidden, normed = self._feed_forward(hidden, attended, own, following)
+            hidden, normed = self._feed_forward(hidden, attended, scalars[layer], own, following)
         return normed, new_kv
 
     def _of_layer(self, layer: int, weights: Tensors) -> OfLayer:
@@ -144,14 +167,21 @@ class _Stack(nn.Module):
         own, shared = layer_prefix(layer, encoder=self.encoder), layer_prefix(layer)
         return lambda name: weights[f"{own}.{name}" if f"{own}.{name}" in weights else f"{shared}.{name}"]
 
-    def _attend(self, layer_type: LayerType, *inputs: Tensor) -> Tensor:
+    def _scalars(self, hidden: Tensor, weights: Tensors) -> Sequence[Tensor]:
+        """By layer its scalar: [1], or that of each row."""
+        return [weights[f"{layer_prefix(layer, encoder=self.encoder)}.layer_scalar"] for layer in range(self.config.num_layers)]
+
+    def _attend(self, layer_type: LayerType, seen: Sequence[Tensor], inputs: Tensors) -> Tensor:
+        """seen: what `paged_attention` is given; inputs: the program's."""
         window = self.config.attention[layer_type].window
         if not self.batch_invariant:
-            return attention_op.paged_attention(*inputs, self.encoder, window)
+            return attention_op.paged_attention(*seen, self.encoder, window)
         splits = num_splits(window=window, encoder=self.encoder)
-        return attention_op.paged_attention_in_splits(*inputs, self.encoder, window, splits)
+        return attention_op.paged_attention_in_splits(*seen, self.encoder, window, splits)
 
-    def _feed_forward(self, hidden: Tensor, attended: Tensor, own: OfLayer, following: Tensor) -> tuple[Tensor, Tensor]:
+    def _feed_forward(
+        self, hidden: Tensor, attended: Tensor, scalar: Tensor, own: OfLayer, following: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The layer's output, and what the next norm, whose weight is `following`, makes of it."""
 
         def each(*names: str) -> list[Tensor]:
@@ -161,7 +191,7 @@ class _Stack(nn.Module):
             hidden,
             attended,
             [*each(*(f"{name}.weight" for name in _FEED_FORWARD_NORMS)), following],
-            own("layer_scalar"),
+            scalar,
             each("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
             each("router.scale", "router.proj.weight", "router.per_expert_scale"),
             each(*(_FP8_EXPERTS if self.config.experts_dtype == FP8 else _EXPERTS)),
@@ -179,6 +209,28 @@ class _Stack(nn.Module):
         norms = (own(f"self_attn.{name}.weight") for name in ("q_norm", "k_norm"))
         # Full-attention layers have no v_proj: the value is the key before its norm and rotation.
         return heads_op.normed_heads(heads, *norms, *rotated_by, attention.num_kv_heads, attention.has_v_proj, eps)
+
+
+class _MixedStack(_Stack):
+    """The layers over new tokens of one sequence, as many as a canvas has, and canvases behind them."""
+
+    def __init__(self, config: ModelConfig, *, fp8_rows: bool):
+        super().__init__(config, encoder=False, fp8_rows=fp8_rows, batch_invariant=False)
+
+    def _scalars(self, hidden: Tensor, weights: Tensors) -> Sequence[Tensor]:
+        num_new, layers = self.config.canvas_length, range(self.config.num_layers)
+        of_rows = [
+            torch.cat([weights[f"{layer_prefix(layer, encoder=encoder)}.layer_scalar"] for layer in layers])
+            .unsqueeze(1)
+            .expand(-1, count)
+            for encoder, count in ((True, num_new), (False, hidden.shape[0] - num_new))
+        ]
+        return torch.cat(of_rows, dim=1).unbind()
+
+    def _attend(self, layer_type: LayerType, seen: Sequence[Tensor], inputs: Tensors) -> Tensor:
+        own = (f"{layer_type}.page_table", "prefix_lengths", "starts", f"{layer_type}.rows", f"{layer_type}.cells")
+        new = (inputs[f"new.{name}"] for name in own)
+        return mixed_op.mixed_attention(*seen, *new, self.config.attention[layer_type].window)
 
 
 def rope_frequencies(attention) -> Tensor:

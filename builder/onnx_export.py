@@ -23,7 +23,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 from torch._ops import OpOverload
 
-from builder.export import Signature, TracedProgram, export_program, signatures
+from builder.export import WITHOUT_ONNX, Signature, TracedProgram, export_program, signatures
 from builder.staging import writing
 from contract.manifest import BuildConfig
 from contract.model_config import ModelConfig
@@ -39,7 +39,7 @@ _PLUGIN = {"plugin_namespace": NAMESPACE, "plugin_version": "1", "aot": 1}
 
 def write_onnx(model: ModelConfig, build: BuildConfig, directory: Path, report: Callable[[str], None]) -> None:
     """Writes every program as `<program>.onnx`."""
-    for signature in signatures(model, build):
+    for signature in (each for each in signatures(model, build) if each.name not in WITHOUT_ONNX):
         path = directory / f"{signature.name}.onnx"
         report(f"writing {path.name}")
         program = to_onnx(traced_for_onnx(signature, model, build))

@@ -7,13 +7,14 @@ of compiled engines (package `cpu`); `kernel.py`, kernels in Triton's language, 
 `batch_invariance.py` says which of them give a row the same whatever else is in a pass, and what else that takes.
 """
 
+from plugins.attention import mixed_op
 from plugins.attention import op as attention_op
 from plugins.feed_forward import op as feed_forward_op
 from plugins.heads import op as heads_op
 from plugins.moe import op as moe_op
 from plugins.vocabulary import cpu as vocabulary_op
 
-PLUGIN_ABI = 5
+PLUGIN_ABI = 6
 """Version of the operators' signatures; an engine built for another one is refused at load."""
 
 PLAIN_DECOMPOSITIONS = {
@@ -23,4 +24,13 @@ PLAIN_DECOMPOSITIONS = {
 }
 """Operators that a compiler for the CPU, or TensorRT, does as well from their definitions → the definitions."""
 
-__all__ = ["PLAIN_DECOMPOSITIONS", "PLUGIN_ABI", "attention_op", "feed_forward_op", "heads_op", "moe_op", "vocabulary_op"]
+__all__ = [
+    "PLAIN_DECOMPOSITIONS",
+    "PLUGIN_ABI",
+    "attention_op",
+    "feed_forward_op",
+    "heads_op",
+    "mixed_op",
+    "moe_op",
+    "vocabulary_op",
+]

@@ -1,16 +1,21 @@
 """The cases of `test_captured_loop.py`, which runs this file in Triton's interpreter (TRITON_INTERPRET=1)."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from small_checkpoints import network_session, random_checkpoint
+from test_scheduler import DEFAULTS, add, prompt_of
+from test_scheduler import run as run_all
+from tokenizers import Tokenizer
 from triton_interpreter import let_casts_round_to_bfloat16, save_the_interpreters_time
 
-from backend import sampler
+from backend import engine, sampler
 from backend.canvas_loop import CanvasLoop
 from backend.captured_loop import CapturedLoop
+from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
 from backend.opening import Opening
@@ -134,7 +139,7 @@ def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypat
     plain = run(session, *loop_of(CanvasLoop, session, prefixes))
     loop, slots = loop_of(CapturedLoop, session, prefixes, max_step_sequences=3)
     sizes, prepare = [], loop._prepare
-    monkeypatch.setattr(loop, "_prepare", lambda size: sizes.append(size) or prepare(size))
+    monkeypatch.setattr(loop, "_prepare", lambda size, mixed: sizes.append(size) or prepare(size, mixed))
     loop.rehearse()
     loop.prepare()
     assert sizes == [3, 2, 1]
@@ -190,9 +195,9 @@ def test_rows_with_extras_are_those_of_the_plain_loop(session, extras, workspace
     plain = run(session, plain_loop, slots, extras)
     loop, slots = loop_of(CapturedLoop, session, prefixes, workspace_bytes=workspace_bytes)
     steps, prepare = [], loop._prepare
-    monkeypatch.setattr(loop, "_prepare", lambda size: steps.append(size) or prepare(size))
+    monkeypatch.setattr(loop, "_prepare", lambda *key: steps.append(key) or prepare(*key))
     assert run(session, loop, slots, extras) == plain
-    assert sorted(steps) == [1, 2, 4]
+    assert sorted(steps) == [(1, False), (2, False), (4, False)]
     for slot, extra in zip(slots, extras, strict=True):
         expected, own = plain_loop.logprobs(slot), loop.logprobs(slot)
         assert (own is not None) == (expected is not None) == extra.get("logprobs", False)
@@ -264,3 +269,35 @@ def test_a_prompt_that_is_all_in_the_prefix_cache(session):
         return loop.argmax_canvas(again)
 
     assert after_one_step(CapturedLoop) == after_one_step(CanvasLoop)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix cache", "no prefix cache"])
+def test_new_tokens_go_with_steps(prefix_cache, tmp_path, monkeypatch):
+    """Requests of several canvases, which come one after the other, get the tokens that they get where every encode pass goes
+    alone; of those most of the passes are gone."""
+    checkpoint = random_checkpoint(tmp_path, seed=8)
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+
+    def tokens_of(session) -> tuple[list[list[int]], Counter]:
+        calls, limits = Counter(), EngineLimits(max_sequences=3, prefix_cache=prefix_cache)
+        for name in ("encode", "denoise", "mixed"):
+            counted(session, name, calls, monkeypatch)
+        scheduler, sent = Engine(session, tokenizer, DEFAULTS, limits).scheduler, []
+        for index, length in enumerate((3, 40, 16, 1, 33)):
+            sampling = {"seed": index, "max_denoising_steps": 2 + index % 3, "max_tokens": 20 + 8 * index}
+            sent.append(add(scheduler, [*prompt_of(20, 0)][: index * 8] + prompt_of(length, index), **sampling)[1])
+            scheduler.tick()
+        run_all(scheduler)
+        return [each.token_ids for each in sent], calls
+
+    expected, apart = tokens_of(network_session(checkpoint, page_size=8, max_encode_tokens=64))
+    monkeypatch.setattr(engine, "_canvas_loop", lambda session, cache, *_: CapturedLoop(session, cache))
+    tokens, calls = tokens_of(network_session(checkpoint, page_size=8, max_encode_tokens=64, mixed=True))
+    assert tokens == expected
+    assert calls["mixed"] > apart["encode"] // 2 and calls["mixed"] + calls["encode"] == apart["encode"]
+    assert calls["mixed"] + calls["denoise"] == apart["denoise"]
+
+
+def counted(session, name: str, calls: Counter, monkeypatch) -> None:
+    program = getattr(session, name)
+    monkeypatch.setattr(session, name, lambda *given, **named: calls.update([name]) or program(*given, **named))

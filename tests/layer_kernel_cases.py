@@ -139,9 +139,11 @@ def test_feed_forward_with_packed_experts(rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_kernels_before_and_after(dtype):
-    """A row of zeros has norms, too."""
-    hidden, attended, norms, scalar, _, router, _ = operands(33, 130, dtype)
+@pytest.mark.parametrize("scalars", [1, 33])
+def test_the_kernels_before_and_after(scalars, dtype):
+    """A row of zeros has norms, too. One scalar, or one for each row."""
+    hidden, attended, norms, _, _, router, _ = operands(33, 130, dtype)
+    scalar = torch.randn(scalars).to(dtype)
     hidden[3] = attended[3] = 0
     residual, dense_rows, expert_rows, _, router_rows = launch.enter_launch(
         hidden, attended, norms[:3], router[0], RowsForm(dtype), EPS
@@ -153,7 +155,7 @@ def test_the_kernels_before_and_after(dtype):
     dense, weighted = torch.randn(33, 130).to(dtype), torch.randn(33 * TOP_K, 130).to(dtype)
     output, normed = launch.leave_launch(residual, dense, weighted, scalar, norms[3:], TOP_K, EPS).run()
     mixed = rms_norm(dense, norms[3], EPS) + rms_norm(combine_reference(weighted, TOP_K), norms[4], EPS)
-    assert_close(output, (residual + rms_norm(mixed, norms[5], EPS)) * scalar, dtype)
+    assert_close(output, (residual + rms_norm(mixed, norms[5], EPS)) * scalar.unsqueeze(1), dtype)
     assert_close(normed, rms_norm(output, norms[6], EPS), dtype)
 
 

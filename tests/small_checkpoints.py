@@ -12,7 +12,7 @@ from backend.session import Session
 from backend.weights import bind_weights
 from builder.config import read_model_config
 from builder.description import describe
-from builder.export import export_program, signatures
+from builder.export import export_program, mixed_signature, signatures
 from builder.weights import all_weights, with_encoder_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Program
@@ -131,8 +131,10 @@ def random_image(num_soft_tokens: int, vision: VisionConfig) -> ImagePatches:
     return ImagePatches(patches=pixels.to(torch.uint8).numpy(), positions=places.int().numpy(), digest=b"")
 
 
-def network_session(checkpoint: Path, *, dtype: str = "auto", traced: Collection[str] = (), **choices) -> Session:
-    """A session whose programs are the network's own modules: no tracing, no compilation.
+def network_session(
+    checkpoint: Path, *, dtype: str = "auto", traced: Collection[str] = (), mixed: bool = False, **choices
+) -> Session:
+    """A session whose programs are the network's own modules: no tracing, no compilation. mixed: with that program.
 
     traced: programs that are traced and run as their graphs, which lack what no output needs: in encode, the last layer but for
     its keys and values.
@@ -141,7 +143,7 @@ def network_session(checkpoint: Path, *, dtype: str = "auto", traced: Collection
     build = BuildConfig(target="inductor", dtype=model.dtype if dtype == "auto" else dtype, **choices)
     manifest = describe(model, build, Checkpoint(checkpoint), all_weights(model), checkpoint, checkpoint)
     programs, runners = {}, {}
-    for signature in signatures(model, build):
+    for signature in (*signatures(model, build), *((mixed_signature(model, build),) if mixed else ())):
         signature.module.to(build.device)
         programs[signature.name] = Program(file="", inputs=signature.inputs, weights=signature.weights, outputs=())
 

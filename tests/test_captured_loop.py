@@ -13,6 +13,6 @@ def test_captured_steps_equal_plain_steps():
 )
 def test_buckets(max_sequences, expected):
     pytest.importorskip("triton", reason="the loop's kernels are written in Triton's language")
-    from backend.captured_loop import buckets
+    from backend.captured_step import buckets
 
     assert buckets(max_sequences) == expected

@@ -13,6 +13,7 @@ from tolerances import assert_close
 
 from backend import LLM, SamplingConfig
 from backend.canvas_loop import CanvasLoop
+from backend.encode_pass import NewTokens
 from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
 from backend.kv_cache import PagedKVCache
@@ -113,7 +114,8 @@ def test_bfloat16_answers_are_right(engine, render, held_out, expert_weights):
     "stored", [("float32",), *(("bfloat16", stored) for stored in ("packed", "int4", "nvfp4"))], ids=" ".join
 )
 def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, stored):
-    """Three rows in a bucket of four, then one alone; every state tensor after each step."""
+    """Three rows in a bucket of four, twice with new tokens, of another row and of one of them, then one alone; every state
+    tensor and all pages after each step."""
     from backend.captured_loop import CapturedLoop
 
     session = Session.load(engine(*stored))
@@ -133,7 +135,7 @@ def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, stored):
         session.bind_pages(cache.pages)
         loop = CapturedLoop(session, cache, capture=capture)
         generator, states_of_loop = torch.Generator(session.device).manual_seed(0), []
-        slots = [cache.open(length) for length in (40, 3, 17)]
+        *slots, other = [cache.open(length) for length in (40, 40, 17, 40)]
         for slot, length in zip(slots, (40, 3, 17), strict=True):
             shapes = [(length, 2, *pages.shape[3:]) for pages in cache.pages]
             new_kv = [torch.randn(shape, generator=generator, device=session.device).to(session.dtype) for shape in shapes]
@@ -142,11 +144,15 @@ def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, stored):
             opening = Opening(np.arange(model.vocab_size) % 7 == 0, 9) if slot == slots[2] else None
             config = SamplingConfig(seed=slot, confidence_threshold=0, infill=infill)
             loop.start_canvas(slot, 0, config.resolve(defaults), opening)
-        for rows in (slots, slots, slots[1:2], slots):
-            finished = loop.step(rows)
+        new_tokens = [
+            NewTokens(slot=slot, token_ids=list(range(20, 20 + n)), page_keys=[]) for slot, n in ((other, 32), (1, 7))
+        ]
+        for rows, new in ((slots, None), (slots, new_tokens[0]), (slots, new_tokens[1]), (slots[1:2], None), (slots, None)):
+            finished = loop.step(rows, new)
             canvases = [loop.argmax_canvas(slot) for slot in rows]
             state = [loop._canvas, loop._soft_embeds, loop._argmax, loop._stable_steps, loop._step]
-            states_of_loop.append((finished, canvases, [tensor[:-1].clone() for tensor in state]))
+            kept = [*(tensor[:-1].clone() for tensor in state), *(pages.clone() for pages in cache.pages)]
+            states_of_loop.append((finished, canvases, kept))
         states.append(states_of_loop)
     for (finished, canvases, captured), (expected_finished, expected_canvases, expected) in zip(*states, strict=True):
         assert (finished, canvases) == (expected_finished, expected_canvases)

@@ -150,7 +150,7 @@ def test_programs_are_compiled_for_few_some_and_many_rows():
         build = build_config(**choices)
         return {each.name: minimums(each, build) for each in signatures(model, build)}
 
-    assert least() == {"encode": (1, 512, 2048), "denoise": (1,), "head": (1,), "vision": (1,)}
+    assert least() == {"encode": (1, 512, 2048), "denoise": (1,), "head": (1,), "mixed": (1,), "vision": (1,)}
     assert least(max_encode_tokens=8192)["encode"] == least(max_encode_tokens=4096)["encode"] == (1, 512, 2048, 4096)
     assert least(max_encode_tokens=4095)["encode"] == (1, 512, 2048)
     assert least(max_encode_tokens=511)["encode"] == (1,)
@@ -211,6 +211,7 @@ def test_a_program_is_traced_and_opened_for_a_gpu_that_is_not_here(no_gpu, monke
             "feed_forward_triton": layers - 1,
         },
         "denoise": {"normed_heads_triton": layers, "paged_attention": layers, "feed_forward": layers},
+        "mixed": {"normed_heads_triton": layers, "mixed_attention": layers, "feed_forward": layers},
         "head": {},
         "vision": {"paged_attention_triton": model.vision.num_layers},
     }

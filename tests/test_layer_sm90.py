@@ -43,9 +43,10 @@ def test_enter_compiles(form, tmp_path):
     assert check_compiles(launch, tmp_path, str(form))["ld.global.v4"]
 
 
-def test_leave_compiles(tmp_path):
+@pytest.mark.parametrize("scalars", [1, 256])
+def test_leave_compiles(scalars, tmp_path):
     rows, norms = meta(256, HIDDEN), [meta(HIDDEN)] * 4
-    launch = leave_launch(rows, rows, meta(256 * TOP_K, HIDDEN), meta(1), norms, TOP_K, EPS)
+    launch = leave_launch(rows, rows, meta(256 * TOP_K, HIDDEN), meta(scalars), norms, TOP_K, EPS)
     assert check_compiles(launch, tmp_path, "leave")["ld.global.v4"]
 
 

@@ -6,6 +6,7 @@ from oracles import Oracle
 from small_checkpoints import network_session, random_checkpoint
 from tolerances import assert_as_exact, assert_close
 
+from backend.captured_step import NewInputs
 from backend.kv_cache import PagedKVCache
 from backend.sampler import soft_cap, soft_embeddings
 
@@ -126,3 +127,56 @@ def test_a_prompt_encoded_in_chunks_gives_the_same_logits(chunk, tmp_path):
     for start in range(0, len(prompt), chunk):
         chunked.encode(prompt[start : start + chunk])
     assert_close(chunked.logits(canvas, None), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [16, 5])
+def test_a_mixed_pass_gives_what_encode_and_then_denoise_give(count, dtype, tmp_path):
+    """Bit for bit: hidden states, and what is in the pages. Of the canvases one sees the new tokens, whose layers' scalars are
+    others; their sequence's window gives pages back for them."""
+    session = network_session(random_checkpoint(tmp_path, feedback=1.0), dtype=dtype, page_size=8, mixed=True)
+    model, int32 = session.manifest.model, {"dtype": torch.int32}
+    generator = torch.Generator().manual_seed(0)
+
+    def sequences() -> tuple[PagedKVCache, list[int]]:
+        cache = PagedKVCache(
+            model,
+            page_size=8,
+            num_pages=dict.fromkeys(model.attention, 16),
+            max_sequences=3,
+            max_tokens=128,
+            dtype=session.dtype,
+            device=session.device,
+        )
+        slots = [cache.open(64) for _ in range(2)]
+        generator.manual_seed(0)
+        for slot, length in zip(slots, (37, 9), strict=True):
+            rows = [torch.randn(length, *pages.shape[2:], generator=generator).to(session.dtype) for pages in cache.pages]
+            cache.append([slot], [length], rows)
+        session.bind_pages(cache.pages)
+        return cache, slots
+
+    filled = tokens(16, seed=1)
+    canvases = (
+        torch.tensor(tokens(32, seed=2), **int32).view(2, 16),
+        torch.randn(2, 16, model.hidden_size, generator=generator).to(session.dtype),
+        torch.tensor([37 + count, 9], **int32),
+    )
+    apart, slots = sequences()
+    packed = (torch.tensor(filled, **int32), torch.arange(37, 53, **int32), torch.tensor([0, 16], **int32))
+    new_kv = session.encode(*packed, torch.tensor([37], **int32), apart.tables(slots[:1]))
+    apart.append(slots[:1], [count], new_kv)
+    expected = session.denoise(*canvases, apart.tables(slots))
+
+    mixed, slots = sequences()
+    new = NewInputs.of(tuple(model.attention), 16, 2, session.device)
+    with mixed.appending(slots[:1], [count]) as places:
+        new.fill(slots[0], 37, filled, places)
+        new.on_device[0].copy_(torch.tensor(filled))
+        hidden = session.mixed(*canvases, mixed.tables(slots), table=mixed.tables(slots[:1]), **new.tensors())
+    assert torch.equal(hidden, expected)
+    assert all(torch.equal(*pair) for pair in zip(mixed.pages, apart.pages, strict=True))
+    assert mixed.length == apart.length
+    bound = zip(session.manifest.programs["mixed"].weights, session._weights["mixed"], strict=True)
+    scalars = [weight.item() for name, weight in bound if name.endswith("layer_scalar")]
+    assert len(scalars) == 2 * model.num_layers and len(set(scalars)) > model.num_layers

@@ -115,6 +115,15 @@ def test_the_plan_is_what_is_allocated(session):
     assert len(state) == 15 and sum(each.nbytes for each in state) <= made.states_bytes
 
 
+def test_new_tokens_of_a_mixed_pass_are_planned_for(session):
+    """As many as a canvas has, on a GPU, whose steps are captured; nothing where there is no such pass."""
+    without, programs = session.manifest, session.manifest.programs
+    mixed = without.model_copy(update={"programs": {**programs, "mixed": programs["denoise"]}})
+    plans = [plan_memory(each, EngineLimits(max_sequences=5), device_type="cuda") for each in (without, mixed)]
+    canvas = denoise_bytes(without.model, without.build, without.model.canvas_length, "cuda")
+    assert plans[1].graphs_bytes - plans[0].graphs_bytes == canvas
+
+
 @pytest.mark.parametrize("num_tokens", [16, 100, 2048])
 def test_a_budget_holds_and_is_used(num_tokens, session):
     roomy = plan(session, max_sequences=4, max_cached_tokens=4 * num_tokens, prefix_cache=False)

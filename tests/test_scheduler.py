@@ -8,7 +8,9 @@ import torch
 from small_checkpoints import network_session, random_checkpoint
 from tokenizers import Tokenizer
 
+from backend.canvas_loop import CanvasLoop
 from backend.encode_budget import encode_budget, share_encode_budget
+from backend.encode_pass import encode_new_tokens
 from backend.engine import Engine, EngineLimits
 from backend.errors import RequestError
 from backend.generation_defaults import GenerationDefaults
@@ -29,6 +31,19 @@ def scheduler_of(checkpoint, *, max_encode_tokens: int = 64, **limits) -> Schedu
     session = network_session(checkpoint, page_size=8, max_encode_tokens=max_encode_tokens)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     return Engine(session, tokenizer, DEFAULTS, EngineLimits(**limits)).scheduler
+
+
+class MixingLoop(CanvasLoop):
+    """Takes new tokens along as a `CapturedLoop` does, whose pass the two here are."""
+
+    can_mix = True
+    num_mixed = 0
+
+    def step(self, slots, new_tokens=None):
+        if new_tokens:
+            self.num_mixed += 1
+            encode_new_tokens(self._session, self._cache, [new_tokens], keep_pages=True)
+        return super().step(slots)
 
 
 @dataclass
@@ -108,25 +123,34 @@ def alone(checkpoint) -> list[tuple[Request, list[int]]]:
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_tokens_do_not_depend_on_the_batch(seed, prefix_cache, checkpoint, alone):
-    """Up to 64 at once that join and leave at random; every fifth is cancelled on its way; pages are too few for all."""
-    rng = random.Random(seed)
+@pytest.mark.parametrize(
+    ("seed", "loop", "most_at_once"), [(1, CanvasLoop, 64), (2, CanvasLoop, 64), (3, MixingLoop, 6)], ids=["1", "2", "mixing"]
+)
+def test_tokens_do_not_depend_on_the_batch(seed, loop, most_at_once, prefix_cache, checkpoint, alone, monkeypatch):
+    """Up to 64 at once that join and leave at random; every fifth is cancelled on its way; pages are too few for all. Where
+    there are up to 6, new tokens go with a step, if one row alone waits for them."""
+    monkeypatch.setattr("backend.engine.CanvasLoop", loop)
+    rng, few = random.Random(seed), most_at_once < 64
     scheduler = scheduler_of(
-        checkpoint, max_sequences=64, max_cached_tokens=5000, prefix_cache=prefix_cache, max_pass_rows=20 * CANVAS
+        checkpoint,
+        max_sequences=most_at_once,
+        max_cached_tokens=300 if few else 5000,
+        prefix_cache=prefix_cache,
+        max_pass_rows=20 * CANVAS,
     )
     waiting, running, most = rng.sample(alone, len(alone)), [], 0
     while waiting or not scheduler.is_idle:
-        for _ in range(rng.choice((0, 1, 30))):
+        for _ in range(rng.choice((0, 1, 1 if few else 30))):
             if waiting:
                 request, expected = waiting.pop()
                 running.append((*request.add(scheduler), expected))
         scheduler.tick()
         most = max(most, scheduler.num_active)
         for job, sent, _ in running[::5]:
-            if not sent.ended and rng.random() < 0.3:
+            if not sent.ended and rng.random() < (0.05 if few else 0.3):
                 scheduler.cancel(job)
-    assert most > 30
+    assert most > most_at_once / 2
+    assert not few or scheduler._loop.num_mixed > 10
     cancelled = [sent for _, sent, _ in running if sent.outputs[-1].finish_reason == "cancelled"]
     assert 3 < len(cancelled) <= 16
     for _, sent, expected in running:
@@ -221,6 +245,25 @@ def test_an_error_in_one_requests_text_ends_it_alone(checkpoint, alone):
     counters = scheduler.metrics.drain().counters
     assert counters[Series("requests_total", "failed")] == 1
     assert counters[Series("requests_total", "success")] == 3
+
+
+def test_a_canvas_that_cannot_start_takes_no_new_tokens_along(checkpoint, alone, monkeypatch):
+    """Its request ends, before anything of it is encoded; the one beside it goes on."""
+    monkeypatch.setattr("backend.engine.CanvasLoop", MixingLoop)
+    scheduler = scheduler_of(checkpoint, max_sequences=2, prefix_cache=False)
+    (request, tokens), (other, _) = [each for each in alone if len(each[0].prompt) <= CANVAS < len(each[1])][:2]
+    _, sent = request.add(scheduler)
+    scheduler.tick()
+    job, refused = other.add(scheduler)
+
+    def opening(vocab_size):
+        raise RequestError("INVALID_ARGUMENT", "no such beginning")
+
+    job.opening = opening
+    scheduler.tick()
+    assert str(refused.error) == "no such beginning" and scheduler._loop.num_mixed == 1
+    run(scheduler)
+    assert sent.token_ids == tokens
 
 
 def test_an_on_output_that_raises_ends_its_request_alone(checkpoint, alone):

@@ -14,7 +14,7 @@ mlp(x) = down(gelu_tanh(gate(x)) * up(x)).
 |---|---|---|
 | hidden, attended | [N, D] | the layer's input; its attention's output |
 | norms | 7 of [D] | post_attention, pre_dense, pre_experts, post_dense, post_experts, post_feed_forward, next |
-| scalar | [1] | |
+| scalar | [1] or [N] | of all rows, or of each |
 | dense | [2 F, D], [D, F] | gate and up, down |
 | router | [D], [E, D], [E] | scale of the normed residual, projection, scale of the experts' weights |
 | experts | as the experts operators of `plugins.moe` take them: 2 tensors, or 4 with FP8 weights | |

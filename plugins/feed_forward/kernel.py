@@ -3,7 +3,7 @@
 | kernel | inputs | outputs |
 |---|---|---|
 | enter | hidden, attended [N, D], three norms and the router's scale [D] | residual, dense_rows, expert_rows, router_rows [N, D], row_scale [N] |
-| leave | residual, dense [N, D], weighted [N * k, D], scalar [1], four norms [D] | output, normed [N, D] |
+| leave | residual, dense [N, D], weighted [N * k, D], scalar [1] or [N], four norms [D] | output, normed [N, D] |
 
 weighted is what the experts make of each routed row (see `plugins.moe.kernel`); leave sums it over a row's experts, in their
 order. expert_rows are as the products of the experts read them (`plugins.moe.kinds`): times a power of two, and for FP8 weights with
@@ -79,9 +79,10 @@ def leave_kernel(
     COLUMNS: tl.constexpr,
     TOP_K: tl.constexpr,
     EPS: tl.constexpr,
+    SCALAR_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (N,). BLOCK: COLUMNS rounded up to a power of two."""
+    """Grid: (N,). SCALAR_STRIDE: 0 where all rows have one scalar, else 1. BLOCK: COLUMNS rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < COLUMNS
@@ -99,7 +100,7 @@ def leave_kernel(
     sparse = rounded(sparse * inverse_rms(sparse, COLUMNS, EPS) * weight(experts_norm, columns, inside), dtype)
     rows = rounded(rows + sparse, dtype)
     rows = rounded(rows * inverse_rms(rows, COLUMNS, EPS) * weight(mixed_norm, columns, inside), dtype)
-    rows = rounded(rounded(before + rows, dtype) * tl.load(scalar).to(tl.float32), dtype)
+    rows = rounded(rounded(before + rows, dtype) * tl.load(scalar + row * SCALAR_STRIDE).to(tl.float32), dtype)
     tl.store(output + at, rows.to(dtype), mask=inside)
     rows = rows * inverse_rms(rows, COLUMNS, EPS) * weight(next_norm, columns, inside)
     tl.store(normed + at, rows.to(dtype), mask=inside)

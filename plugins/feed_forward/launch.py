@@ -66,7 +66,13 @@ def leave_launch(
         inputs=(residual, dense, weighted, scalar, *norms),
         scalars=(),
         outputs=(torch.empty_like(residual), torch.empty_like(residual)),
-        constants={"COLUMNS": columns, "TOP_K": top_k, "EPS": eps, "BLOCK": triton.next_power_of_2(columns)},
+        constants={
+            "COLUMNS": columns,
+            "TOP_K": top_k,
+            "EPS": eps,
+            "SCALAR_STRIDE": int(scalar.shape[0] > 1),
+            "BLOCK": triton.next_power_of_2(columns),
+        },
         num_warps=_WARPS,
         num_stages=1,
     )

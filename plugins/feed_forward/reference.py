@@ -30,7 +30,8 @@ def feed_forward_reference(
     routed = (rms_norm(residual, pre_experts, eps), top_k_index, top_k_weights)
     from_experts = moe_op.experts(*routed, *experts) if len(experts) == 2 else moe_op.experts_fp8(*routed, *experts, fp8_rows)
     mixed = rms_norm(from_dense, post_dense, eps) + rms_norm(from_experts, post_experts, eps)
-    output = (residual + rms_norm(mixed, post_feed_forward, eps)) * scalar
+    of_row = scalar if scalar.shape[0] == 1 else scalar.unsqueeze(1)
+    output = (residual + rms_norm(mixed, post_feed_forward, eps)) * of_row
     return output, rms_norm(output, following, eps)
 
 
