@@ -79,7 +79,7 @@ def last_keys(other: Transformers, prompt: list[int]) -> torch.Tensor:
     cache = DynamicCache(config=other.model.config.get_text_config())
     other.model.model.encoder(
         input_ids=torch.tensor([prompt]),
-        past_key_values=cache,
+        cache=cache,
         position_ids=torch.arange(len(prompt)).unsqueeze(0),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.bool),
     )

@@ -48,7 +48,7 @@ def time_transformers(checkpoint: Path, config: ModelConfig, weights: dict[str, 
     text, length = model.config.text_config, model.config.canvas_length
     prompt = torch.randint(5, 1000, (1, 128), device="cuda")
     cache = DynamicCache(config=model.config.get_text_config())
-    model.model.encoder(
+    model.model.encoder(  # cache= from transformers 5.24 on, which takes the old name, too; GPU machines may have one before
         input_ids=prompt,
         past_key_values=cache,
         position_ids=torch.arange(128, device="cuda").unsqueeze(0),

@@ -179,14 +179,14 @@ def loss_of(model: DiffusionGemmaForBlockDiffusion, prefix, mask, canvas, **pixe
         config=model.config,
         inputs_embeds=torch.empty(*prefix.shape, 0, device=prefix.device),
         attention_mask=mask,
-        past_key_values=None,
+        cache=None,
         position_ids=torch.arange(prefix.shape[1], device=prefix.device).unsqueeze(0),
         mm_token_type_ids=is_image.int(),
     )
-    cache = model.model.encoder(input_ids=prefix, attention_mask=masks, **pixels).past_key_values
+    cache = model.model.encoder(input_ids=prefix, attention_mask=masks, **pixels).cache
     noisy = noised(canvas)
     arguments = {
-        "past_key_values": cache,
+        "cache": cache,
         "decoder_input_ids": noisy,
         "decoder_attention_mask": torch.cat([mask, torch.ones_like(canvas)], dim=1),
     }

@@ -93,11 +93,11 @@ class Oracle:
             config=self.model.config,
             inputs_embeds=torch.empty(1, len(prompt_ids), 0, dtype=self.model.dtype),
             attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.bool),
-            past_key_values=cache,
+            cache=cache,
             position_ids=torch.arange(len(prompt_ids)).unsqueeze(0),
             mm_token_type_ids=inputs["mm_token_type_ids"],
         )
-        encoder(input_ids=torch.tensor([prompt_ids]), attention_mask=masks, past_key_values=cache, **inputs)
+        encoder(input_ids=torch.tensor([prompt_ids]), attention_mask=masks, cache=cache, **inputs)
         return cache
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Oracle:
             start = cache.get_seq_length()
             self.model.model.encoder(
                 input_ids=torch.tensor([chunk]),
-                past_key_values=cache,
+                cache=cache,
                 position_ids=torch.arange(start, start + len(chunk)).unsqueeze(0),
                 attention_mask=torch.ones(1, start + len(chunk), dtype=torch.bool),
             )
@@ -119,7 +119,7 @@ class Oracle:
         """Soft-capped logits [C, V] float32 of canvas [C]; `previous`: the processed logits [C, V] of the step before."""
         return self.model(
             decoder_input_ids=canvas.unsqueeze(0),
-            past_key_values=cache,
+            cache=cache,
             self_conditioning_logits=None if previous is None else previous.unsqueeze(0),
         ).logits[0]
 

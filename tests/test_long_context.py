@@ -85,7 +85,7 @@ def encoded_in_blocks(oracle: Oracle, prompt: list[int]) -> DynamicCache:
         block = DynamicCache(config=config)
         oracle.model.model.encoder(
             input_ids=torch.tensor([tokens]),
-            past_key_values=block,
+            cache=block,
             position_ids=torch.arange(begin, begin + len(tokens)).unsqueeze(0),
             attention_mask=torch.ones(1, len(tokens), dtype=torch.bool),
         )
@@ -187,7 +187,7 @@ def test_a_commit_and_a_canvas_behind_random_keys_and_values(tmp_path):
     with torch.no_grad():
         oracle.model.model.encoder(
             input_ids=committed.unsqueeze(0),
-            past_key_values=theirs,
+            cache=theirs,
             position_ids=torch.arange(prefix, prefix + CANVAS).unsqueeze(0),
             attention_mask=torch.ones(1, prefix + CANVAS, dtype=torch.bool),
         )
