@@ -32,7 +32,7 @@ from backend.pass_memory import (
     token_bytes,
     vision_bytes,
 )
-from contract.manifest import BuildConfig, Manifest, ManifestError
+from contract.manifest import BuildConfig, Manifest, ManifestError, mixes
 from contract.model_config import LayerType
 
 _DEFAULT_SEQUENCES, _DEFAULT_SEQUENCE_TOKENS = 16, 8192
@@ -271,7 +271,8 @@ def pass_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> int
 
 def _step_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> int:
     """Rows of the largest denoising pass, with the new tokens that may go with it."""
-    new_tokens = manifest.model.canvas_length if "mixed" in manifest.programs else 0
+    there = manifest.build.model_copy(update={"device": device_type})
+    new_tokens = manifest.model.canvas_length if mixes(manifest.model, there) else 0
     return pass_rows(manifest, limits, device_type) + new_tokens
 
 

@@ -17,7 +17,7 @@ from builder.errors import BuildError
 from builder.network import Denoise, Encode, Head, Mixed
 from builder.vision_network import Vision
 from builder.weights import EMBEDDING, all_weights, binding_shapes, bound_weights, of_pass, text_weights, vision_weights
-from contract.manifest import Binding, BuildConfig, Device
+from contract.manifest import Binding, BuildConfig, Device, mixes
 from contract.model_config import SOFT_TOKEN_BUDGETS, ModelConfig
 from plugins import PLAIN_DECOMPOSITIONS
 
@@ -89,18 +89,12 @@ def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]
         ),
         Signature(name="head", module=Head(), inputs=head_inputs, weights=(EMBEDDING,)),
     )
-    if _mixes(config, build):
+    if mixes(config, build):
         text += (mixed_signature(config, build),)
     if config.vision is None:
         return text
     inputs, weights = _vision_bindings(config, build), tuple(vision_weights(config))
     return (*text, Signature(name="vision", module=Vision(config), inputs=inputs, weights=weights))
-
-
-def _mixes(config: ModelConfig, build: BuildConfig) -> bool:
-    """Whether there is a program in which encode and denoise share one reading of the weights: where reading them is what takes
-    the time, on a GPU; both passes have to have the same. Plans cannot write into their inputs."""
-    return build.device == "cuda" and build.target == "inductor" and not (build.batch_invariant or config.encoder_weights)
 
 
 def mixed_signature(config: ModelConfig, build: BuildConfig) -> Signature:

@@ -170,6 +170,12 @@ class BuildConfig(Record):
     batch_invariant: bool = False
 
 
+def mixes(model: ModelConfig, build: BuildConfig) -> bool:
+    """Whether an engine has the program `mixed`, in which encode and denoise share one reading of the weights: where reading
+    them is what takes the time, on a GPU; both passes must have the same. Plans cannot write into their inputs."""
+    return build.device == "cuda" and build.target == "inductor" and not (build.batch_invariant or model.encoder_weights)
+
+
 class Manifest(Record):
     """The engine directory's one record; see the module docstring.
 

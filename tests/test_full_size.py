@@ -120,9 +120,9 @@ def test_keys_and_values_by_hand(num_tokens, manifest):
 
 
 def test_passes_by_hand(manifest):
-    """Of 16 canvases on a GPU, 4,096 rows: ten tensors like the residual, 8 experts' products, the MLP's."""
+    """Of 16 canvases on a GPU and new tokens, 4,352 rows: ten tensors like the residual, 8 experts' products, the MLP's."""
     plan = plan_memory(manifest, EngineLimits(max_sequences=16, max_cached_tokens=1024), device_type="cuda")
-    step = 4096 * (10 * 2816 + 8 * (2816 + 704) + 3 * 2112) * 2
+    step = 4352 * (10 * 2816 + 8 * (2816 + 704) + 3 * 2112) * 2
     assert plan.graphs_bytes == step + 512 * 2**20  # 1,024 rows of logits
     assert plan.workspace_bytes == plan.graphs_bytes  # a step runs uncaptured before it is captured
     tables = 256 * (4 + 20 * 12) + 4 * 262_144 + 262_144 // 8  # two rows of them: one is for the first token of a canvas
@@ -132,7 +132,7 @@ def test_passes_by_hand(manifest):
 
 @pytest.mark.parametrize(
     ("memory", "fitting"),
-    [("80GB", {1024: 64, 8192: 58, 262_144: 4}), ("141GB", {8192: 64, 65_536: 53, 262_144: 15})],
+    [("80GB", {1024: 64, 8192: 57, 262_144: 4}), ("141GB", {8192: 64, 65_536: 53, 262_144: 15})],
 )
 def test_sequences_on_a_card(memory, fitting, manifest):
     """A sequence of 262,144 tokens has 5.58 GB of keys and values: (80 - 52.7) / 5.58 are 4.9, less what the passes take, 4."""
