@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,13 +35,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """File by file, but one process for those that share `tensorrt_plans.small_plans`, which takes half a minute."""
+    """File by file, but one process for those that share the programs of `onnx_once`, which take half a minute."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return file.replace("test_tensorrt_session", "test_tensorrt_target")
+            return re.sub("test_onnx|test_tensorrt_session", "test_tensorrt_target", file)
 
     return Scheduling(config, log)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 from fake_tensorrt import FakeTensorRT
-from onnx_once import export_once, to_onnx_once
-from small_checkpoints import random_checkpoint
+from onnx_once import LIMITS, export_once, small_checkpoint, to_onnx_once
 
 from builder.config import read_model_config
 from builder.description import describe
@@ -19,8 +18,6 @@ from builder.weights import all_weights
 from contract.checkpoint import Checkpoint
 from contract.manifest import BuildConfig, Manifest, Program
 from contract.model_config import ModelConfig
-
-LIMITS = {"page_size": 8, "max_encode_tokens": 48, "max_sequences": 6, "max_head_rows": 40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +38,7 @@ class Plans:
 def small_plans() -> Plans:
     """Made once a process: tracing and exporting take seconds."""
     directory = Path(tempfile.mkdtemp(prefix="plans."))
-    checkpoint = random_checkpoint(
-        directory / "checkpoint", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]
-    )
+    checkpoint = small_checkpoint(directory / "checkpoint")
     model = read_model_config(checkpoint)
     build = BuildConfig(target="tensorrt", dtype="float32", **LIMITS)
     fake = FakeTensorRT()

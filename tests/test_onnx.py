@@ -3,12 +3,10 @@
 In bfloat16, which ONNX Runtime lacks on the CPU, the reference evaluator of ONNX takes its place.
 """
 
-from pathlib import Path
-
 import onnx
 import pytest
 import torch
-from onnx_once import export_once, to_onnx_once
+from onnx_once import LIMITS, TWO_LAYERS, export_once, small_checkpoint, to_onnx_once
 from onnx_reference import reference_program
 from onnx_runtime import onnx_session
 from oracles import Oracle
@@ -27,26 +25,20 @@ from contract.manifest import Binding
 from plugins.library import NAMESPACE
 
 PROGRAMS = ("encode", "denoise", "head", "vision")
-CHOICES = {"page_size": 8}
 SIZES = {"tokens": 37, "sequences": 3, "starts": 4, "pages": 40, "columns": 13, "images": 5, "rows": 11, "soft_tokens": 4}
 PREFIXES = (0, 5, 101)  # the last one beyond every window
 STARTS = (0, 20, 21, 37)
 IMAGE_TOKENS = slice(3, 8)
-TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-
-
-def many_experts(directory: Path) -> Path:
-    return random_checkpoint(directory, seed=9, num_experts=128, moe_intermediate_size=8, **TWO_LAYERS)
 
 
 @pytest.fixture(scope="module", params=["tiny", "128 experts"])
 def checkpoint(request, tmp_path_factory):
-    return TINY if request.param == "tiny" else many_experts(tmp_path_factory.mktemp("random"))
+    return TINY if request.param == "tiny" else small_checkpoint(tmp_path_factory.mktemp("random"))
 
 
 @pytest.fixture(scope="module")
 def session(checkpoint) -> Session:
-    return onnx_session(checkpoint, **CHOICES)
+    return onnx_session(checkpoint, **LIMITS)
 
 
 def inputs_of(session: Session, name: str) -> dict[str, torch.Tensor]:
@@ -85,7 +77,7 @@ def values_of(binding: Binding, vocab_size: int, generator: torch.Generator) -> 
 def test_a_program_equals_the_network(name, checkpoint, session):
     inputs = inputs_of(session, name)
     actual = session._run(name, **inputs)
-    expected = network_session(checkpoint, dtype="float32", **CHOICES)._run(name, **inputs)
+    expected = network_session(checkpoint, dtype="float32", **LIMITS)._run(name, **inputs)
     for binding, ours, theirs in zip(session.manifest.programs[name].outputs, actual, expected, strict=True):
         assert str(ours.dtype) == f"torch.{binding.dtype}"
         assert_close(ours, theirs, torch.float32)
@@ -94,8 +86,8 @@ def test_a_program_equals_the_network(name, checkpoint, session):
 def test_bfloat16_is_as_exact_as_the_network(tmp_path):
     """Every row takes every expert, so that a rounding in the router never chooses another one."""
     checkpoint = random_checkpoint(tmp_path, seed=9, num_experts=8, moe_intermediate_size=64, hidden_size=96, **TWO_LAYERS)
-    session = onnx_session(checkpoint, dtype="bfloat16", runner=reference_program, **CHOICES)
-    network, exact = (network_session(checkpoint, dtype=dtype, **CHOICES) for dtype in ("bfloat16", "float32"))
+    session = onnx_session(checkpoint, dtype="bfloat16", runner=reference_program, **LIMITS)
+    network, exact = (network_session(checkpoint, dtype=dtype, **LIMITS) for dtype in ("bfloat16", "float32"))
     for name in PROGRAMS:
         inputs = inputs_of(session, name)
         wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
@@ -140,8 +132,8 @@ def made_once(monkeypatch):
 def test_a_build_keeps_the_onnx_files_on_request(uncompiled, made_once, tmp_path):
     """They have the manifest's bindings, the nodes that TensorRT's plugins answer to, and no weight."""
 
-    checkpoint, engine, lines = many_experts(tmp_path / "checkpoint"), tmp_path / "engine", []
-    choices = {"dtype": "float32", **CHOICES}
+    checkpoint, engine, lines = small_checkpoint(tmp_path / "checkpoint"), tmp_path / "engine", []
+    choices = {"dtype": "float32", **LIMITS}
     build_engine(checkpoint, engine, **choices)
     assert not list(engine.glob("*.onnx"))
     words = [word for name, value in choices.items() for word in (f"--{name.replace('_', '-')}", str(value))]

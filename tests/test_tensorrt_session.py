@@ -6,8 +6,9 @@ import torch
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
 from fake_tensorrt import FakeTensorRT
+from onnx_once import LIMITS
 from small_checkpoints import network_session, random_image
-from tensorrt_plans import LIMITS, Plans, small_plans
+from tensorrt_plans import Plans, small_plans
 from test_network import Passes
 from tokenizers import Tokenizer
 from tolerances import assert_close

@@ -15,10 +15,10 @@ from onnx import TensorProto, helper
 pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
 from fake_tensorrt import FakeTensorRT
-from onnx_once import to_onnx_once
+from onnx_once import LIMITS, NUM_EXPERTS, to_onnx_once
 from plugin_cut import cut_plugins
 from rich.console import Console
-from tensorrt_plans import LIMITS, Plans, small_plans
+from tensorrt_plans import Plans, small_plans
 
 from builder.build import build_engine
 from builder.errors import BuildError
@@ -401,7 +401,7 @@ def test_a_real_builder_builds_everything_between_the_plugins(rtx, plans):
 
 def test_a_real_parser_says_which_node_it_cannot_read(rtx, plans):
     program = plans.programs["denoise"]
-    model = lower_to_plugins(to_onnx_once(program), num_experts=12, top_k=8, tile=FEW_ROWS)
+    model = lower_to_plugins(to_onnx_once(program), num_experts=NUM_EXPERTS, top_k=8, tile=FEW_ROWS)
     with pytest.raises(BuildError, match=r"program denoise, node node_paged_attention: .*[Pp]lugin"):
         rtx_builder(rtx, plans).build(program, model, plans.compiled["denoise"].profiles)
 
