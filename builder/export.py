@@ -257,7 +257,8 @@ def export_program(signature: Signature, config: ModelConfig, build: BuildConfig
     with tracing(signature.name), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its pickled tree specs
         exported = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
-        if build.device == "cpu":
+        # Head and vision have none of these operators, and to look for them PyTorch traces a program again.
+        if build.device == "cpu" and any(node.target in PLAIN_DECOMPOSITIONS for node in exported.graph.nodes):
             exported = exported.run_decompositions(PLAIN_DECOMPOSITIONS)
     values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
     names = {

@@ -276,4 +276,4 @@ def traced(signature: Signature, model: ModelConfig, build: BuildConfig) -> torc
     """As `export_program` traces it for a GPU, with the plugin operators as they are."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("builder.export.PLAIN_DECOMPOSITIONS", {})
-        return export_program(signature, model, build).exported
+        return export_program(signature, model, build).exported.run_decompositions({})
