@@ -8,6 +8,7 @@ from tolerances import assert_as_exact, assert_close
 
 from backend.captured_step import NewInputs
 from backend.kv_cache import PagedKVCache
+from backend.planner import pages_needed
 from backend.sampler import soft_cap, soft_embeddings
 
 SHAPES = {
@@ -133,16 +134,18 @@ def test_a_prompt_encoded_in_chunks_gives_the_same_logits(chunk, tmp_path):
 @pytest.mark.parametrize("count", [16, 5])
 def test_a_mixed_pass_gives_what_encode_and_then_denoise_give(count, dtype, tmp_path):
     """Bit for bit: hidden states, and what is in the pages. Of the canvases one sees the new tokens, whose layers' scalars are
-    others; their sequence's window gives pages back for them."""
+    others. Pages are as few as the sequences may have, so that some of the new tokens take the places of old ones, which only
+    they still see."""
     session = network_session(random_checkpoint(tmp_path, feedback=1.0), dtype=dtype, page_size=8, mixed=True)
     model, int32 = session.manifest.model, {"dtype": torch.int32}
     generator = torch.Generator().manual_seed(0)
+    kept = {kind: each.window - 1 if each.window else None for kind, each in model.attention.items()}
 
     def sequences() -> tuple[PagedKVCache, list[int]]:
         cache = PagedKVCache(
             model,
             page_size=8,
-            num_pages=dict.fromkeys(model.attention, 16),
+            num_pages={kind: 2 * count for kind, count in pages_needed(64, 8, kept).items()},
             max_sequences=3,
             max_tokens=128,
             dtype=session.dtype,
@@ -170,7 +173,10 @@ def test_a_mixed_pass_gives_what_encode_and_then_denoise_give(count, dtype, tmp_
 
     mixed, slots = sequences()
     new = NewInputs.of(tuple(model.attention), 16, 2, session.device)
+    seen = mixed._owned[slots[0]]["sliding_attention"].copy()
     with mixed.appending(slots[:1], [count]) as places:
+        written = {cell // 8 for cell in places["sliding_attention"][1].tolist()}
+        assert count < 16 or written & set(seen.values()) - {seen[37 // 8]}
         new.fill(slots[0], 37, filled, places)
         new.on_device[0].copy_(torch.tensor(filled))
         hidden = session.mixed(*canvases, mixed.tables(slots), table=mixed.tables(slots[:1]), **new.tensors())
