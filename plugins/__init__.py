@@ -3,8 +3,9 @@
 In each folder: `reference.py`, the definition in plain PyTorch; `cpu.py`, the CPU path in PyTorch's operations; `cpu.cpp`, that
 of compiled engines (package `cpu`); `kernel.py`, kernels in Triton's language, with `launch.py` (grids, tiles, scratch) and
 `cuda.py` (the CUDA path); `op.py`, the `torch.library` operator of the namespace `diffusiongemma` that programs call; and
-`opened.py`, that operator open to compilers. Importing this package registers every operator but the open ones.
-`batch_invariance.py` says which of them give a row the same whatever else is in a pass, and what else that takes.
+`opened.py`, that operator open to compilers. Attention has another operator, in `mixed_op.py`, which calls its first twice.
+Importing this package registers every operator but the open ones. `batch_invariance.py` says which of them give a row the same
+whatever else is in a pass, and what else that takes.
 """
 
 from plugins.attention import mixed_op
