@@ -15,7 +15,7 @@ Rows are independent: each has its own step, temperature, bound, seed and limits
 The state of a row is a few tensors of canvas size; logits live only inside a chunk of rows of the head.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -140,13 +140,17 @@ class CanvasLoop:
     def _denoise(self, slots: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
         """Hidden states of the rows' canvases [B, C, D]."""
         lengths = torch.tensor([self._cache.length[slot] for slot in slots], dtype=torch.int32, device=rows.device)
-        return self._hidden(rows, lengths, self._cache.tables(slots))
+        return self._hidden(self._session.denoise, rows, lengths, self._cache.tables(slots))
 
     def _hidden(
-        self, rows: torch.Tensor, prefix_lengths: torch.Tensor, tables: Mapping[LayerType, torch.Tensor]
+        self,
+        denoise: Callable[..., torch.Tensor],
+        rows: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        tables: Mapping[LayerType, torch.Tensor],
     ) -> torch.Tensor:
-        """One denoising pass over the rows' canvases, given their prefixes' lengths and page tables: [B, C, D]."""
-        return self._session.denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
+        """One pass of `denoise` over the rows' canvases, given their prefixes' lengths and page tables: [B, C, D]."""
+        return denoise(self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, tables)
 
     def _advance(
         self, rows: torch.Tensor, argmax: torch.Tensor, sampled: torch.Tensor, entropy: torch.Tensor

@@ -17,7 +17,7 @@ step, whatever it asks for.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -126,8 +126,9 @@ class CapturedLoop(TableLoop):
     def rehearse(self) -> None:
         """Runs a step of every bucket on the idle row, without capturing it."""
         for key in self._kinds():
-            for part in self._parts(*key)[-1]:
-                part()
+            step = self._uncaptured(*key)
+            step.first()
+            step.second()
 
     def _kinds(self) -> list[tuple[int, bool]]:
         """Of the steps that there are, the largest first."""
@@ -156,27 +157,28 @@ class CapturedLoop(TableLoop):
             inputs.fill(slot, length, new_tokens.token_ids, places)
             yield
 
-    def _prepare(self, size: int, mixed: bool = False) -> Step:
-        inputs, new, results, parts = self._parts(size, mixed)
-        first, second = self._ready(*parts)
-        self._steps[size, mixed] = Step(inputs=inputs, new=new, results=results, first=first, second=second)
-        return self._steps[size, mixed]
+    def _prepare(self, size: int, mixed: bool) -> Step:
+        step = self._uncaptured(size, mixed)
+        if self._graphs:
+            first, second = self._graphs.captured(step.first, step.second)
+            step = replace(step, first=first, second=second)
+        self._steps[size, mixed] = step
+        return step
 
-    def _parts(
-        self, size: int, mixed: bool = False
-    ) -> tuple[Inputs, NewInputs | None, Results, Sequence[Callable[[], object]]]:
-        """The two parts of a bucket's step, what they are given and what they fill. mixed: with new tokens."""
+    def _uncaptured(self, size: int, mixed: bool) -> Step:
+        """A step of the idle row, whose operations run one by one. mixed: with new tokens."""
         length, device = self._model.canvas_length, self._session.device
         inputs, results = Inputs.of(size, self._idle, device), Results.of(size, length, pinned=self._on_gpu)
         new = NewInputs.of(tuple(self._cache.device_tables), length, self._idle, device) if mixed else None
         pending: list[Callable[[], None]] = []
         hidden = partial(self._hidden_of, inputs.on_device, new)
-        parts = (lambda: pending.append(self._update_canvases(inputs.on_device, hidden, results)), lambda: pending.pop()())
-        return inputs, new, results, parts
-
-    def _ready(self, *parts: Callable[[], object]) -> Sequence[Callable[[], object]]:
-        """As graphs, or as they are where nothing is captured."""
-        return self._graphs.captured(*parts) if self._graphs else parts
+        return Step(
+            inputs=inputs,
+            new=new,
+            results=results,
+            first=lambda: pending.append(self._update_canvases(inputs.on_device, hidden, results)),
+            second=lambda: pending.pop()(),
+        )
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -193,11 +195,10 @@ class CapturedLoop(TableLoop):
             torch.cuda.current_stream().wait_stream(self._other_stream)
 
     def _hidden_of(self, inputs: Tensor, new: NewInputs | None) -> Tensor:
-        rows, prefix_lengths = inputs[0], inputs[1].int()
-        canvases = self._canvas[rows].int(), self._soft_embeds[rows], prefix_lengths, self._tables_of(rows)
-        if new is None:
-            return self._session.denoise(*canvases)
-        return self._session.mixed(*canvases, table=self._tables_of(new.slot), **new.tensors())
+        rows, denoise = inputs[0], self._session.denoise
+        if new:
+            denoise = partial(self._session.mixed, table=self._tables_of(new.slot), **new.tensors())
+        return self._hidden(denoise, rows, inputs[1].int(), self._tables_of(rows))
 
     def _tables_of(self, rows: Tensor) -> dict[LayerType, Tensor]:
         return {kind: table.index_select(0, rows) for kind, table in self._cache.device_tables.items()}

@@ -177,7 +177,9 @@ class PagedKVCache:
         prefix cache; None keeps nothing.
         """
         with self.appending(slots, counts, page_keys=page_keys) as places:
-            on_device = {kind: places[kind].to(self.device_tables[kind].device, non_blocking=True) for kind in places}
+            on_device = {
+                kind: each.to(self.device_tables[kind].device, non_blocking=True).unbind() for kind, each in places.items()
+            }
             for kind, pages, kv in zip(self._layer_types, self.pages, new_kv, strict=True):
                 rows, cells = on_device[kind]
                 pages.flatten(0, 1).index_copy_(0, cells, kv.index_select(0, rows))
