@@ -74,7 +74,7 @@ class CapturedLoop(TableLoop):
         self._steps: dict[tuple[int, bool], Step] = {}  # by bucket, and whether new tokens go with it
         self._results: dict[int, tuple[Results, int]] = {}  # slot → where the host has its last results
         self._on_gpu = session.device.type == "cuda"
-        self._graphs = Graphs() if capture and self._on_gpu else None
+        self._graphs = Graphs(session.manifest.build.expert_gpus) if capture and self._on_gpu else None
         if self._on_gpu:
             self._first_done = torch.cuda.Event()
             self._other_stream = torch.cuda.Stream(session.device)

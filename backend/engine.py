@@ -11,6 +11,7 @@ from backend.batch_invariance import check_batch_invariance
 from backend.canvas_loop import CanvasLoop
 from backend.compiled_loop import CompiledLoop
 from backend.encode_pass import warm_up
+from backend.expert_gpus import check_others_free
 from backend.generation_defaults import GenerationDefaults
 from backend.gpu_memory import free_bytes
 from backend.kv_cache import PagedKVCache
@@ -44,6 +45,8 @@ class Engine:
             _logger.info("%s", line)
         if session.device.type == "cuda":
             check_free(self.plan, free_bytes(session.device))
+            if self.plan.others:
+                check_others_free(self.plan.others)
         self.tokenizer, self.defaults, self.session = tokenizer, defaults, session
         self.bos_token = tokenizer.id_to_token(model.bos_token_id) if model.bos_token_id is not None else None
         self.tokenize = PromptTokenizer(tokenizer, self.bos_token, model.max_position_embeddings)

@@ -67,6 +67,20 @@ def vision_bytes(model: ModelConfig, build: BuildConfig) -> int:
     return patches * (8 * vision.hidden_size + 3 * vision.intermediate_size + 5 * heads) * item_bytes(build.dtype)
 
 
+def expert_rows_bytes(model: ModelConfig, build: BuildConfig) -> int:
+    """Of a row of a pass on a GPU that has experts and nothing else: the row, what the router chose for it, and what the first
+    product makes of it."""
+    routed, item = model.top_k_experts, item_bytes(build.dtype)
+    return model.hidden_size * item + routed * (16 + model.moe_intermediate_size * item) + _scaled_bytes(model)
+
+
+def _scaled_bytes(model: ModelConfig) -> int:
+    """Of a row's routed rows, made ready for the second product of FP8 weights."""
+    if model.experts_dtype != "float8_e4m3fn":
+        return 0
+    return model.top_k_experts * (model.moe_intermediate_size * item_bytes(model.experts_dtype) + 4)
+
+
 def head_row_bytes(model: ModelConfig, build: BuildConfig, *, plain: bool) -> int:
     """Of a row of a head chunk and what is sampled from it. plain: in `CanvasLoop` itself; a `TableLoop` keeps the logits and
     nothing else of their size."""
@@ -94,10 +108,8 @@ def _row_bytes(model: ModelConfig, build: BuildConfig, device_type: str) -> int:
     hidden, width = model.hidden_size, model.moe_intermediate_size
     if device_type != "cpu":
         # Ten tensors like the residual: the sum before and after, four kinds of normed rows, the attention's and the MLP's
-        # results, the pass's input and output. Experts with FP8 weights scale their routed rows.
-        in_fp8 = model.experts_dtype == "float8_e4m3fn"
-        scaled = routed * (width * item_bytes(model.experts_dtype) + 4) if in_fp8 else 0
-        return (10 * hidden + 3 * model.intermediate_size + routed * (hidden + width)) * item + scaled
+        # results, the pass's input and output.
+        return (10 * hidden + 3 * model.intermediate_size + routed * (hidden + width)) * item + _scaled_bytes(model)
     dense = 2 * model.intermediate_size * item
     if build.dtype == "float32":
         # The dense MLP's result is there, its inner tensors are not; an index and a weight for each routed row.

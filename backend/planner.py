@@ -23,6 +23,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from backend.expert_gpus import OtherGpus, other_gpus
 from backend.pass_memory import (
     denoise_bytes,
     encode_bytes,
@@ -107,6 +108,7 @@ class MemoryPlan:
     workspace_bytes: int
     graphs_bytes: int
     state_bytes: int  # of one sequence
+    others: OtherGpus | None = None  # that have experts; all else is of the first GPU
 
     @property
     def kv_bytes(self) -> int:
@@ -142,7 +144,7 @@ class MemoryPlan:
             f"{self.weights_bytes / _GB:.2f} + workspace {self.workspace_bytes / _GB:.2f}{graphs} + {self.max_sequences} "
             f"sequences {self.states_bytes / _GB:.3f} + KV pages {self.kv_bytes / _GB:.2f} ({pages}, {self.page_size} tokens "
             "each)\n"
-            f"fits    sequences of so many tokens: {fitting}"
+            f"fits    sequences of so many tokens: {fitting}" + (f"\n{self.others.report()}" if self.others else "")
         )
 
 
@@ -162,6 +164,7 @@ def plan_memory(manifest: Manifest, limits: EngineLimits, *, device_type: str = 
         "workspace_bytes": _workspace_bytes(manifest, limits, device_type),
         "graphs_bytes": _graphs_bytes(manifest, limits, device_type),
         "state_bytes": state_bytes(model, build),
+        "others": other_gpus(manifest, weights_bytes(manifest, 1), _most_rows(manifest, limits), _RUNTIME_BYTES["cuda"]),
     }
 
     def with_pages(tokens_each: int, sequences: int) -> MemoryPlan:
@@ -211,21 +214,22 @@ def _most_pages(manifest: Manifest, kind: LayerType) -> int:
     return _TENSORRT_ELEMENTS // (build.page_size * 2 * attention.num_kv_heads * attention.head_dim)
 
 
-def weights_bytes(manifest: Manifest) -> int:
-    """Of every weight once, as it is bound."""
-    return sum(math.prod(each.shape) * item_bytes(each.dtype) for each in manifest.weights.values())
+def weights_bytes(manifest: Manifest, gpu: int = 0) -> int:
+    """Of every weight once that a GPU has, as it is bound."""
+    return sum(math.prod(each.shape) * item_bytes(each.dtype) for each in manifest.weights_of(gpu))
 
 
-def check_weights_fit(manifest: Manifest, free_bytes: int) -> None:
-    """Compares what the weights take with what is free, before one is loaded.
+def check_weights_fit(manifest: Manifest, free_bytes: int, gpu: int = 0) -> None:
+    """Compares what the weights of a GPU take with what is free there, before one is loaded.
 
     Raises:
         ManifestError: it is more.
     """
-    if (needed := weights_bytes(manifest)) > free_bytes:
+    if (needed := weights_bytes(manifest, gpu)) > free_bytes:
         raise ManifestError(
             f"memory: got {free_bytes / _GB:.2f} GB free, expected {needed / _GB:.2f} GB for the weights; end what else uses "
-            "the GPU, take a larger one, or build an engine whose experts take less (docs/int4.md)"
+            f"{f'GPU {gpu}' if gpu else 'the GPU'}, take a larger one, or build an engine whose experts take less "
+            "(docs/int4.md)"
         )
 
 
@@ -274,6 +278,11 @@ def _step_rows(manifest: Manifest, limits: EngineLimits, device_type: str) -> in
     there = manifest.build.model_copy(update={"device": device_type})
     new_tokens = manifest.model.canvas_length if mixes(manifest.model, there) else 0
     return pass_rows(manifest, limits, device_type) + new_tokens
+
+
+def _most_rows(manifest: Manifest, limits: EngineLimits) -> int:
+    """Of any pass on a GPU."""
+    return max(manifest.build.max_encode_tokens, _step_rows(manifest, limits, "cuda"))
 
 
 def _beside(plan: MemoryPlan) -> int:

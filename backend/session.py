@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from backend.expert_gpus import connect_gpus
 from backend.gpu_memory import free_bytes
 from backend.images.preprocess import ImagePatches
 from backend.load_progress import ShowProgress, show_progress
@@ -69,6 +70,8 @@ class Session:
                 "build the engine again with --force"
             )
         _check_gpu(manifest.gpu, engine_dir)
+        if manifest.build.expert_gpus > 1:
+            connect_gpus(manifest, engine_dir)
         if manifest.build.device == "cpu" and manifest.tools.get("cpu") != this_cpu():
             raise ManifestError(
                 f"{engine_dir}: built for a CPU {manifest.tools.get('cpu')}, but this one is {this_cpu()}; build it again here"
@@ -93,7 +96,8 @@ class Session:
             for name, program in manifest.programs.items()
         }
         if manifest.build.device == "cuda":
-            check_weights_fit(manifest, free_bytes(torch.device("cuda")))
+            for gpu in range(manifest.build.expert_gpus):
+                check_weights_fit(manifest, free_bytes(torch.device("cuda", gpu)), gpu)
         weights = bind_weights(manifest, engine_dir, checkpoint_dir, show)
         return cls(manifest, programs, weights, variants)
 

@@ -5,7 +5,7 @@ StagedLane  two buffers, which a device copies from while the reader fills the o
             reader's own (`CudaCopies`)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -78,18 +78,19 @@ class StagedLane:
 
 
 class CudaCopies:
-    """A stream of its own on one GPU. What was enqueued on the stream `after`, where the targets were allocated, comes first;
+    """A stream of its own on each GPU. What was enqueued on the streams `after`, where the targets were allocated, comes first;
     `StagedLane.finish` waits for the copies, so that every stream may use the targets then."""
 
-    def __init__(self, after: torch.cuda.Stream):
-        self._stream = torch.cuda.Stream(after.device)
-        self._stream.wait_stream(after)
+    def __init__(self, after: Sequence[torch.cuda.Stream]):
+        self._streams = {each.device: torch.cuda.Stream(each.device) for each in after}
+        for each in after:
+            self._streams[each.device].wait_stream(each)
 
     def staging(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def start(self, piece: Piece, staged: Tensor) -> Wait:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._streams[piece.target.device]):
             if piece.transform is None:
                 piece.target.flatten().view(torch.uint8).copy_(staged, non_blocking=True)
             else:

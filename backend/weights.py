@@ -5,8 +5,9 @@ On the CPU they are mapped, and not copied unless a transform is to be done. For
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ import torch
 from backend.load_progress import ShowProgress, show_progress
 from backend.weight_lanes import CudaCopies, HostLane, StagedLane
 from backend.weight_loading import Transform, Wanted, load, reading
-from contract.checkpoint import Checkpoint, CheckpointError
-from contract.manifest import FILE_NAME, Manifest, ManifestError, Weight
+from contract.checkpoint import Checkpoint, CheckpointError, Extent
+from contract.manifest import FILE_NAME, Manifest, ManifestError, Part, Weight
 from plugins.moe.formats import OF_BFLOAT16, in_format
 
 
@@ -46,14 +47,16 @@ def bind_weights(
         _check_tensors(manifest, engine_dir, checkpoint)
         weights, wanted = {}, []
         for binding, weight in manifest.weights.items():
-            if device.type == "cpu" and weight.transform == "none" and len(weight.tensors) == 1:  # 2.
+            whole = len(weight.tensors) == 1 and not weight.part
+            if device.type == "cpu" and weight.transform == "none" and whole:  # 2.
                 weights[binding] = checkpoint.tensor(*weight.tensors)
                 continue
-            weights[binding] = torch.empty(weight.shape, dtype=getattr(torch, weight.dtype), device=device)
+            there = torch.device("cuda", weight.part.number) if weight.part and device.type == "cuda" else device
+            weights[binding] = torch.empty(weight.shape, dtype=getattr(torch, weight.dtype), device=there)
             wanted += _wanted(checkpoint, weight, weights[binding])
         if wanted:  # 3.
             with show(sum(each.extent.num_bytes for each in wanted)) as advance:
-                load(wanted, _lanes(device), **reading(device.type)._asdict(), advance=advance)
+                load(wanted, _lanes(device, manifest.build.expert_gpus), **reading(device.type)._asdict(), advance=advance)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what transforms took, on each reader's stream
     return weights
@@ -61,11 +64,19 @@ def bind_weights(
 
 def _wanted(checkpoint: Checkpoint, weight: Weight, target: torch.Tensor) -> Iterator[Wanted]:
     """The checkpoint's tensors, each to its part of `target`."""
-    extents = [checkpoint.extent(name) for name in weight.tensors]
+    extents = [_part(checkpoint.extent(name), weight.part) for name in weight.tensors]
     parts = target.split([extent.shape[0] for extent in extents]) if len(extents) > 1 else [target]
     for name, extent, part in zip(weight.tensors, extents, parts, strict=True):
         stored = getattr(torch, checkpoint.dtype(name))
         yield Wanted(extent=extent, stored=stored, target=part, transform=transform_of(weight))
+
+
+def _part(extent: Extent, part: Part | None) -> Extent:
+    if part is None:
+        return extent
+    num_bytes, (count, *within) = extent.num_bytes // part.of, extent.shape
+    offset = extent.offset + part.number * num_bytes
+    return replace(extent, offset=offset, num_bytes=num_bytes, shape=(count // part.of, *within))
 
 
 def transform_of(weight: Weight) -> Transform | None:
@@ -78,10 +89,10 @@ def transform_of(weight: Weight) -> Transform | None:
     return lambda stored, dtype: in_format(stored.bfloat16() if wanted in OF_BFLOAT16 else stored, wanted, halves)
 
 
-def _lanes(device: torch.device):
+def _lanes(device: torch.device, num_gpus: int):
     if device.type == "cpu":
         return HostLane
-    after = torch.cuda.current_stream(device)
+    after = [torch.cuda.current_stream(gpu) for gpu in range(num_gpus)]
     return lambda most_bytes: StagedLane(most_bytes, CudaCopies(after))
 
 
@@ -103,16 +114,16 @@ def _check_tensors(manifest: Manifest, engine_dir: Path, checkpoint: Checkpoint)
     """
     for binding, weight in manifest.weights.items():
         known = weight.tensors and checkpoint.names() >= set(weight.tensors)
-        if not known or (weight.transform != "arrange" and weight.shape != _joined(map(checkpoint.shape, weight.tensors))):
+        if not known or (weight.transform != "arrange" and weight.shape != _shape(weight, checkpoint)):
             raise ManifestError(
                 f"{engine_dir / FILE_NAME}: {binding}: got {', '.join(weight.tensors) or 'no tensor'} as {list(weight.shape)}, "
                 "which the checkpoint does not have; build the engine again with --force"
             )
 
 
-def _joined(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of tensors one after the other along the first axis."""
-    first, *others = shapes
+def _shape(weight: Weight, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """That the tensors have, one after the other along the first axis, or a part of one."""
+    first, *others = (_part(checkpoint.extent(name), weight.part).shape for name in weight.tensors)
     return (sum(shape[0] for shape in (first, *others)), *first[1:]) if others else first
 
 

@@ -84,7 +84,7 @@ def measure(checkpoint: Checkpoint, source: dict[str, torch.Tensor], options: ar
         lane = HostLane
         if device.type == "cuda":
             after = torch.cuda.current_stream(device)
-            lane = lambda most_bytes: StagedLane(most_bytes, CudaCopies(after))  # noqa: E731
+            lane = lambda most_bytes: StagedLane(most_bytes, CudaCopies([after]))  # noqa: E731
         load(wanted, lane, num_readers=options.readers, piece_bytes=options.piece_bytes)
 
     def copy_all() -> None:

@@ -33,6 +33,9 @@ _PageSize = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Tokens a KV 
 _MaxEncodeTokens = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Tokens one encode pass may take.")]
 _MaxSequences = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Sequences one denoising step may take.")]
 _MaxHeadRows = Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Rows one head pass may take.")]
+_ExpertGpus = Annotated[
+    int, typer.Option(min=1, max=INT32_MAX, help="GPUs that share the experts of each layer; all else is on the first.")
+]
 
 
 class TargetOption(str, Enum):
@@ -96,6 +99,7 @@ def build(
         bool,
         typer.Option("--batch-invariant", help="On a GPU, a request gets the same tokens alone and among others, bit for bit."),
     ] = False,
+    expert_gpus: _ExpertGpus = _DEFAULTS["expert_gpus"],
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Also write each program as ONNX, without weights.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT's timings; default: a file beside ENGINE.")] = None,
     force: Annotated[
@@ -130,6 +134,7 @@ def build(
                 max_head_rows=max_head_rows,
                 expert_activations=expert_activations.value,
                 batch_invariant=batch_invariant,
+                expert_gpus=expert_gpus,
             )
     except (BuildError, CheckpointError) as error:
         _fail(error)
@@ -175,6 +180,7 @@ def manifest(
     expert_weights: Annotated[
         WeightsOption, typer.Option(help="packed: the experts' bfloat16 weights in 12 bits each; int4: in 4.5; auto is plain.")
     ] = WeightsOption.auto,
+    expert_gpus: _ExpertGpus = _DEFAULTS["expert_gpus"],
 ) -> None:
     """Write the manifest of ENGINE and no programs: what `python -m backend plan` needs, in seconds."""
     try:
@@ -187,6 +193,7 @@ def manifest(
             max_encode_tokens=max_encode_tokens,
             max_sequences=max_sequences,
             expert_weights=expert_weights.value,
+            expert_gpus=expert_gpus,
         )
     except (BuildError, CheckpointError, ManifestError) as error:
         _fail(error)

@@ -20,6 +20,7 @@ from builder.config import read_model_config
 from builder.description import ConfigAlone, checked, describe
 from builder.errors import BuildError
 from builder.existing import check_same_checkpoint, copy_files, damage, existing_engine, programs_can_stay
+from builder.expert_gpus import check_expert_gpus, check_parts
 from builder.onnx_export import write_onnx
 from builder.quantization import CALLED, FP8
 from builder.staging import real_place, staged, writing
@@ -71,7 +72,7 @@ def build_engine(
     # 1.
     chosen_device, device_reason = choose_device(device)
     model = read_model_config(checkpoint)
-    only_inductor = _only_inductor(model, expert_weights, target, keep_onnx)
+    only_inductor = _only_inductor(model, expert_weights, target, keep_onnx, choices.get("expert_gpus", 1))
     chosen, reason = choose_target("inductor" if only_inductor else target, chosen_device)
     in_dtype = model.dtype if dtype == "auto" else dtype
     chosen_weights, weights_reason = choose_expert_weights(
@@ -81,6 +82,8 @@ def build_engine(
     _check_encodes_a_canvas(build, model)
     if build.batch_invariant:
         check_batch_invariant(build, model)
+    if build.expert_gpus > 1:
+        check_expert_gpus(build, model)
     if timing_cache and chosen != "tensorrt":
         raise BuildError(f"timing_cache: got {timing_cache}, expected none: the target is {chosen}, TensorRT alone has timings")
     if build.expert_activations != "full" and model.experts_dtype != FP8:
@@ -93,6 +96,8 @@ def build_engine(
     if model.experts_dtype:
         report(f"experts {model.experts_dtype}, expert activations {build.expert_activations}")
     report(f"expert weights {build.expert_weights} ({weights_reason})")
+    if build.expert_gpus > 1:
+        report(f"experts shared by {build.expert_gpus} GPUs, {model.num_experts // build.expert_gpus} of each layer on each")
     # 2.
     tensors = Checkpoint(checkpoint)
     model, shapes = checked(tensors, model)
@@ -174,7 +179,7 @@ def _check_encodes_a_canvas(build: BuildConfig, model: ModelConfig) -> None:
         )
 
 
-def _only_inductor(model: ModelConfig, expert_weights: str, target: str, keep_onnx: bool) -> str:
+def _only_inductor(model: ModelConfig, expert_weights: str, target: str, keep_onnx: bool, expert_gpus: int) -> str:
     """Why the experts leave target "auto" no choice; nothing, if they do, or another is asked for.
 
     Raises:
@@ -186,6 +191,10 @@ def _only_inductor(model: ModelConfig, expert_weights: str, target: str, keep_on
             f"{asked}: the experts' weights are {CALLED[model.experts_dtype]}, which only the inductor target takes; "
             "use --target inductor"
         )
+    if expert_gpus > 1 and keep_onnx:
+        raise BuildError(f"--keep-onnx: got {expert_gpus} GPUs that share the experts, expected one; leave out --expert-gpus")
+    if expert_gpus > 1 and target == "auto":
+        return "GPUs share the experts"
     stored = CALLED.get(model.experts_dtype, expert_weights)
     return f"the experts' weights are {stored}" if target == "auto" and stored not in ("auto", "plain") else ""
 
@@ -220,6 +229,7 @@ def write_manifest(
     chosen, _ = choose_expert_weights(expert_weights, model, target="inductor", dtype=in_dtype, device="cpu", keep_onnx=False)
     build = BuildConfig(target="inductor", dtype=in_dtype, expert_weights=chosen, **choices)
     _check_encodes_a_canvas(build, model)
+    check_parts(build, model)
     manifest = describe(model, build, tensors, shapes, checkpoint, place)
     with staged(place) as directory, writing(place):
         manifest.write(directory)

@@ -17,7 +17,6 @@ from builder.weights import (
     VISION_PREFIXES,
     Bound,
     all_weights,
-    bindings,
     bound_weights,
     weight_dtype,
     with_encoder_weights,
@@ -79,14 +78,14 @@ def describe(
     engine: Path,
 ) -> Manifest:
     """Everything about the engine but its programs. `shapes`: of the checkpoint's tensors that the programs read."""
-    made_of = bindings(shapes)
     weights = {
         binding: Weight(
-            tensors=made_of[binding],
+            tensors=bound.tensors,
             shape=bound.shape,
             dtype=bound.dtype,
-            transform=_transform(bound, {tensors.dtype(name) for name in made_of[binding]}),
+            transform=_transform(bound, {tensors.dtype(name) for name in bound.tensors}),
             arrangement=bound.arrangement,
+            part=bound.part,
         )
         for binding, bound in bound_weights(shapes, model, build).items()
     }

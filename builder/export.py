@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from builder.errors import BuildError
 from builder.network import Denoise, Encode, Head, Mixed
 from builder.vision_network import Vision
-from builder.weights import EMBEDDING, all_weights, binding_shapes, bound_weights, of_pass, text_weights, vision_weights
+from builder.weights import EMBEDDING, all_weights, bound_weights, of_pass, text_weights, vision_weights
 from contract.manifest import Binding, BuildConfig, Device, mixes
 from contract.model_config import SOFT_TOKEN_BUDGETS, ModelConfig
 from plugins import PLAIN_DECOMPOSITIONS
@@ -71,8 +71,7 @@ def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]
     Bindings of varying size: T tokens (at most max_encode_tokens), B sequences, N pages of each layer type, P page-table
     columns, M image rows, R head rows, S soft tokens of one image.
     """
-    names = tuple(binding_shapes(text_weights(config)))
-    choices = {"fp8_rows": _fp8_rows(build), "batch_invariant": build.batch_invariant}
+    names, choices = _text_bindings(config, build), _stack_choices(build)
     head_inputs = (_binding("hidden", build.dtype, "rows", config.hidden_size),)
     text = (
         Signature(
@@ -99,17 +98,22 @@ def signatures(config: ModelConfig, build: BuildConfig) -> tuple[Signature, ...]
 
 def mixed_signature(config: ModelConfig, build: BuildConfig) -> Signature:
     """The program mixed. Its new tokens are always as many as a canvas has."""
-    names = tuple(binding_shapes(text_weights(config)))
+    names = _text_bindings(config, build)
     return Signature(
         name="mixed",
-        module=Mixed(config, fp8_rows=_fp8_rows(build)),
+        module=Mixed(config, **_stack_choices(build)),
         inputs=(*_denoise_bindings(config, build), *_new_bindings(config)),
         weights=tuple(dict.fromkeys((*of_pass(names, encoder=False), *of_pass(names, encoder=True)))),
     )
 
 
-def _fp8_rows(build: BuildConfig) -> bool:
-    return build.expert_activations == "float8"
+def _text_bindings(config: ModelConfig, build: BuildConfig) -> tuple[str, ...]:
+    return tuple(bound_weights(text_weights(config), config, build))
+
+
+def _stack_choices(build: BuildConfig) -> dict[str, bool | int]:
+    fp8_rows = build.expert_activations == "float8"
+    return {"fp8_rows": fp8_rows, "batch_invariant": build.batch_invariant, "expert_gpus": build.expert_gpus}
 
 
 def _binding(name: str, dtype: str, *shape: int | str) -> Binding:
@@ -203,9 +207,10 @@ def minimums(signature: Signature, build: BuildConfig) -> tuple[int, ...]:
     bound by memory and many by arithmetic, is compiled for few, some, many and very many, and for `max_encode_tokens` alone
     where the most rows start there: chunks of long prompts have just so many. float32 has one tile. Of denoise, the kernels of
     the experts are chosen when it is captured. Compiled for other sizes, what is between the kernels may round otherwise, so a
-    batch-invariant build has one encode program, in which they are chosen at each call.
+    batch-invariant build has one encode program, in which they are chosen at each call; so they are where GPUs share experts.
     """
-    if build.device == "cpu" or build.dtype == "float32" or build.batch_invariant or signature.name != "encode":
+    at_each_call = build.batch_invariant or build.expert_gpus > 1
+    if build.device == "cpu" or build.dtype == "float32" or at_each_call or signature.name != "encode":
         return (1,)
     return (1, *(rows for rows in _MORE_ROWS if rows <= build.max_encode_tokens))
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from builder.quantization import FP8
-from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix
+from builder.weights import EMBEDDING, FINAL_NORM, SELF_CONDITIONING, layer_prefix, of_gpu
 from contract.model_config import LayerType, ModelConfig
-from plugins import attention_op, feed_forward_op, heads_op, mixed_op
+from plugins import attention_op, feed_forward_op, heads_op, mixed_op, spread_op
 from plugins.batch_invariance import num_splits
 from plugins.feed_forward.reference import gated_mlp
 from plugins.rms_norm import rms_norm
@@ -44,9 +44,10 @@ _FP8_EXPERTS = ("experts.gate_up_proj", "experts.gate_up_proj_scale", "experts.d
 class Encode(nn.Module):
     """The causal pass over a prompt's chunk or a finished canvas. There is no head: only keys and values come out."""
 
-    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False, batch_invariant: bool = False):
+    def __init__(self, config: ModelConfig, **choices):
+        """choices: see `_Stack`."""
         super().__init__()
-        self.stack = _Stack(config, encoder=True, fp8_rows=fp8_rows, batch_invariant=batch_invariant)
+        self.stack = _Stack(config, encoder=True, **choices)
 
     def forward(self, inputs: Tensors, weights: Tensors) -> list[Tensor]:
         hidden = self.stack.embed(inputs["token_ids"], weights)
@@ -63,9 +64,10 @@ class Encode(nn.Module):
 class Denoise(nn.Module):
     """One bidirectional pass over the canvases."""
 
-    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False, batch_invariant: bool = False):
+    def __init__(self, config: ModelConfig, **choices):
+        """choices: see `_Stack`."""
         super().__init__()
-        self.stack = _Stack(config, encoder=False, fp8_rows=fp8_rows, batch_invariant=batch_invariant)
+        self.stack = _Stack(config, encoder=False, **choices)
         self.eps = config.rms_norm_eps
 
     def forward(self, inputs: Tensors, weights: Tensors) -> Tensor:
@@ -94,9 +96,9 @@ class Mixed(Denoise):
     """Denoise, and encode of new tokens of one sequence, in one pass over the weights. If one of the canvases is the sequence's
     next, it sees them."""
 
-    def __init__(self, config: ModelConfig, *, fp8_rows: bool = False):
-        super().__init__(config, fp8_rows=fp8_rows)
-        self.stack = _MixedStack(config, fp8_rows=fp8_rows)
+    def __init__(self, config: ModelConfig, **choices):
+        super().__init__(config, **choices)
+        self.stack = _MixedStack(config, encoder=False, **choices)
 
     def forward(self, inputs: Tensors, weights: Tensors) -> Tensor:
         hidden, positions, starts = self.canvases(inputs, weights)
@@ -117,9 +119,19 @@ class Head(nn.Module):
 class _Stack(nn.Module):
     """The layers, shared by encode (causal) and denoise."""
 
-    def __init__(self, config: ModelConfig, *, encoder: bool, fp8_rows: bool, batch_invariant: bool):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        encoder: bool,
+        fp8_rows: bool = False,
+        batch_invariant: bool = False,
+        expert_gpus: int = 1,
+    ):
+        """The last three as in `contract.manifest.BuildConfig`; fp8_rows: expert_activations are FP8."""
         super().__init__()
         self.config, self.encoder, self.fp8_rows, self.batch_invariant = config, encoder, fp8_rows, batch_invariant
+        self.expert_gpus = expert_gpus
         for layer_type, attention in config.attention.items():
             self.register_buffer(f"{layer_type}_frequencies", rope_frequencies(attention), persistent=False)
 
@@ -187,18 +199,20 @@ class _Stack(nn.Module):
         def each(*names: str) -> list[Tensor]:
             return [own(name) for name in names]
 
-        return feed_forward_op.feed_forward(
+        experts = _FP8_EXPERTS if self.config.experts_dtype == FP8 else _EXPERTS
+        given = (
             hidden,
             attended,
             [*each(*(f"{name}.weight" for name in _FEED_FORWARD_NORMS)), following],
             scalar,
             each("mlp.gate_up_proj.weight", "mlp.down_proj.weight"),
             each("router.scale", "router.proj.weight", "router.per_expert_scale"),
-            each(*(_FP8_EXPERTS if self.config.experts_dtype == FP8 else _EXPERTS)),
-            self.config.top_k_experts,
-            self.config.rms_norm_eps,
-            self.fp8_rows,
+            each(*(of_gpu(name, gpu) for gpu in range(self.expert_gpus) for name in experts)),
         )
+        choices = (self.config.top_k_experts, self.config.rms_norm_eps, self.fp8_rows)
+        if self.expert_gpus > 1:
+            return spread_op.feed_forward_spread(*given, self.expert_gpus, *choices)
+        return feed_forward_op.feed_forward(*given, *choices)
 
     def _project(
         self, rows: Tensor, layer_type: LayerType, rotated_by: tuple[Tensor, Tensor], own: OfLayer
@@ -213,9 +227,6 @@ class _Stack(nn.Module):
 
 class _MixedStack(_Stack):
     """The layers over new tokens of one sequence, as many as a canvas has, and canvases behind them."""
-
-    def __init__(self, config: ModelConfig, *, fp8_rows: bool):
-        super().__init__(config, encoder=False, fp8_rows=fp8_rows, batch_invariant=False)
 
     def _scalars(self, hidden: Tensor, weights: Tensors) -> Sequence[Tensor]:
         num_new, layers = self.config.canvas_length, range(self.config.num_layers)

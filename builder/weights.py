@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from builder.quantization import FP8, NVFP4
-from contract.manifest import Arrangement, BuildConfig
+from contract.manifest import Arrangement, BuildConfig, Part
 from contract.model_config import ModelConfig
 from plugins.moe.arranging import HALVES
 from plugins.moe.formats import Format, dtype_in_format, shape_in_format
@@ -140,7 +140,8 @@ def vision_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+_EXPERTS = ".experts."
+_GATE_UP, _DOWN = f"{_EXPERTS}gate_up_proj", f"{_EXPERTS}down_proj"
 _STACKS = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "gate_up_proj.weight": ("gate_proj.weight", "up_proj.weight"),
@@ -200,25 +201,42 @@ def weight_dtype(name: str, config: ModelConfig, dtype: str) -> str:
 
 
 class Bound(NamedTuple):
-    """A weight as the programs are called with it."""
+    """A weight as the programs are called with it, and the checkpoint's tensors that it is made of."""
 
+    tensors: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
     arrangement: Arrangement | None = None
+    part: Part | None = None
 
 
 def bound_weights(shapes: Shapes, config: ModelConfig, build: BuildConfig) -> dict[str, Bound]:
     """Weight binding → what the programs get. `shapes`: of the checkpoint's tensors."""
-    bound, wanted = {}, experts_format(config, build)
+    bound: dict[str, Bound] = {}
+    made_of = bindings(shapes)
     for name, shape in binding_shapes(shapes).items():
-        if wanted and is_of_experts(name):
-            arrangement = Arrangement(format=wanted, halves=HALVES[name.rpartition(".")[2]])
-            shape = (*shape[:2], num_columns(shape[2])) if wanted == "nvfp4" else shape
-            arranged = shape_in_format(shape, wanted, arrangement.halves)
-            bound[name] = Bound(arranged, dtype_in_format(wanted), arrangement)
-        else:
-            bound[name] = Bound(shape, weight_dtype(name, config, build.dtype))
+        if build.expert_gpus == 1 or _EXPERTS not in name:
+            bound[name] = _bound(name, made_of[name], shape, config, build)
+            continue
+        for gpu in range(build.expert_gpus):
+            part = Part(number=gpu, of=build.expert_gpus)
+            its_shape = (shape[0] // part.of, *shape[1:])
+            bound[of_gpu(name, gpu)] = _bound(name, made_of[name], its_shape, config, build)._replace(part=part)
     return bound
+
+
+def _bound(name: str, tensors: tuple[str, ...], shape: tuple[int, ...], config: ModelConfig, build: BuildConfig) -> Bound:
+    wanted = experts_format(config, build)
+    if not (wanted and is_of_experts(name)):
+        return Bound(tensors, shape, weight_dtype(name, config, build.dtype))
+    arrangement = Arrangement(format=wanted, halves=HALVES[name.rpartition(".")[2]])
+    shape = (*shape[:2], num_columns(shape[2])) if wanted == "nvfp4" else shape
+    return Bound(tensors, shape_in_format(shape, wanted, arrangement.halves), dtype_in_format(wanted), arrangement)
+
+
+def of_gpu(name: str, gpu: int) -> str:
+    """The binding of the experts that a GPU has, by number."""
+    return f"{name}.{gpu}" if gpu else name
 
 
 def experts_format(config: ModelConfig, build: BuildConfig) -> Format | None:

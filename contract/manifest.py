@@ -111,15 +111,23 @@ class Arrangement(Record):
     halves: Literal[1, 2]
 
 
+class Part(Record):
+    """Of a tensor that is divided evenly along its first axis: part `number` of `of`, for the GPU of that number."""
+
+    number: int
+    of: Size
+
+
 class Weight(Record):
-    """Where a weight binding comes from: one checkpoint tensor, or several one after the other along the first axis; and what
-    is done with them at load: nothing, or they are cast to the engine's dtype, or arranged."""
+    """Where a weight binding comes from: one checkpoint tensor or a part of one, or several one after the other along the first
+    axis; and what is done with them at load: nothing, or they are cast to the engine's dtype, or arranged."""
 
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: Dtype
     transform: Literal["none", "cast", "arrange"]
     arrangement: Arrangement | None = None
+    part: Part | None = None
 
 
 class Checkpoint(Record):
@@ -156,6 +164,7 @@ class BuildConfig(Record):
         bits (`plugins.moe.int4`).
     batch_invariant: what a request gets does not depend, bit for bit, on others that are served with it
         (`plugins.batch_invariance`).
+    expert_gpus: GPUs that share the experts of each layer; all else is on the first.
     """
 
     target: Target
@@ -168,6 +177,7 @@ class BuildConfig(Record):
     expert_activations: ExpertActivations = "full"
     expert_weights: ExpertWeights = "plain"
     batch_invariant: bool = False
+    expert_gpus: Size = 1
 
 
 def mixes(model: ModelConfig, build: BuildConfig) -> bool:
@@ -210,6 +220,10 @@ class Manifest(Record):
         programs = self.programs.values()
         files = [file for program in programs for file in (program.file, *(variant.file for variant in program.variants))]
         return files + ([self.operators] if self.operators else [])
+
+    def weights_of(self, gpu: int) -> list[Weight]:
+        """Those that are on a GPU, by number; all that no other has are on the first."""
+        return [each for each in self.weights.values() if (each.part.number if each.part else 0) == gpu]
 
     @property
     def page_table_names(self) -> dict[LayerType, str]:

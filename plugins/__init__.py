@@ -3,7 +3,8 @@
 In each folder: `reference.py`, the definition in plain PyTorch; `cpu.py`, the CPU path in PyTorch's operations; `cpu.cpp`, that
 of compiled engines (package `cpu`); `kernel.py`, kernels in Triton's language, with `launch.py` (grids, tiles, scratch) and
 `cuda.py` (the CUDA path); `op.py`, the `torch.library` operator of the namespace `diffusiongemma` that programs call; and
-`opened.py`, that operator open to compilers. Attention has another operator, in `mixed_op.py`, which calls its first twice.
+`opened.py`, that operator open to compilers. Attention has another operator, in `mixed_op.py`, which calls its first twice, and
+the feed-forward one for experts that several GPUs share, in `spread_op.py`.
 Importing this package registers every operator but the open ones. `batch_invariance.py` says which of them give a row the same
 whatever else is in a pass, and what else that takes.
 """
@@ -11,6 +12,7 @@ whatever else is in a pass, and what else that takes.
 from plugins.attention import mixed_op
 from plugins.attention import op as attention_op
 from plugins.feed_forward import op as feed_forward_op
+from plugins.feed_forward import spread_op
 from plugins.heads import op as heads_op
 from plugins.moe import op as moe_op
 from plugins.vocabulary import cpu as vocabulary_op
@@ -33,5 +35,6 @@ __all__ = [
     "heads_op",
     "mixed_op",
     "moe_op",
+    "spread_op",
     "vocabulary_op",
 ]

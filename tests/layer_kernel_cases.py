@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from expert_formats import arranged
+from expert_formats import arranged, is_fp8
 from tolerances import assert_close
 from torch.nn.functional import gelu
 from triton_interpreter import (
@@ -16,6 +16,8 @@ from triton_interpreter import (
 from plugins.feed_forward import launch
 from plugins.feed_forward.mlp_launch import FEW_ROWS, activate_launch, mlp_beside
 from plugins.feed_forward.reference import feed_forward_reference, gated_mlp
+from plugins.feed_forward.spread import Spread
+from plugins.feed_forward.spread_op import feed_forward_spread
 from plugins.heads.launch import heads_launch, normed_heads
 from plugins.heads.reference import heads_reference
 from plugins.moe import fp8_launch
@@ -136,6 +138,34 @@ def test_feed_forward_with_fp8_experts(dtype, fp8_rows):
 @pytest.mark.parametrize("rows", [1, 33])
 def test_feed_forward_with_packed_experts(rows):
     check(operands(rows, 40, torch.bfloat16), False, exactly=False, wanted="packed")
+
+
+@pytest.mark.parametrize(("wanted", "num_gpus", "rows"), [(None, 4, 1), ("packed", 2, 33), ("wide", 2, 5), ("narrow", 2, 5)])
+def test_experts_that_devices_share_give_every_bit_of_those_of_one(wanted, num_gpus, rows):
+    """One row's three experts are not on all of four devices."""
+    *given, experts = operands(rows, 40, torch.bfloat16, fp8=is_fp8(wanted))
+    experts, fp8_rows, devices = arranged(experts, wanted), wanted == "narrow", []
+    expected = launch.feed_forward(*given, experts, TOP_K, EPS, fp8_rows)
+
+    def run_there(device, work):
+        devices.append(device)
+        work()
+        return lambda: devices.append("waited")
+
+    own, *others = zip(*(each.chunk(num_gpus) for each in experts), strict=True)
+    spread = Spread(others=others, run_there=run_there)
+    actual = launch.feed_forward(*given, own, TOP_K, EPS, fp8_rows, take_rows=spread)
+    assert devices == [torch.device("cpu")] * (2 * (num_gpus - 1)) + ["waited"] * (num_gpus - 1)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def test_the_operator_of_shared_experts_is_that_of_all_of_them():
+    for fp8 in (False, True):
+        *given, experts = operands(5, 16, torch.float32, fp8=fp8)
+        parts = [each for part in zip(*(each.chunk(2) for each in experts), strict=True) for each in part]
+        expected = feed_forward_reference(*given, experts, TOP_K, EPS, False)
+        actual = feed_forward_spread(*given, parts, 2, TOP_K, EPS, False)
+        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

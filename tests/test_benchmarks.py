@@ -41,6 +41,7 @@ COMMANDS = {
     "server": "--rounds 1 --canvases 1 --canvases-a-request 1 --steps 2 --clients 1 2".split(),
     "serving": "--clients 1 2 --requests-a-client 1 --canvases 1 --steps 2 --api openai -- --set max_sequences=2".split(),
     "loading": "--no-build --rounds 1 --sequences 1".split(),
+    "fixed_steps": "--rounds 1 --at-once 1 2 --steps 2".split(),
     "step_profile": "--batch 2 --steps 2".split(),
     "memory": "--counts 1 --vocab-size 256".split(),
 }
@@ -50,6 +51,7 @@ TAKES = {
     "parameters": "engine",
     "server": "engine",
     "serving": "engine",
+    "fixed_steps": "engine",
     "step_profile": "engine",
     "loading": "checkpoint engine",
 }

@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton's language")
 
 from expert_formats import FORMATS, arranged, arranged_empty, is_fp8, representable  # noqa: E402
+from feed_forward_operands import EPS, TOP_K, operands  # noqa: E402
 from hopper import HopperDriver  # noqa: E402
 
 from plugins import feed_forward_op  # noqa: E402
@@ -19,9 +20,6 @@ from plugins.feed_forward.opened import CUDA_DECOMPOSITIONS  # noqa: E402
 from plugins.feed_forward.reference import feed_forward_reference  # noqa: E402
 from plugins.moe.alignment import MANY_ROUTED  # noqa: E402
 from plugins.moe.formats import Format  # noqa: E402
-from plugins.moe.fp8 import to_fp8  # noqa: E402
-
-TOP_K, EPS = 8, 1e-6
 
 
 @pytest.fixture
@@ -36,22 +34,6 @@ class Layer(torch.nn.Module):
 
     def forward(self, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return feed_forward_op.feed_forward(*inputs, TOP_K, EPS, self.fp8_rows)
-
-
-def operands(rows: int, columns: int = 64, width: int = 32, num_experts: int = 16, *, fp8: bool = False) -> tuple:
-    """All of the operator's tensors, in bfloat16."""
-
-    def tensor(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape) * scale).bfloat16()
-
-    norms = [1 + tensor(columns, scale=0.1) for _ in range(7)]
-    dense = [tensor(6 * width, columns, scale=columns**-0.5), tensor(columns, 3 * width, scale=width**-0.5)]
-    router = [3 * tensor(columns), tensor(num_experts, columns), 1 + tensor(num_experts, scale=0.1)]
-    gate_up, down = tensor(num_experts, 2 * width, columns), tensor(num_experts, columns, width)
-    experts = [gate_up * columns**-0.5, down * width**-0.5]
-    if fp8:
-        experts = [part for weights in experts for part in to_fp8(weights)]
-    return tensor(rows, columns), tensor(rows, columns), norms, tensor(1), dense, router, experts
 
 
 def exported(device: str, least_rows: int = 2, wanted: Format | None = None) -> torch.export.ExportedProgram:

@@ -9,6 +9,7 @@ from hopper import check_compiles
 
 from plugins.feed_forward.launch import enter_launch, leave_launch
 from plugins.feed_forward.mlp_launch import activate_launch, down_launch, gate_up_launch
+from plugins.feed_forward.spread import fetch_launch
 from plugins.heads.launch import heads_launch
 from plugins.moe.kinds import RowsForm
 from plugins.moe.packing import ROW_FACTOR
@@ -48,6 +49,14 @@ def test_leave_compiles(scalars, tmp_path):
     rows, norms = meta(256, HIDDEN), [meta(HIDDEN)] * 4
     launch = leave_launch(rows, rows, meta(256 * TOP_K, HIDDEN), meta(scalars), norms, TOP_K, EPS)
     assert check_compiles(launch, tmp_path, "leave")["ld.global.v4"]
+
+
+def test_fetching_compiles(tmp_path):
+    rows = meta(256, HIDDEN // 2, dtype=torch.int32), meta(256, 1, dtype=torch.float32)
+    chosen = meta(256, TOP_K, dtype=torch.int64), meta(256, TOP_K, dtype=torch.float32)
+    there = torch.device("meta")
+    assert check_compiles(fetch_launch(*rows, 0, there), tmp_path, "rows")["ld.global.v4"]
+    check_compiles(fetch_launch(*chosen, 64, there), tmp_path, "chosen")
 
 
 def test_the_mlp_compiles(tmp_path):

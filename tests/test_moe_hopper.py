@@ -240,7 +240,7 @@ def test_a_gpu_gives_the_bits_of_the_first_product_for_all(stored, hidden_size, 
     weight = torch.randn(num_experts, 2 * width, hidden_size, device="cuda").bfloat16() * hidden_size**-0.5
     own, _ = formed(weight, stored, 2, [])
     hidden = torch.randn(rows, hidden_size, device="cuda").bfloat16() * factor
-    assert packed_launch.has_hopper_gate_up(hidden, own, top_k, MANY_ROWS) == (rows == 9000)
+    assert packed_launch.has_hopper_gate_up(hidden, own, top_k, MANY_ROWS, own.shape[0]) == (rows == 9000)
     routing = alignment.align(index, num_experts, MANY_ROWS.rows).run()
     (expected,) = packed_launch.gate_up(hidden, own, *routing, top_k, MANY_ROWS, factor).run()
     (activated,) = packed_launch.hopper_gate_up(hidden, own, *routing, top_k, MANY_ROWS, factor).run()

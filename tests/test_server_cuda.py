@@ -117,3 +117,14 @@ def test_a_server_of_one_gpu_takes_nothing_of_the_other(engine, render, held_out
         assert not wrong_answers(server, [render(held_out[0])], held_out[:1])
         taken = [before - torch.cuda.mem_get_info(device)[0] for device, before in enumerate(free_before)]
         assert taken[0] < 8 << 20 and taken[1] > 100 << 20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_an_engine_whose_experts_two_gpus_share(tmp_path, render, held_out):
+    build_engine(TINY, tmp_path / "engine", target="inductor", dtype="bfloat16", device="cuda", expert_gpus=2, report=print)
+    free_before = torch.cuda.mem_get_info(1)[0]
+    with TritonServer(engine_dir=tmp_path / "engine", parameters={"max_sequences": "8"}, report=print, **ANY_PORTS) as server:
+        assert free_before - torch.cuda.mem_get_info(1)[0] > 100 << 20
+        wrong = wrong_answers(server, [render(question) for question in held_out], held_out)
+        assert len(wrong) <= MAX_WRONG * len(held_out), wrong
+    wait_until(lambda: torch.cuda.mem_get_info(1)[0] > free_before - (8 << 20))

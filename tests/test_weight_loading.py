@@ -282,6 +282,6 @@ def test_to_a_gpu(piece_bytes, dtype, stored, checkpoint):
         for name, each in wanted(checkpoint, dtype).items()
     }
     after = torch.cuda.current_stream()
-    load([*asked.values()], lambda most: StagedLane(most, CudaCopies(after)), num_readers=3, piece_bytes=piece_bytes)
+    load([*asked.values()], lambda most: StagedLane(most, CudaCopies([after])), num_readers=3, piece_bytes=piece_bytes)
     for name, tensor in stored.items():
         assert torch.equal(asked[name].target.cpu(), tensor.to(dtype)), name

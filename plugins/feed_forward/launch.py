@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -12,7 +14,7 @@ from torch import Tensor
 from plugins.feed_forward.kernel import enter_kernel, leave_kernel
 from plugins.feed_forward.reference import gated_mlp
 from plugins.moe import launch
-from plugins.moe.kinds import RowsForm, kind_of
+from plugins.moe.kinds import Kind, RowsForm, kind_of
 from plugins.moe.launch import Tile
 from plugins.triton_launch import Launch, Wrap, unwrapped
 
@@ -20,6 +22,42 @@ StartMlp = Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]
 """Starts the MLP of rows, gate_up and down; what it returns waits for the result. `in_turn`, or `plugins.feed_forward.cuda.beside`."""  # noqa: E501
 
 _WARPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """Both products of a layer's experts, or of some of them: of their kind, in one tile, of rows in the model's dtype."""
+
+    kind: Kind
+    num_experts: int
+    tile: Tile
+    dtype: torch.dtype
+    wrap: Wrap = unwrapped
+
+    def order(
+        self,
+        experts: Sequence[Tensor],
+        rows: tuple[Tensor, Tensor],
+        top_k_weights: Tensor,
+        top_k_index: Tensor,
+        weighted: Tensor | None = None,
+    ) -> Callable[[], Tensor]:
+        """Orders the rows by expert; what it returns multiplies them. weighted: see `plugins.moe.launch.Routing`."""
+        num_here = experts[0].shape[0]
+        to_where = {"num_elsewhere": self.num_experts - num_here, "weighted": weighted}
+        routing = launch.route(top_k_index, top_k_weights, num_here, self.tile, self.wrap, **to_where)
+        return partial(self.kind.weighted_rows, rows, routing, experts, self.dtype, tile=self.tile, wrap=self.wrap)
+
+
+OrderRows = Callable[[Tensor, Tensor], Callable[[], Tensor]]
+"""Given top_k_weights and top_k_index, orders rows by expert; what it returns multiplies them: weighted [N * k, D]."""
+
+TakeRows = Callable[[Products, Sequence[Tensor], tuple[Tensor, Tensor]], OrderRows]
+"""Given experts and rows, before it is known which go where: `in_one_place`, or `plugins.feed_forward.spread.Spread`."""
+
+
+def in_one_place(products: Products, experts: Sequence[Tensor], rows: tuple[Tensor, Tensor]) -> OrderRows:
+    return partial(products.order, experts, rows)
 
 
 def in_turn(rows: Tensor, gate_up: Tensor, down: Tensor) -> Callable[[], Tensor]:
@@ -98,6 +136,7 @@ def feed_forward(
     tile: Tile | None = None,
     start_mlp: StartMlp = in_turn,
     mlp_first: bool = True,
+    take_rows: TakeRows = in_one_place,
     wrap: Wrap = unwrapped,
 ) -> tuple[Tensor, Tensor]:
     """The operator, on the current stream; waits for nothing.
@@ -105,20 +144,23 @@ def feed_forward(
     1. Sum and norms before. 2. The router, and what the experts need of it. 3. The experts. 4. Norms and sums after, once all
     is there. The MLP is started before 2. if `mlp_first`, else before 3.
     """
-    tile, kind = tile or choose_tile(hidden.shape[0], top_k, experts, hidden.dtype, fp8_rows), kind_of(experts, fp8_rows)
     router_scale, projection, per_expert_scale = router
+    kind, num_experts = kind_of(experts, fp8_rows), projection.shape[0]
+    tile = tile or kind.choose_tile(hidden.shape[0], top_k, num_experts, hidden.dtype)
+    products = Products(kind=kind, num_experts=num_experts, tile=tile, dtype=hidden.dtype, wrap=wrap)
     # 1.
     form = kind.rows_form(hidden.dtype)
     entering = enter_launch(hidden.contiguous(), attended.contiguous(), norms[:3], router_scale, form, eps)
     residual, dense_rows, expert_rows, row_scale, router_rows = entering.run(wrap)
     # 2.
+    order_rows = take_rows(products, experts, (expert_rows, row_scale))
     from_dense = start_mlp(dense_rows, *dense) if mlp_first else None
     (logits,) = launch.router_logits(router_rows, projection).run(wrap)
-    top_k_weights, top_k_index = launch.router(logits, per_expert_scale, top_k, hidden.dtype).run(wrap)
-    routing = launch.route(top_k_index, top_k_weights, per_expert_scale.shape[0], tile, wrap)
+    chosen = launch.router(logits, per_expert_scale, top_k, hidden.dtype).run(wrap)
+    from_experts = order_rows(*chosen)
     # 3.
     from_dense = from_dense or start_mlp(dense_rows, *dense)
-    weighted = kind.weighted_rows((expert_rows, row_scale), routing, experts, hidden.dtype, tile=tile, wrap=wrap)
+    weighted = from_experts()
     # 4.
     output, normed = leave_launch(residual, from_dense(), weighted, scalar, norms[3:], top_k, eps).run(wrap)
     return output, normed

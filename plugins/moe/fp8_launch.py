@@ -132,16 +132,17 @@ def down(
     tile: Tile,
     dtype: torch.dtype,
     kernel: object = fp8_kernel.down_fp8_kernel,
+    weighted: Tensor | None = None,
 ) -> Launch:
-    """Outputs weighted [N * k, D] in `dtype`, the model's. kernel: or that for Hopper, with its tile and the weights as
-    int32."""
+    """Outputs weighted [N * k, D] in `dtype`, the model's: the one that is given, or a new one. kernel: or that for Hopper,
+    with its tile and the weights as int32."""
     (num_routed, width), hidden_size = scaled_rows.shape, weight_scale.shape[1]
     return Launch(
         kernel=kernel,
         grid=product_grid(down_proj, tile_expert, tile),
         inputs=(scaled_rows, row_scale, down_proj, weight_scale, top_k_weights, row_order, tile_expert),
         scalars=(num_routed,),
-        outputs=(scaled_rows.new_empty(num_routed, hidden_size, dtype=dtype),),
+        outputs=(scaled_rows.new_empty(num_routed, hidden_size, dtype=dtype) if weighted is None else weighted,),
         constants=product_constants(down_proj, width, hidden_size, tile),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -214,7 +215,7 @@ def weighted_rows(
         if not weight.is_contiguous():
             raise ValueError(f"experts_fp8: {name} has strides {tuple(weight.stride())}; make it contiguous when it is loaded")
     rows, row_scale = scaled
-    row_order, tile_expert, top_k_weights = routing
+    row_order, tile_expert, top_k_weights, _, weighted = routing
     top_k = top_k_weights.shape[1]
     first = gate_up(rows, row_scale, gate_up_proj, gate_up_proj_scale, row_order, tile_expert, top_k, tile, dtype)
     (activated,) = first.run(wrap)
@@ -223,8 +224,8 @@ def weighted_rows(
     kernel = hopper_kernel(activated, hidden_size, tile) if down_tile is None and wrap is unwrapped else None
     if kernel is not None:
         words = down_proj.view(torch.int32)
-        second = down(activated, row_scale, words, *others, hopper_tile(words, tile), dtype, kernel)
+        second = down(activated, row_scale, words, *others, hopper_tile(words, tile), dtype, kernel, weighted)
     else:
-        second = down(activated, row_scale, down_proj, *others, down_tile or choose_down_tile(tile), dtype)
-    (weighted,) = second.run(wrap)
-    return weighted
+        second = down(activated, row_scale, down_proj, *others, down_tile or choose_down_tile(tile), dtype, weighted=weighted)
+    (result,) = second.run(wrap)
+    return result

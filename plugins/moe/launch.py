@@ -151,9 +151,15 @@ def gate_up(hidden: Tensor, gate_up_proj: Tensor, row_order: Tensor, tile_expert
 
 
 def down(
-    activated: Tensor, down_proj: Tensor, top_k_weights: Tensor, row_order: Tensor, tile_expert: Tensor, tile: Tile
+    activated: Tensor,
+    down_proj: Tensor,
+    top_k_weights: Tensor,
+    row_order: Tensor,
+    tile_expert: Tensor,
+    tile: Tile,
+    weighted: Tensor | None = None,
 ) -> Launch:
-    """Outputs weighted [N * k, D] in the dtype of `activated`.
+    """Outputs weighted [N * k, D] in the dtype of `activated`: the one that is given, or a new one.
 
     The model's dtype and not float32: a routed row is rounded once, as on the CPU path, and takes half the bytes (0.74 and
     not 1.48 GB, written and read, at 16,384 rows). The sum over a row's experts is in float32.
@@ -165,7 +171,7 @@ def down(
         grid=(ceil_div(hidden_size, tile.width), tile_expert.shape[0]),
         inputs=(activated, down_proj, top_k_weights, row_order, tile_expert),
         scalars=(num_routed,),
-        outputs=(activated.new_empty(num_routed, hidden_size),),
+        outputs=(activated.new_empty(num_routed, hidden_size) if weighted is None else weighted,),
         constants={"NUM_EXPERTS": down_proj.shape[0], "HIDDEN": hidden_size, "WIDTH": width} | tile_constants(tile, tile.width),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -189,16 +195,33 @@ def combine(weighted: Tensor, top_k: int) -> Launch:
 
 
 class Routing(NamedTuple):
-    """Which rows go to which expert, in tiles (see `plugins.moe.alignment`), and with what weights [N, k]."""
+    """Which rows go to which expert, in tiles (see `plugins.moe.alignment`), with what weights [N, k].
+
+    num_experts: of the layer. weighted: where the results go, [N * k, D], in which routed rows of experts that are elsewhere
+    stay as they are; None makes it.
+    """
 
     row_order: Tensor
     tile_expert: Tensor
     top_k_weights: Tensor
+    num_experts: int
+    weighted: Tensor | None
 
 
-def route(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, tile: Tile, wrap: Wrap = unwrapped) -> Routing:
-    """Of what the router chose; `tile` is that of the products."""
-    return Routing(*aligned(top_k_index.contiguous(), num_experts, tile.rows, wrap), top_k_weights.contiguous())
+def route(
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    num_experts: int,
+    tile: Tile,
+    wrap: Wrap = unwrapped,
+    *,
+    num_elsewhere: int = 0,
+    weighted: Tensor | None = None,
+) -> Routing:
+    """Of what the router chose; `tile` is that of the products. An index that is none of `num_experts` is left out:
+    `num_elsewhere` experts of the layer are on other devices."""
+    order = aligned(top_k_index.contiguous(), num_experts, tile.rows, wrap)
+    return Routing(*order, top_k_weights.contiguous(), num_experts + num_elsewhere, weighted)
 
 
 def weighted_rows(
@@ -222,11 +245,11 @@ def weighted_rows(
             raise ValueError(f"experts: {name} is {weight.dtype}, hidden is {hidden.dtype}; convert one when it is loaded")
         if not weight.is_contiguous():
             raise ValueError(f"experts: {name} has strides {tuple(weight.stride())}; make it contiguous when it is loaded")
-    row_order, tile_expert, top_k_weights = routing
+    row_order, tile_expert, top_k_weights, _, weighted = routing
     (activated,) = gate_up(hidden.contiguous(), gate_up_proj, row_order, tile_expert, top_k_weights.shape[1], tile).run(wrap)
     down_tile = down_tile or choose_down_tile(tile)
-    (weighted,) = down(activated, down_proj, top_k_weights, row_order, tile_expert, down_tile).run(wrap)
-    return weighted
+    (result,) = down(activated, down_proj, top_k_weights, row_order, tile_expert, down_tile, weighted).run(wrap)
+    return result
 
 
 def tile_constants(tile: Tile, tile_width: int) -> dict[str, int]:

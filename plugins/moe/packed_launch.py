@@ -60,10 +60,11 @@ def choose_down_tile(tile: Tile) -> Tile:
     return _DOWN_TILES.get(tile, tile)
 
 
-def has_hopper_gate_up(hidden: Tensor, gate_up_proj: Tensor, top_k: int, tile: Tile) -> bool:
-    """Whether the first product has a kernel for Hopper: for the device, the tile, the rows of an expert, and the sizes."""
-    num_experts, num_blocks, _ = gate_up_proj.shape
-    fits = hidden.shape[1] % (PAIR * BLOCK) == 0 and num_blocks % PAIR == 0
+def has_hopper_gate_up(hidden: Tensor, gate_up_proj: Tensor, top_k: int, tile: Tile, num_experts: int) -> bool:
+    """Whether the first product has a kernel for Hopper: for the device, the tile, the rows of an expert, and the sizes.
+    num_experts: of the layer."""
+    num_blocks = gate_up_proj.shape[1]
+    fits = hidden.shape[1] % (PAIR * BLOCK) == 0 and num_blocks % PAIR == 0 and num_blocks > PART  # or Triton 3.6 fails
     many = hidden.shape[0] * top_k >= HOPPER_ROWS * num_experts and tile.rows == MANY_ROWS.rows
     return many and fits and on_hopper(hidden)
 
@@ -123,15 +124,17 @@ def down(
     hidden_size: int,
     tile: Tile,
     kernel: object = packed_kernel.down_packed_kernel,
+    weighted: Tensor | None = None,
 ) -> Launch:
-    """Outputs weighted [N * k, D]. kernel: or one of `plugins.moe.hopper_down_kernel`, with its tile."""
+    """Outputs weighted [N * k, D]: the one that is given, or a new one. kernel: or one of `plugins.moe.hopper_down_kernel`,
+    with its tile."""
     num_routed, width = activated.shape
     return Launch(
         kernel=kernel,
         grid=product_grid(down_proj, tile_expert, tile),
         inputs=(activated, down_proj, top_k_weights, row_order, tile_expert),
         scalars=(num_routed,),
-        outputs=(activated.new_empty(num_routed, hidden_size),),
+        outputs=(activated.new_empty(num_routed, hidden_size) if weighted is None else weighted,),
         constants=product_constants(down_proj, width, hidden_size, tile),
         num_warps=tile.num_warps,
         num_stages=_stages(tile, down_proj),
@@ -146,11 +149,12 @@ def hopper_down(
     tile_expert: Tensor,
     hidden_size: int,
     tile: Tile,
+    weighted: Tensor | None = None,
 ) -> Launch:
     """As `down`, with the kernel for Hopper. tile: of the first product."""
     words = down_proj.view(torch.int32)
     operands = (activated, words, top_k_weights, row_order, tile_expert, hidden_size)
-    return down(*operands, hopper_tile(words, tile), hopper_down_packed_kernel)
+    return down(*operands, hopper_tile(words, tile), hopper_down_packed_kernel, weighted)
 
 
 def _stages(tile: Tile, weight: Tensor) -> int:
@@ -193,15 +197,15 @@ def products(
 ) -> Tensor:
     """`weighted_rows` of weights in any of the formats. factor: of the rows. down_tile: one to try; then, and where PyTorch
     traces, without the kernels for Hopper."""
-    row_order, tile_expert, top_k_weights = routing
+    row_order, tile_expert, top_k_weights, num_experts, weighted = routing
     top_k, may_be_for_hopper = top_k_weights.shape[1], down_tile is None and wrap is unwrapped
-    for_hopper = may_be_for_hopper and has_hopper_gate_up(rows, gate_up_proj, top_k, tile)
+    for_hopper = may_be_for_hopper and has_hopper_gate_up(rows, gate_up_proj, top_k, tile, num_experts)
     first = hopper_gate_up if for_hopper else gate_up
     (activated,) = first(rows, gate_up_proj, row_order, tile_expert, top_k, tile, factor).run(wrap)
     operands = (activated, down_proj, top_k_weights, row_order, tile_expert, rows.shape[1])
     if may_be_for_hopper and has_hopper_down(activated, rows.shape[1], tile):
-        second = hopper_down(*operands, tile)
+        second = hopper_down(*operands, tile, weighted)
     else:
-        second = down(*operands, down_tile or usual_down_tile)
-    (weighted,) = second.run(wrap)
-    return weighted
+        second = down(*operands, down_tile or usual_down_tile, weighted=weighted)
+    (result,) = second.run(wrap)
+    return result
