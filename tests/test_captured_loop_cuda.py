@@ -34,9 +34,10 @@ def engine(tmp_path_factory):
     @cache
     def built(dtype: str, expert_weights: str = "auto") -> Path:
         place, checkpoint = tmp_path_factory.mktemp("engines"), TINY
-        if expert_weights == "nvfp4":  # which a checkpoint has or has not
+        if expert_weights in ("nvfp4", "fp8"):  # which a checkpoint has or has not
+            published = nvfp4_checkpoint(TINY, place / "published") if expert_weights == "nvfp4" else TINY
             checkpoint, expert_weights = place / "checkpoint", "auto"
-            quantize_checkpoint(nvfp4_checkpoint(TINY, place / "published"), checkpoint)
+            quantize_checkpoint(published, checkpoint)
         choices = {"target": "inductor", "dtype": dtype, "device": "cuda", "expert_weights": expert_weights}
         build_engine(checkpoint, place / dtype, report=print, **choices)
         return place / dtype
@@ -111,7 +112,7 @@ def test_bfloat16_answers_are_right(engine, render, held_out, expert_weights):
 
 
 @pytest.mark.parametrize(
-    "stored", [("float32",), *(("bfloat16", stored) for stored in ("packed", "int4", "nvfp4"))], ids=" ".join
+    "stored", [("float32",), *(("bfloat16", stored) for stored in ("packed", "int4", "nvfp4", "fp8"))], ids=" ".join
 )
 def test_replayed_steps_are_the_uncaptured_ones_bit_for_bit(engine, stored):
     """Three rows in a bucket of four, twice with new tokens, of another row and of one of them, then one alone; every state
