@@ -14,7 +14,7 @@ from backend.errors import RequestError
 from backend.json_text import parse_json_object
 from backend.parameters import INT32_MAX
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, leave_on_signals
-from backend.triton_server.model_config import Instances, config_pbtxt
+from backend.triton_server.model_config import Instances, config_pbtxt, parse_gpu_groups
 from backend.triton_server.settings import Settings
 from contract.problems import printable
 from contract.standard_streams import standard_streams
@@ -32,6 +32,9 @@ _AllowedOrigins = Annotated[
 ]
 _Images = Annotated[list[Path], typer.Option("--image", help="A picture to ask about; may be repeated.")]
 _Gpus = Annotated[str, typer.Option(metavar="0,1,…", help="GPUs to have replicas on.")]
+_GpuGroups = Annotated[
+    str, typer.Option(metavar="0,1,…", help="GPUs to have replicas on; 0+1,2+3: two each, which share an engine's experts.")
+]
 
 
 @app.command()
@@ -48,7 +51,7 @@ def serve(
     allowed_origin: _AllowedOrigins = (),
     setting: _Settings = (),
     instances: _NumInstances = None,
-    gpus: _Gpus = "",
+    gpus: _GpuGroups = "",
 ) -> None:
     """Serve an engine with Triton Inference Server, and OpenAI's API in front of it, until it is told to stop."""
     from backend import serving
@@ -59,6 +62,8 @@ def serve(
     parameters = _parameters(setting)
     if engine is not None and "engine_dir" in parameters:
         _fail(f"--set engine_dir: got {parameters['engine_dir']} beside --engine {engine}; remove one")
+    groups = _gpu_groups(gpus)
+    together = any(len(group) > 1 for group in groups)
     try:
         keys = read_api_keys(api_key_file) if api_key_file else ()
         origins = checked_origins(allowed_origin)
@@ -67,7 +72,8 @@ def serve(
             front_end if openai else None,
             host=host,
             ports={"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port},
-            instances=_instances(instances, gpus),
+            instances=Instances(count=instances or 1) if together else Instances.of(instances, groups),
+            gpu_groups=groups if together else (),
             report=_note,
             engine_dir=engine,
             model_repository=model_repository,
@@ -136,7 +142,10 @@ def config(
 ) -> None:
     """Write the model's config.pbtxt."""
     settings = Settings.from_parameters(_parameters(setting))
-    text = config_pbtxt(settings, _instances(instances, gpus) or Instances())
+    groups = _gpu_groups(gpus)
+    if together := next((group for group in groups if len(group) > 1), None):
+        _fail(f"--gpus: got {'+'.join(map(str, together))}, expected single GPUs: a worker of one model sees one, or all")
+    text = config_pbtxt(settings, Instances.of(instances, groups) or Instances())
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -272,15 +281,11 @@ def _typed_lines(ask: Callable[[str], str]) -> Iterator[str]:
             return
 
 
-def _instances(count: int | None, gpus: str) -> Instances | None:
-    """None if neither is given."""
-    numbers = [number for number in gpus.split(",") if number]
-    if gpus and not (numbers and all(number.isdecimal() and len(number) < 10 for number in numbers)):
-        _fail(f"--gpus: got {gpus!r}, expected numbers and commas like 0,1")
-    chosen = tuple(map(int, numbers))
-    if twice := [each for at, each in enumerate(chosen) if each in chosen[:at]]:
-        _fail(f"--gpus: got {twice[0]} twice, expected each GPU once; remove one, or pass --instances for replicas")
-    return Instances(count=count or 1, gpus=chosen) if count or chosen else None
+def _gpu_groups(text: str) -> list[tuple[int, ...]]:
+    try:
+        return parse_gpu_groups(text)
+    except ValueError as error:
+        _fail(str(error))
 
 
 def _note(line: str) -> None:

@@ -21,6 +21,7 @@ def serve(
     host: str,
     ports: Mapping[str, int],
     instances: Instances | None,
+    gpu_groups: Sequence[tuple[int, ...]] = (),
     report: Callable[[str], None],
     **options: Any,
 ) -> None:
@@ -30,15 +31,18 @@ def serve(
     0 for free ones. options: others of `TritonServer`.
 
     With a front end and replicas on several GPUs each GPU has a server of its own, because the front end gives a request to
-    the server that has the fewest; of several instances in one server, any may take it. Raises ServerError, FrontEndError and
-    ValueError.
+    the server that has the fewest; of several instances in one server, any may take it. So has each of `gpu_groups`, GPUs that
+    an engine needs together: a worker sees one GPU of `instances`, or all that its server sees. Raises ServerError,
+    FrontEndError and ValueError.
     """
-    gpus = instances.gpus if openai and instances and len(instances.gpus) > 1 else ()
-    # All of them before anything starts: loading an engine takes minutes.
-    ports_of_servers, openai_port = chosen_ports(host, ports, len(gpus) or 1, openai.port if openai else None)
-    if gpus:
+    replicas = instances
+    if not gpu_groups and openai and instances and len(instances.gpus) > 1:
+        gpu_groups = [(gpu,) for gpu in instances.gpus]
         replicas = Instances(count=instances.count, gpus=(0,))  # each server sees its own GPU alone
-        each = [{"instances": replicas, "gpu": gpu, "report": _of_gpu(report, gpu)} for gpu in gpus]
+    # All of them before anything starts: loading an engine takes minutes.
+    ports_of_servers, openai_port = chosen_ports(host, ports, len(gpu_groups) or 1, openai.port if openai else None)
+    if gpu_groups:
+        each = [{"instances": replicas, "gpus": gpus, "report": _of_gpus(report, gpus)} for gpus in gpu_groups]
     else:
         each = [{"instances": instances, "report": report}]
     servers = [
@@ -110,5 +114,5 @@ def _joined(servers: Sequence[TritonServer], attribute: str) -> str:
     return ",".join(str(getattr(server, attribute)) for server in servers)
 
 
-def _of_gpu(report: Callable[[str], None], gpu: int) -> Callable[[str], None]:
-    return lambda line: report(f"GPU {gpu}: {line}")
+def _of_gpus(report: Callable[[str], None], gpus: Sequence[int]) -> Callable[[str], None]:
+    return lambda line: report(f"GPU {'+'.join(map(str, gpus))}: {line}")

@@ -184,7 +184,8 @@ def test_a_machine_with_other_gpus_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU number {gpu}")
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: there["peer"])
     manifest = described(expert_gpus=2)
-    with pytest.raises(ManifestError, match="got 1 visible GPUs, expected the 2 that share its experts; leave out --gpus"):
+    message = r"got 1 visible GPUs, expected the 2 that share its experts; pass serve --gpus 0\+1, let CUDA_VISIBLE_DEVICES"
+    with pytest.raises(ManifestError, match=message):
         connect_gpus(manifest, tmp_path)
     there |= {"count": 2, "second": (8, 0)}
     with pytest.raises(ManifestError, match=r"built for NVIDIA H200 .*, but GPU 1 here is GPU number 1; let CUDA_VISIBLE"):

@@ -113,7 +113,7 @@ def test_a_replica_on_each_gpu(engine, render, held_out):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_server_of_one_gpu_takes_nothing_of_the_other(engine, render, held_out):
     free_before = [torch.cuda.mem_get_info(device)[0] for device in (0, 1)]
-    with TritonServer(engine_dir=engine, instances=Instances(gpus=(0,)), gpu=1, report=print, **ANY_PORTS) as server:
+    with TritonServer(engine_dir=engine, instances=Instances(gpus=(0,)), gpus=(1,), report=print, **ANY_PORTS) as server:
         assert not wrong_answers(server, [render(held_out[0])], held_out[:1])
         taken = [before - torch.cuda.mem_get_info(device)[0] for device, before in enumerate(free_before)]
         assert taken[0] < 8 << 20 and taken[1] > 100 << 20

@@ -51,7 +51,8 @@ def test_a_gpu_that_is_not_there(there, expected):
     assert failure_reason(log) == f"--gpus: got 7, {expected}"
     assert failure_reason(f"error: creating server: {said}\n") == f"--gpus: got 7, {expected}"
     alone = "--gpus: got 3, expected a GPU that Triton can use here; pass others, or leave it out"
-    assert failure_reason(log, 3) == alone
+    assert failure_reason(log, [3]) == alone
+    assert failure_reason(log, [3, 4]).startswith("--gpus: got 3+4, expected a GPU")
 
 
 def test_a_log_without_a_known_reason():

@@ -102,7 +102,7 @@ def served(monkeypatch, capsys):
 def test_with_the_front_end_each_gpu_has_a_server(served):
     instances = Instances(count=2, gpus=(0, 3))
     (*servers, front_end), line = served(OpenAISettings(port=0), instances=instances, engine_dir="e")
-    assert [server.options["gpu"] for server in servers] == [0, 3]
+    assert [server.options["gpus"] for server in servers] == [(0,), (3,)]
     assert all(server.options["instances"] == Instances(count=2, gpus=(0,)) for server in servers)
     assert all(server.options["engine_dir"] == "e" for server in servers)
     ports = {server.options[name] for server in servers for name in PORTS} | {front_end.settings.port}
@@ -112,6 +112,52 @@ def test_with_the_front_end_each_gpu_has_a_server(served):
         "ready  gRPC a:0,a:1  HTTP http://a:0,http://a:1  metrics http://a:0/metrics,http://a:1/metrics  "
         "OpenAI http://a:9/v1  log /s0/server.log,/s1/server.log  OpenAI log /s0/openai.log\n"
     )
+
+
+@pytest.mark.parametrize("openai", [OpenAISettings(port=0), None], ids=["with the front end", "without"])
+def test_gpus_that_an_engine_needs_together_have_a_server(openai, served):
+    told, instances = [], Instances(count=2)
+    started, _ = served(openai, instances=instances, gpu_groups=[(0, 1), (3, 2)], report=told.append)
+    servers = [each for each in started if isinstance(each, Server)]
+    assert [server.options["gpus"] for server in servers] == [(0, 1), (3, 2)]
+    assert all(server.options["instances"] is instances for server in servers)  # whose workers see all of their server's
+    for server in servers:
+        server.options["report"]("starting")
+    assert told[-2:] == ["GPU 0+1: starting", "GPU 3+2: starting"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--gpus", "0,1"], (Instances(gpus=(0, 1)), ())),
+        (["--gpus", "0+1"], (Instances(), [(0, 1)])),
+        (["--gpus", "4+5,2+3", "--instances", "2"], (Instances(count=2), [(4, 5), (2, 3)])),
+        ([], (None, ())),
+    ],
+    ids=str,
+)
+def test_the_command_groups_gpus(words, expected, monkeypatch):
+    given = {}
+    monkeypatch.setattr(serving, "serve", lambda _, **options: given.update(options))
+    monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)  # they are this process's
+    result = CliRunner().invoke(app, ["serve", "--engine", "e", *words])
+    assert result.exit_code == 0, result.output
+    assert (given["instances"], given["gpu_groups"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "gpus", "message"),
+    [
+        ("serve", "0+", "--gpus: got '0+', expected numbers and commas like 0,1"),
+        ("serve", "0+1,1+2", "--gpus: got 1 twice, expected each GPU once"),
+        ("config", "0,1+2", "--gpus: got 1+2, expected single GPUs: a worker of one model sees one, or all"),
+    ],
+)
+def test_groups_that_cannot_be(command, gpus, message, monkeypatch):
+    monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)
+    result = CliRunner().invoke(app, [command, "--gpus", gpus])
+    [line] = result.stderr.splitlines()
+    assert result.exit_code == 1 and line.startswith(f"error: {message}")
 
 
 def test_servers_load_and_stop_at_once_and_the_front_end_outlasts_them(served):
@@ -151,7 +197,7 @@ def test_what_a_server_of_a_gpu_reports_says_which(served):
 )
 def test_otherwise_there_is_one_server(openai, instances, served):
     (server, *front_ends), _ = served(openai, instances=instances)
-    assert server.options["instances"] is instances and "gpu" not in server.options
+    assert server.options["instances"] is instances and "gpus" not in server.options
     assert [(each.settings.triton_urls, each.settings.triton_metrics_url) for each in front_ends] == (
         [(("a:0",), "http://a:0/metrics")] if openai else []
     )
@@ -175,12 +221,12 @@ def test_a_port_that_leaves_no_room_for_the_others():
 def test_a_server_sees_the_gpu_that_is_meant(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "CUDA_VISIBLE_DEVICES" not in server_environment()
-    assert server_environment(3)["CUDA_VISIBLE_DEVICES"] == "3"
+    assert server_environment([3])["CUDA_VISIBLE_DEVICES"] == "3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5")
     assert server_environment()["CUDA_VISIBLE_DEVICES"] == "4, GPU-5"
-    assert [server_environment(gpu)["CUDA_VISIBLE_DEVICES"] for gpu in (0, 1)] == ["4", "GPU-5"]
+    assert [server_environment(gpus)["CUDA_VISIBLE_DEVICES"] for gpus in ([0], [1], [1, 0])] == ["4", "GPU-5", "GPU-5,4"]
     with pytest.raises(ServerError) as raised:
-        server_environment(2)
+        server_environment([0, 2])
     expected = "expected at most 1, because CUDA_VISIBLE_DEVICES is 4, GPU-5"
     assert str(raised.value) == f"--gpus: got 2, {expected}; pass other numbers"
 
@@ -189,7 +235,7 @@ def test_where_no_gpu_is_visible_a_server_sees_none(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert server_environment()["CUDA_VISIBLE_DEVICES"] == ""
     with pytest.raises(ServerError) as raised:
-        server_environment(1)
+        server_environment([1])
     expected = "expected none, because CUDA_VISIBLE_DEVICES is empty"
     assert str(raised.value) == f"--gpus: got 1, {expected}; unset it, or remove --gpus"
 

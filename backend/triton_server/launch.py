@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -43,11 +43,11 @@ class TritonServer:
     `is_ready` do the same for who waits for several.
 
     A port of 0 becomes a free one. `engine_dir` None keeps the one of config.pbtxt; `parameters` replaces others of its
-    parameters, `instances` its instance group. `gpu`: the only one that the server sees, counted among those that this process
-    sees (ServerError if there are not so many); it is number 0 for `instances`. A model may take its load_timeout_s to load,
-    one instance after the other; a request may go on for `exit_timeout_s` after the stop began. `report` is called with what is
-    told, a line at a time: where the log is, how far loading is, and, when `check_alive` is called, that a worker died or the
-    model unloads itself.
+    parameters, `instances` its instance group. `gpus`: the only ones that the server sees, counted among those that this
+    process sees (ServerError if there are not so many); the first is number 0 for `instances`. A model may take its
+    load_timeout_s to load, one instance after the other; a request may go on for `exit_timeout_s` after the stop began.
+    `report` is called with what is told, a line at a time: where the log is, how far loading is, and, when `check_alive` is
+    called, that a worker died or the model unloads itself.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class TritonServer:
         metrics_port: int = 8002,
         parameters: Mapping[str, str] | None = None,
         instances: Instances | None = None,
-        gpu: int | None = None,
+        gpus: Sequence[int] = (),
         exit_timeout_s: int = 10,
         report: Callable[[str], None] = lambda line: None,
     ):
         self._model_dir = Path(os.path.realpath(model_repository), MODEL_NAME)
         self._parameters = dict(parameters or {})
-        self._instances, self._gpu = instances, gpu
-        self._environment = server_environment(gpu)
+        self._instances, self._gpus = instances, gpus
+        self._environment = server_environment(gpus)
         if engine_dir is not None:
             self._parameters["engine_dir"] = os.path.realpath(engine_dir)
         self._host = host
@@ -151,7 +151,7 @@ class TritonServer:
         """Reports what is new in the log. Raises ServerError with the reason from it if the server is no longer running."""
         self._report_news()
         if self._process.poll() is not None:
-            reason = failure_reason(self.log_path.read_text(), self._gpu)
+            reason = failure_reason(self.log_path.read_text(), self._gpus)
             code = self._process.returncode
             raise ServerError(f"tritonserver ended with exit code {code}: {reason}; its log is {self.log_path}")
 

@@ -1,6 +1,7 @@
 """What a server's log says to who starts it: how far loading is, what went wrong, and why the server ended."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 # Lines of the engine worker: of `load_progress`, and of `engine` about the memory plan.
@@ -40,12 +41,13 @@ class LogNews:
         return found
 
 
-def failure_reason(log: str, gpu: int | None = None) -> str:
+def failure_reason(log: str, gpus: Sequence[int] = ()) -> str:
     """One line that says why a server does not run: from its log, but for a GPU that is not there, which the log says badly.
-    gpu: the one that the server was to see alone, if any."""
+    gpus: those that the server was to see alone, if any."""
     if found := _NO_SUCH_GPU.search(log):
-        if gpu is not None:
-            return f"--gpus: got {gpu}, expected a GPU that Triton can use here; pass others, or leave it out"
+        if gpus:
+            got = "+".join(map(str, gpus))
+            return f"--gpus: got {got}, expected a GPU that Triton can use here; pass others, or leave it out"
         there = ", ".join(found["there"].split())
         why = f"expected some of {there}, which Triton can use here" if there else "but Triton finds no GPU here; leave it out"
         return f"--gpus: got {found['number']}, {why}"

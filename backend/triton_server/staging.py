@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from backend.triton_server.errors import ServerError
@@ -73,11 +73,11 @@ def bundled(path: str) -> Path:
     return file
 
 
-def server_environment(gpu: int | None = None) -> dict[str, str]:
+def server_environment(gpus: Sequence[int] = ()) -> dict[str, str]:
     """The server's environment: the stub finds this very Python, its shared library, and this very package.
 
-    gpu: the only one that the server is to see, counted among those that this process sees. Raises ServerError if there are not
-    so many.
+    gpus: the only ones that the server is to see, counted among those that this process sees; none: all. Raises ServerError if
+    there are not so many.
     """
     first = {
         "PATH": str(Path(sys.executable).parent),
@@ -85,7 +85,7 @@ def server_environment(gpu: int | None = None) -> dict[str, str]:
         "PYTHONPATH": str(MODEL_REPOSITORY.parent),
     }
     paths = {name: os.pathsep.join(filter(None, (path, os.environ.get(name)))) for name, path in first.items()}
-    return os.environ | paths | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": _visible(gpu)})
+    return os.environ | paths | ({"CUDA_VISIBLE_DEVICES": ",".join(map(_visible, gpus))} if gpus else {})
 
 
 def _visible(gpu: int) -> str:
