@@ -1,6 +1,6 @@
 """The CUDA path of `feed_forward_spread`: each other GPU has a stream for its share, which a capture takes in as a branch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -13,28 +13,13 @@ from plugins.feed_forward.spread_op import parts_of
 from plugins.library import LIBRARY
 
 
-def feed_forward_spread_cuda(
-    hidden: Tensor,
-    attended: Tensor,
-    norms: Sequence[Tensor],
-    scalar: Tensor,
-    dense: Sequence[Tensor],
-    router: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    num_gpus: int,
-    top_k: int,
-    eps: float,
-    fp8_rows: bool,
-) -> tuple[Tensor, Tensor]:
+def feed_forward_spread_cuda(*arguments) -> tuple[Tensor, Tensor]:
+    """arguments: the operator's, in order."""
+    *given, experts, num_gpus, top_k, eps, fp8_rows = arguments
     own, *others = parts_of(experts, num_gpus)
-    few = hidden.shape[0] < MANY_ROWS
+    few = given[0].shape[0] < MANY_ROWS
     return feed_forward(
-        hidden,
-        attended,
-        norms,
-        scalar,
-        dense,
-        router,
+        *given,
         own,
         top_k,
         eps,

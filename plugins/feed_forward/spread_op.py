@@ -27,22 +27,11 @@ def parts_of(experts: Sequence[Tensor], num_gpus: int) -> list[Sequence[Tensor]]
     return [experts[start : start + count] for start in range(0, len(experts), count)]
 
 
-def _on_one_device(
-    hidden: Tensor,
-    attended: Tensor,
-    norms: Sequence[Tensor],
-    scalar: Tensor,
-    dense: Sequence[Tensor],
-    router: Sequence[Tensor],
-    experts: Sequence[Tensor],
-    num_gpus: int,
-    top_k: int,
-    eps: float,
-    fp8_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    """The definition."""
+def _on_one_device(*arguments) -> tuple[Tensor, Tensor]:
+    """The definition. arguments: the operator's, in order."""
+    *given, experts, num_gpus, top_k, eps, fp8_rows = arguments
     whole = [torch.cat(parts) for parts in zip(*parts_of(experts, num_gpus), strict=True)]
-    return feed_forward_reference(hidden, attended, norms, scalar, dense, router, whole, top_k, eps, fp8_rows)
+    return feed_forward_reference(*given, whole, top_k, eps, fp8_rows)
 
 
 LIBRARY.impl("feed_forward_spread", _on_one_device, "CPU")
