@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from random_experts import random_rows
 
+from backend.expert_gpus import connect_gpus
 from backend.kv_cache import PagedKVCache
 from backend.session import RunProgram, Session, load_program
 from builder.compiling import compile_programs
@@ -15,7 +16,7 @@ from builder.config import read_model_config
 from builder.description import ConfigAlone, describe
 from builder.export import signatures
 from builder.quantization import FP8
-from builder.weights import EMBEDDING, binding_shapes, bound_weights, text_weights, weight_dtype
+from builder.weights import EMBEDDING, Bound, binding_shapes, bound_weights, of_gpu, text_weights, weight_dtype
 from contract.manifest import BuildConfig, Program
 from contract.model_config import ModelConfig
 from plugins.moe.formats import in_format
@@ -33,7 +34,7 @@ def read_text_model(checkpoint: Path) -> ModelConfig:
 def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.Tensor]:
     """Scaled so that activations stay of order one: norms 1, embeddings and products by their fan-in, routers wide awake."""
     weights, shapes = {}, text_weights(config)
-    bound = bound_weights(shapes, config, build)
+    bound = bound_weights(shapes, config, build.model_copy(update={"expert_gpus": 1}))
     for name, shape in binding_shapes(shapes).items():
         if name in weights:  # a scale, made with its weight
             continue
@@ -50,7 +51,20 @@ def random_weights(config: ModelConfig, build: BuildConfig) -> dict[str, torch.T
                 part.copy_(in_format(own, arrangement.format, arrangement.halves))
             tensor = arranged
         weights[name] = tensor
-    return weights
+    return _in_parts(weights, bound_weights(shapes, config, build), build)
+
+
+def _in_parts(weights: dict[str, torch.Tensor], bound: dict[str, Bound], build: BuildConfig) -> dict[str, torch.Tensor]:
+    """With each GPU's part of what several share, there; each whole is freed before the next one is divided."""
+    placed: dict[str, torch.Tensor] = {}
+    for name, each in bound.items():
+        if each.part is None:
+            placed[name] = weights.pop(name)
+        elif each.part.number == 0:
+            for gpu, part in enumerate(weights.pop(name).chunk(each.part.of)):
+                place = torch.device(build.device, gpu) if build.device == "cuda" else build.device
+                placed[of_gpu(name, gpu)] = part.clone() if gpu == 0 else part.to(place)
+    return placed
 
 
 def _random(name: str, shape: tuple[int, ...], build: BuildConfig) -> torch.Tensor:
@@ -73,6 +87,8 @@ def random_session(
 ) -> Session:
     """A session of these weights, its programs compiled as the builder does or the network's own modules."""
     manifest = describe(model, build, ConfigAlone(model), text_weights(model), checkpoint, checkpoint)
+    if build.expert_gpus > 1:
+        connect_gpus(manifest, checkpoint)
     if not compiled:
         programs, runners = {}, {}
         for each in signatures(model, build):

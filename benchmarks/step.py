@@ -1,4 +1,4 @@
-"""A whole denoising step at the real model's size on one GPU, with random weights: checked, then timed.
+"""A whole denoising step at the real model's size on one GPU or several, with random weights: checked, then timed.
 
 Phases print as they go and their results are kept in the file of --output, so that what is cut off loses nothing. A phase that
 fails prints why and the next one runs; the exit status is then 1. The last line is JSON.
@@ -61,6 +61,7 @@ class Bench:
             expert_activations=options.fp8_experts or "full",
             expert_weights="plain" if experts_dtype else options.expert_weights or "packed",
             batch_invariant=options.batch_invariant,
+            expert_gpus=options.expert_gpus,
         )
         self.results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
 
@@ -268,12 +269,8 @@ METHODS = dict.fromkeys(PHASES) | {name: name for name in PHASES} | {"weights": 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint",
-        type=command_line.checkpoint,
-        default=CHECKPOINTS / "diffusiongemma-26B-A4B",
-        help="only its config.json is read",
-    )
+    shape = CHECKPOINTS / "diffusiongemma-26B-A4B"
+    parser.add_argument("--checkpoint", type=command_line.checkpoint, default=shape, help="only its config.json is read")
     parser.add_argument("--phases", default=",".join(PHASES[:-2]), help=f"of {','.join(PHASES)}")
     parser.add_argument("--profile", action="store_true", help="also the phase profile")
     parser.add_argument("--transformers", action="store_true", help="also the phase transformers")
@@ -285,6 +282,7 @@ def main() -> None:
     count("--max-encode-tokens", default=8192, help="fewer are compiled in less time; %(default)s")
     count("--max-sequences", default=64, help="fewer are compiled in less time; %(default)s")
     count("--cached-tokens", default=CACHED_TOKENS, help="longer prefixes are left out; %(default)s")
+    count("--expert-gpus", default=1, help="GPUs that share the experts; %(default)s")
     parser.add_argument("--batch-invariant", action="store_true", help="a batch-invariant build")
     parser.add_argument("--uncompiled", action="store_true", help="the network's modules instead of compiled programs")
     parser.add_argument("--output", type=Path, help="file for the results, written after each phase")
