@@ -25,6 +25,9 @@ def save_the_interpreters_time() -> None:
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, look_up_once
     _make_types_once()
+    _make_constants_once()
+    _let_numpy_broadcast()
+    _make_handles_directly()
     _call_operators_directly()
     _leave_out_what_is_not_looked_at()
     _shift_bfloat16()
@@ -36,9 +39,8 @@ def _make_types_once() -> None:
     from triton.language.semantic import TritonSemantic
 
     make_type, types, shapes = tl.block_type.__init__, {}, {}
-    make_tensor, scalar = tl.tensor.__init__, {}
-    equal = tl.dtype.__eq__
-    promote, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+    make_tensor, equal = tl.tensor.__init__, tl.dtype.__eq__
+    broadcast = TritonSemantic.broadcast_impl_value
 
     def type_made_once(block, element_ty, shape):
         key = (id(element_ty), *shape)
@@ -49,22 +51,11 @@ def _make_types_once() -> None:
         block.__dict__ = types[key]
 
     def tensor_of_known_shape(tensor, handle, dtype):
-        known = vars(dtype).get("known") if dtype.is_block() else scalar
-        if not known:
+        known = vars(dtype).get("known")
+        if known is None:
             make_tensor(tensor, handle, dtype)
-            known = {"shape": tensor.shape, "numel": tensor.numel}
-            if dtype.is_block():
-                dtype.known = known
-            else:
-                scalar.update(known)
-        tensor.handle, tensor.type, tensor.dtype = handle, dtype, dtype.scalar
-        tensor.shape, tensor.numel = known["shape"], known["numel"]
-
-    def promote_what_differs(semantic, left, right, *options, **named):
-        alike = isinstance(left, tl.tensor) and isinstance(right, tl.tensor) and left.dtype is right.dtype
-        if alike and not left.dtype.is_ptr() and len(options) < 4 and not named:  # options: no division
-            return semantic.broadcast_impl_value(left, right)
-        return promote(semantic, left, right, *options, **named)
+            known = dtype.known = {name: value for name, value in vars(tensor).items() if name != "handle"}
+        vars(tensor).update(known, handle=handle)
 
     def broadcast_what_differs(semantic, left, right):
         one, other = left.type, right.type
@@ -74,8 +65,108 @@ def _make_types_once() -> None:
 
     tl.block_type.__init__, tl.tensor.__init__ = type_made_once, tensor_of_known_shape
     tl.dtype.__eq__ = lambda dtype, other: dtype is other or equal(dtype, other)
-    TritonSemantic.binary_op_type_checking_impl = promote_what_differs
     TritonSemantic.broadcast_impl_value = broadcast_what_differs
+
+
+def _make_constants_once() -> None:
+    """Every number becomes a constant where it stands, in an operation twice: as it is, then in the other operand's dtype."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    make, made = TritonSemantic.scalar_constant, {}
+    promote, beside = TritonSemantic.binary_op_type_checking_impl, {}
+    unwrap, plain = tl.core._unwrap_if_constexpr, (tl.tensor, bool, int, float)
+
+    def made_once(semantic, value, dtype):
+        key = dtype.name, type(value), value
+        if key not in made:
+            made[key] = make(semantic, value, dtype)
+        return made[key]
+
+    def constant(semantic, number, dtype):
+        """None where the other operand gets another dtype."""
+        key = dtype.name, type(number), number
+        if key not in beside:
+            other = tl.tensor(semantic.builder.get_null_value(dtype), dtype)
+            promoted = (None, None) if dtype.is_ptr() else promote(semantic, other, number)
+            beside[key] = promoted[1] if promoted[0] is other else None
+        return beside[key]
+
+    def promote_what_differs(semantic, left, right, *options, **named):
+        one, other = left, right
+        if len(options) < 4 and not named:  # options: no division
+            if not isinstance(right, tl.tensor):
+                other = constant(semantic, right, left.dtype) if isinstance(left, tl.tensor) else None
+            elif not isinstance(left, tl.tensor):
+                one = constant(semantic, left, right.dtype)
+            if one is not None and other is not None and one.dtype is other.dtype and not one.dtype.is_ptr():
+                return semantic.broadcast_impl_value(one, other)
+        return promote(semantic, left, right, *options, **named)
+
+    TritonSemantic.scalar_constant, TritonSemantic.binary_op_type_checking_impl = made_once, promote_what_differs
+    tl.core._unwrap_if_constexpr = lambda value: value if type(value) in plain else unwrap(value)
+
+
+def _let_numpy_broadcast() -> None:
+    """The interpreter fills each operand up to the shape of the result before NumPy, which does not need that, computes it."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime.interpreter import interpreter_builder
+
+    promote, shapes = TritonSemantic.binary_op_type_checking_impl, {}
+
+    def told(tensor, shape):
+        """The tensor, said to be of that shape."""
+        if tensor.type.is_block() and tensor.type.shape is shape:
+            return tensor
+        return tl.tensor(tensor.handle, tl.block_type(tensor.dtype, shape))
+
+    class Unfilled(TritonSemantic):
+        def broadcast_impl_value(self, left, right):
+            one, other = left.type, right.type
+            if one.is_block() and other.is_block():
+                if one.shape is other.shape:
+                    return left, right
+                if len(one.shape) != len(other.shape):
+                    return super().broadcast_impl_value(left, right)
+                if (one.shape, other.shape) not in shapes:
+                    shapes[one.shape, other.shape] = super().broadcast_impl_value(left, right)[0].type.shape
+                shape = shapes[one.shape, other.shape]
+            elif one.is_block() or other.is_block():
+                shape = one.shape if one.is_block() else other.shape
+            else:
+                return left, right
+            return told(left, shape), told(right, shape)
+
+    unfilled = Unfilled(interpreter_builder)
+
+    def promote_unfilled(semantic, left, right, *options, **named):
+        # Named are the options of inline assembly, whose operands do not go to NumPy.
+        return promote(semantic if named else unfilled, left, right, *options, **named)
+
+    TritonSemantic.binary_op_type_checking_impl = promote_unfilled
+
+
+def _make_handles_directly() -> None:
+    """Of each result the interpreter looks twice whether its numbers fit into its type: once a size and type will do."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain, fitting = InterpreterBuilder.binary_op, set()
+
+    def make_handle(handle, data, dtype, attr=None):
+        handle.data, handle.dtype, handle.attr = data, dtype, {}
+        size_and_type = data.itemsize, dtype.name
+        if size_and_type not in fitting:
+            handle.__post_init__()
+            fitting.add(size_and_type)
+
+    def binary_op(builder, left, right, operation):
+        result, dtype = operation(left.data, right.data), left.dtype.scalar
+        if (result.itemsize, dtype.name) not in fitting:
+            return plain(builder, left, right, operation)
+        return TensorHandle(result, dtype)
+
+    TensorHandle.__init__, InterpreterBuilder.binary_op = make_handle, binary_op
 
 
 def _call_operators_directly() -> None:
