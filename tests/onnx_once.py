@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 from small_checkpoints import random_checkpoint
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from builder.export import Signature, TracedProgram, export_program
 from builder.onnx_export import to_onnx
@@ -25,6 +26,9 @@ def export_once(signature: Signature, model: ModelConfig, build: BuildConfig, mi
         _traced[key] = export_program(signature, model, build, minimum)
     return _traced[key]
 
+
+onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
+"""The exporter makes the table of all operators' translations for every program again, and only reads it: a second each."""
 
 to_onnx_once = functools.cache(to_onnx)
 """For what does not change the model, or changes a copy."""
