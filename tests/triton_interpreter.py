@@ -78,14 +78,14 @@ def _make_constants_once() -> None:
     unwrap, plain = tl.core._unwrap_if_constexpr, (tl.tensor, bool, int, float)
 
     def made_once(semantic, value, dtype):
-        key = dtype.name, type(value), value
+        key = dtype.name, type(value), repr(value)  # 0 and -0 are equal
         if key not in made:
             made[key] = make(semantic, value, dtype)
         return made[key]
 
     def constant(semantic, number, dtype):
         """None where the other operand gets another dtype."""
-        key = dtype.name, type(number), number
+        key = dtype.name, type(number), repr(number)
         if key not in beside:
             other = tl.tensor(semantic.builder.get_null_value(dtype), dtype)
             promoted = (None, None) if dtype.is_ptr() else promote(semantic, other, number)
