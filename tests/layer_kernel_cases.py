@@ -13,7 +13,7 @@ from triton_interpreter import (
     save_the_interpreters_time,
 )
 
-from plugins.feed_forward import launch, spread_cuda
+from plugins.feed_forward import cuda, launch, spread_cuda
 from plugins.feed_forward.mlp_launch import FEW_ROWS, activate_launch, mlp_beside
 from plugins.feed_forward.reference import feed_forward_reference, gated_mlp
 from plugins.feed_forward.spread import Spread
@@ -161,7 +161,7 @@ def test_experts_that_devices_share_give_every_bit_of_those_of_one(wanted, num_g
 
 def test_the_cuda_path_of_shared_experts_gives_the_definition(monkeypatch):
     """All but its streams."""
-    monkeypatch.setattr(spread_cuda, "beside", lambda *mlp, priority: launch.in_turn(*mlp))
+    monkeypatch.setattr(cuda, "beside", lambda *mlp, priority: launch.in_turn(*mlp))
     monkeypatch.setattr(spread_cuda, "run_there", lambda device, work: work() or (lambda: None))
     *given, experts = operands(9, 16, torch.float32)
     parts = [each for part in zip(*(each.chunk(4) for each in experts), strict=True) for each in part]

@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from plugins.feed_forward.launch import feed_forward
+from plugins.feed_forward.launch import TakeRows, feed_forward, in_one_place
 from plugins.feed_forward.mlp_launch import mlp_beside
 from plugins.library import LIBRARY
 
@@ -23,10 +23,11 @@ priority: 455 / 741 / 1298 / 2449 / 4739; in turn: 462 / 727 / 1315 / 2480 / 464
 router, with priority: 241 / 311."""
 
 
-def feed_forward_cuda(hidden: Tensor, *others) -> tuple[Tensor, Tensor]:
+def feed_forward_cuda(hidden: Tensor, *others, take_rows: TakeRows = in_one_place) -> tuple[Tensor, Tensor]:
     """As `feed_forward`, the MLP beside the experts. others: the operator's, in order."""
     few = hidden.shape[0] < MANY_ROWS
-    return feed_forward(hidden, *others, start_mlp=partial(beside, priority=-1 if few else 0), mlp_first=few)
+    start_mlp = partial(beside, priority=-1 if few else 0)
+    return feed_forward(hidden, *others, start_mlp=start_mlp, mlp_first=few, take_rows=take_rows)
 
 
 def beside(rows: Tensor, gate_up: Tensor, down: Tensor, priority: int) -> Callable[[], Tensor]:
