@@ -11,10 +11,11 @@ import typer
 
 from backend.addresses import answers, host_and_port, host_and_port_of_url
 from backend.errors import RequestError
+from backend.gpu_groups import GpuGroup, group_name, parse_gpu_groups
 from backend.json_text import parse_json_object
 from backend.parameters import INT32_MAX
 from backend.triton_server.launch import MODEL_NAME, MODEL_REPOSITORY, ServerError, leave_on_signals
-from backend.triton_server.model_config import Instances, config_pbtxt, parse_gpu_groups
+from backend.triton_server.model_config import Instances, config_pbtxt
 from backend.triton_server.settings import Settings
 from contract.problems import printable
 from contract.standard_streams import standard_streams
@@ -63,7 +64,6 @@ def serve(
     if engine is not None and "engine_dir" in parameters:
         _fail(f"--set engine_dir: got {parameters['engine_dir']} beside --engine {engine}; remove one")
     groups = _gpu_groups(gpus)
-    together = any(len(group) > 1 for group in groups)
     try:
         keys = read_api_keys(api_key_file) if api_key_file else ()
         origins = checked_origins(allowed_origin)
@@ -72,8 +72,8 @@ def serve(
             front_end if openai else None,
             host=host,
             ports={"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port},
-            instances=Instances(count=instances or 1) if together else Instances.of(instances, groups),
-            gpu_groups=groups if together else (),
+            replicas=instances,
+            gpu_groups=groups,
             report=_note,
             engine_dir=engine,
             model_repository=model_repository,
@@ -144,8 +144,8 @@ def config(
     settings = Settings.from_parameters(_parameters(setting))
     groups = _gpu_groups(gpus)
     if together := next((group for group in groups if len(group) > 1), None):
-        _fail(f"--gpus: got {'+'.join(map(str, together))}, expected single GPUs: a worker of one model sees one, or all")
-    text = config_pbtxt(settings, Instances.of(instances, groups) or Instances())
+        _fail(f"--gpus: got {group_name(together)}, expected single GPUs: a worker of one model sees one, or all")
+    text = config_pbtxt(settings, Instances(count=instances or 1, gpus=tuple(gpu for [gpu] in groups)))
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -281,7 +281,7 @@ def _typed_lines(ask: Callable[[str], str]) -> Iterator[str]:
             return
 
 
-def _gpu_groups(text: str) -> list[tuple[int, ...]]:
+def _gpu_groups(text: str) -> list[GpuGroup]:
     try:
         return parse_gpu_groups(text)
     except ValueError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from backend.gpu_groups import group_name
 from backend.gpu_memory import free_bytes
 from backend.pass_memory import expert_rows_bytes
 from contract.manifest import Manifest, ManifestError
@@ -58,11 +59,10 @@ def connect_gpus(manifest: Manifest, engine_dir: Path) -> None:
         ManifestError: there are fewer, or others than the first, or two cannot reach each other.
     """
     wanted, rebuild = manifest.build.expert_gpus, "build the engine again, with another --expert-gpus"
-    group = "+".join(map(str, range(wanted)))
     if (count := torch.cuda.device_count()) < wanted:
         raise ManifestError(
-            f"{engine_dir}: got {count} visible GPUs, expected the {wanted} that share its experts; pass serve --gpus {group}, "
-            f"let CUDA_VISIBLE_DEVICES name more, or {rebuild}"
+            f"{engine_dir}: got {count} visible GPUs, expected the {wanted} that share its experts; "
+            f"pass serve --gpus {group_name(range(wanted))}, let CUDA_VISIBLE_DEVICES name more, or {rebuild}"
         )
     for gpu in range(1, wanted):
         if torch.cuda.get_device_capability(gpu) != manifest.gpu.compute_capability:

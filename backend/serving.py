@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from backend.addresses import AddressError, free_ports, ipv4_address
+from backend.gpu_groups import GpuGroup, group_name
 from backend.openai_server.launch import FrontEnd
 from backend.openai_server.settings import OpenAISettings
 from backend.triton_server.launch import POLL_INTERVAL_S, TritonServer
@@ -20,31 +21,20 @@ def serve(
     *,
     host: str,
     ports: Mapping[str, int],
-    instances: Instances | None,
-    gpu_groups: Sequence[tuple[int, ...]] = (),
+    replicas: int | None = None,
+    gpu_groups: Sequence[GpuGroup] = (),
     report: Callable[[str], None],
     **options: Any,
 ) -> None:
     """Serves until a signal leaves it, and prints a line with the addresses once all is ready.
 
     openai: of the front end, whose port may be 0; None for none. ports: of the first server, by the names of `TritonServer`;
-    0 for free ones. options: others of `TritonServer`.
-
-    With a front end and replicas on several GPUs each GPU has a server of its own, because the front end gives a request to
-    the server that has the fewest; of several instances in one server, any may take it. So has each of `gpu_groups`, GPUs that
-    an engine needs together: a worker sees one GPU of `instances`, or all that its server sees. Raises ServerError,
-    FrontEndError and ValueError.
+    0 for free ones. replicas: in all, or of each of `gpu_groups`; with neither, what config.pbtxt says. options: others of
+    `TritonServer`. Raises ServerError, FrontEndError and ValueError.
     """
-    replicas = instances
-    if not gpu_groups and openai and instances and len(instances.gpus) > 1:
-        gpu_groups = [(gpu,) for gpu in instances.gpus]
-        replicas = Instances(count=instances.count, gpus=(0,))  # each server sees its own GPU alone
+    each = _options_of_servers(replicas, gpu_groups, with_front_end=bool(openai), report=report)
     # All of them before anything starts: loading an engine takes minutes.
-    ports_of_servers, openai_port = chosen_ports(host, ports, len(gpu_groups) or 1, openai.port if openai else None)
-    if gpu_groups:
-        each = [{"instances": replicas, "gpus": gpus, "report": _of_gpus(report, gpus)} for gpus in gpu_groups]
-    else:
-        each = [{"instances": instances, "report": report}]
+    ports_of_servers, openai_port = chosen_ports(host, ports, len(each), openai.port if openai else None)
     servers = [
         TritonServer(host=host, **its_ports, **its_own, **options)
         for its_ports, its_own in zip(ports_of_servers, each, strict=True)
@@ -68,6 +58,26 @@ def serve(
             for part in (*servers, *front_ends):
                 part.check_alive()
             time.sleep(_CHECK_INTERVAL_S)
+
+
+def _options_of_servers(
+    replicas: int | None, gpu_groups: Sequence[GpuGroup], *, with_front_end: bool, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """A dict for each server: one for each group of GPUs, or one for all.
+
+    A front end gives a request to the server that has the fewest, where of several instances in one server any may take it. And
+    a worker sees one GPU of its instance group, or all that its server sees: so GPUs that it needs together have their server.
+    """
+    several = [len(group) > 1 for group in gpu_groups]
+    if not gpu_groups or not (with_front_end or any(several)):
+        gpus = tuple(gpu for [gpu] in gpu_groups)
+        return [{"instances": Instances(count=replicas or 1, gpus=gpus) if replicas or gpus else None, "report": report}]
+    count = replicas or 1
+    alone = Instances(count=count, gpus=(0,))  # a server counts the GPUs that it sees, and refuses one that is not there
+    return [
+        {"instances": Instances(count=count) if shared else alone, "gpus": group, "report": _of_gpus(report, group)}
+        for shared, group in zip(several, gpu_groups, strict=True)
+    ]
 
 
 def _start(servers: Sequence[TritonServer], running: ExitStack) -> None:
@@ -114,5 +124,5 @@ def _joined(servers: Sequence[TritonServer], attribute: str) -> str:
     return ",".join(str(getattr(server, attribute)) for server in servers)
 
 
-def _of_gpus(report: Callable[[str], None], gpus: Sequence[int]) -> Callable[[str], None]:
-    return lambda line: report(f"GPU {'+'.join(map(str, gpus))}: {line}")
+def _of_gpus(report: Callable[[str], None], group: GpuGroup) -> Callable[[str], None]:
+    return lambda line: report(f"GPU {group_name(group)}: {line}")

@@ -100,8 +100,7 @@ def served(monkeypatch, capsys):
 
 
 def test_with_the_front_end_each_gpu_has_a_server(served):
-    instances = Instances(count=2, gpus=(0, 3))
-    (*servers, front_end), line = served(OpenAISettings(port=0), instances=instances, engine_dir="e")
+    (*servers, front_end), line = served(OpenAISettings(port=0), replicas=2, gpu_groups=[(0,), (3,)], engine_dir="e")
     assert [server.options["gpus"] for server in servers] == [(0,), (3,)]
     assert all(server.options["instances"] == Instances(count=2, gpus=(0,)) for server in servers)
     assert all(server.options["engine_dir"] == "e" for server in servers)
@@ -116,11 +115,12 @@ def test_with_the_front_end_each_gpu_has_a_server(served):
 
 @pytest.mark.parametrize("openai", [OpenAISettings(port=0), None], ids=["with the front end", "without"])
 def test_gpus_that_an_engine_needs_together_have_a_server(openai, served):
-    told, instances = [], Instances(count=2)
-    started, _ = served(openai, instances=instances, gpu_groups=[(0, 1), (3, 2)], report=told.append)
+    told = []
+    started, _ = served(openai, replicas=2, gpu_groups=[(0, 1), (3, 2)], report=told.append)
     servers = [each for each in started if isinstance(each, Server)]
     assert [server.options["gpus"] for server in servers] == [(0, 1), (3, 2)]
-    assert all(server.options["instances"] is instances for server in servers)  # whose workers see all of their server's
+    # Without gpus: the workers see all that their server sees.
+    assert all(server.options["instances"] == Instances(count=2) for server in servers)
     for server in servers:
         server.options["report"]("starting")
     assert told[-2:] == ["GPU 0+1: starting", "GPU 3+2: starting"]
@@ -129,10 +129,9 @@ def test_gpus_that_an_engine_needs_together_have_a_server(openai, served):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--gpus", "0,1"], (Instances(gpus=(0, 1)), ())),
-        (["--gpus", "0+1"], (Instances(), [(0, 1)])),
-        (["--gpus", "4+5,2+3", "--instances", "2"], (Instances(count=2), [(4, 5), (2, 3)])),
-        ([], (None, ())),
+        (["--gpus", "0,1"], (None, [(0,), (1,)])),
+        (["--gpus", "4+5,2+3", "--instances", "2"], (2, [(4, 5), (2, 3)])),
+        ([], (None, [])),
     ],
     ids=str,
 )
@@ -142,7 +141,7 @@ def test_the_command_groups_gpus(words, expected, monkeypatch):
     monkeypatch.setattr("backend.__main__.leave_on_signals", lambda _: None)  # they are this process's
     result = CliRunner().invoke(app, ["serve", "--engine", "e", *words])
     assert result.exit_code == 0, result.output
-    assert (given["instances"], given["gpu_groups"]) == expected
+    assert (given["replicas"], given["gpu_groups"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_groups_that_cannot_be(command, gpus, message, monkeypatch):
 
 
 def test_servers_load_and_stop_at_once_and_the_front_end_outlasts_them(served):
-    served(OpenAISettings(port=0), instances=Instances(gpus=(0, 3)))
+    served(OpenAISettings(port=0), gpu_groups=[(0,), (3,)])
     loaded = ["0 started", "1 started", "2 started", "0 ready", "1 ready"]
     assert Started.events == [*loaded, "0 stopping", "1 stopping", "1 ended", "0 ended", "2 ended"]
 
@@ -173,31 +172,31 @@ def test_a_front_end_that_dies_before_all_is_ready(loaded, served, monkeypatch):
             raise Stop
 
     monkeypatch.setattr(FrontEnd, "check_alive", check_alive)
-    assert served(OpenAISettings(port=0), instances=None)[1] == ""
+    assert served(OpenAISettings(port=0))[1] == ""
     assert [event for event in Started.events if "ready" in event] == loaded
 
 
 def test_what_a_server_of_a_gpu_reports_says_which(served):
     told = []
-    (first, second, _), _ = served(OpenAISettings(port=0), instances=Instances(gpus=(0, 3)), report=told.append)
+    (first, second, _), _ = served(OpenAISettings(port=0), gpu_groups=[(0,), (3,)], report=told.append)
     first.options["report"]("starting")
     second.options["report"]("starting")
     assert told == ["GPU 0: starting", "GPU 3: starting"]
 
 
 @pytest.mark.parametrize(
-    ("openai", "instances"),
+    ("openai", "options", "instances"),
     [
-        (OpenAISettings(port=0), None),
-        (OpenAISettings(port=0), Instances(count=3)),
-        (OpenAISettings(port=0), Instances(gpus=(1,))),
-        (None, Instances(gpus=(0, 1))),
+        (OpenAISettings(port=0), {}, None),
+        (OpenAISettings(port=0), {"replicas": 3}, Instances(count=3)),
+        (None, {"gpu_groups": [(0,), (1,)]}, Instances(gpus=(0, 1))),
+        (None, {"replicas": 2, "gpu_groups": [(3,)]}, Instances(count=2, gpus=(3,))),
     ],
-    ids=["as config.pbtxt says", "replicas", "one GPU", "without the front end"],
+    ids=["as config.pbtxt says", "replicas", "without the front end", "and one GPU"],
 )
-def test_otherwise_there_is_one_server(openai, instances, served):
-    (server, *front_ends), _ = served(openai, instances=instances)
-    assert server.options["instances"] is instances and "gpus" not in server.options
+def test_otherwise_there_is_one_server(openai, options, instances, served):
+    (server, *front_ends), _ = served(openai, **options)
+    assert server.options["instances"] == instances and "gpus" not in server.options
     assert [(each.settings.triton_urls, each.settings.triton_metrics_url) for each in front_ends] == (
         [(("a:0",), "http://a:0/metrics")] if openai else []
     )
@@ -247,7 +246,7 @@ def test_a_gpu_beyond_those_that_are_visible_is_refused_before_anything_starts(m
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
     monkeypatch.setattr("backend.triton_server.launch.TritonServer.__enter__", start)
     with pytest.raises(ServerError, match="--gpus: got 1, expected at most 0, because CUDA_VISIBLE_DEVICES is 4; pass other"):
-        serving.serve(OpenAISettings(port=0), host=HOST, ports=PORTS, instances=Instances(gpus=(0, 1)), report=print)
+        serving.serve(OpenAISettings(port=0), host=HOST, ports=PORTS, gpu_groups=[(0,), (1,)], report=print)
 
 
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="for a machine without a GPU")

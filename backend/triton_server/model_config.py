@@ -2,7 +2,7 @@
 
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,27 +36,9 @@ class Instances:
     count: int = 1
     gpus: tuple[int, ...] = ()
 
-    @classmethod
-    def of(cls, count: int | None, groups: Sequence[tuple[int, ...]]) -> "Instances | None":
-        """None if neither is given. groups: of one GPU each."""
-        gpus = tuple(gpu for group in groups for gpu in group)
-        return cls(count=count or 1, gpus=gpus) if count or gpus else None
-
     def group(self) -> ModelInstanceGroup:
         kind = ModelInstanceGroup.KIND_GPU if self.gpus else ModelInstanceGroup.KIND_CPU
         return ModelInstanceGroup(kind=kind, count=self.count, gpus=self.gpus)
-
-
-def parse_gpu_groups(text: str) -> list[tuple[int, ...]]:
-    """The GPUs of each replica, as in 0,1 or 0+1,2+3. Raises ValueError, one line."""
-    words = [word.split("+") for word in text.split(",") if word]
-    numbers = [number for word in words for number in word]
-    if text and not (numbers and all(number.isdecimal() and len(number) < 10 for number in numbers)):
-        raise ValueError(f"--gpus: got {text!r}, expected numbers and commas like 0,1")
-    chosen = [int(number) for number in numbers]
-    if twice := [each for at, each in enumerate(chosen) if each in chosen[:at]]:
-        raise ValueError(f"--gpus: got {twice[0]} twice, expected each GPU once; remove one, or pass --instances for replicas")
-    return [tuple(map(int, word)) for word in words]
 
 
 def config_pbtxt(settings: Settings, instances: Instances) -> str:

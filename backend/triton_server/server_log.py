@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from backend.gpu_groups import group_name
+
 # Lines of the engine worker: of `load_progress`, and of `engine` about the memory plan.
 _NEWS = re.compile(r"(?:[\d-]+ [\d:,]+ backend\.engine: )?(?P<line>(?:weights:|memory  |fits  ).*)")
 # Lines of the front: of `service` about a worker that has ended, of `model` about one that unloads itself.
@@ -46,8 +48,7 @@ def failure_reason(log: str, gpus: Sequence[int] = ()) -> str:
     gpus: those that the server was to see alone, if any."""
     if found := _NO_SUCH_GPU.search(log):
         if gpus:
-            got = "+".join(map(str, gpus))
-            return f"--gpus: got {got}, expected a GPU that Triton can use here; pass others, or leave it out"
+            return f"--gpus: got {group_name(gpus)}, expected a GPU that Triton can use here; pass others, or leave it out"
         there = ", ".join(found["there"].split())
         why = f"expected some of {there}, which Triton can use here" if there else "but Triton finds no GPU here; leave it out"
         return f"--gpus: got {found['number']}, {why}"
