@@ -80,6 +80,8 @@ class Noise:
         self._drawn: dict[str, list[torch.Tensor]] = {}
         self.num_steps: list[int] = []
         """Denoising steps of each canvas, until its last row converged."""
+        self.probabilities = torch.empty(0)
+        """Of the last step, [batch * C, V] float32."""
 
     @contextmanager
     def injected(self) -> Iterator[None]:
@@ -99,14 +101,15 @@ class Noise:
                 num_steps.append(0)
                 drawn = of_rows(initial_canvas, **self._sizes)
             self._drawn["randint"].append(drawn)
-            return drawn
+            return drawn.to(device)
 
         def multinomial(probabilities, num_samples):
             nonlocal in_step
             in_step = True
             num_steps[-1] += 1
             rows = probabilities.view(len(self._seeds), -1, self._sizes["vocab_size"])
-            noise = of_rows(gumbel_noise, step=num_steps[-1] - 1, **self._sizes)
+            noise = of_rows(gumbel_noise, step=num_steps[-1] - 1, device=rows.device, **self._sizes)
+            self.probabilities = probabilities
             drawn = (rows.log() + noise).argmax(dim=-1).view(-1, num_samples)
             self._drawn["multinomial"].append(drawn)
             return drawn

@@ -10,6 +10,8 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, 
 from builder.weights import bindings, text_weights
 from contract.model_config import ModelConfig
 
+VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+
 
 def shared_model(checkpoint: Path, weights: dict[str, torch.Tensor]) -> DiffusionGemmaForBlockDiffusion:
     """The text model around the tensors of `weights`, without a copy; its vision tower has no weights."""
@@ -25,9 +27,8 @@ def shared_model(checkpoint: Path, weights: dict[str, torch.Tensor]) -> Diffusio
                 setattr(parent, name, type(child)(config.text_config, device=device))
             elif hasattr(child, "embed_scale") and child.embed_scale.is_meta:
                 child.embed_scale = torch.tensor(config.text_config.hidden_size**0.5, device=device)
-    stay = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    if left := [name for name, tensor in tensors.items() if tensor.is_meta and not name.startswith(stay)]:
+    if left := [name for name, tensor in tensors.items() if tensor.is_meta and not name.startswith(VISION)]:
         raise ValueError(f"transformers' model: got no weights for {', '.join(left[:5])} … ({len(left)} in all), expected all")
     return model.eval()
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "generation": "--rounds 1 --batches 1 2 --prompts 1 --canvases 1 --steps 2".split(),
     "prefill": "--rounds 1 --lengths 8 9999".split(),
     "parameters": "--rounds 1 --batches 1 2 --steps 2".split(),
+    "agreement": "--prompt-tokens 60 --steps 2".split(),
     "server": "--rounds 1 --canvases 1 --canvases-a-request 1 --steps 2 --clients 1 2".split(),
     "serving": "--clients 1 2 --requests-a-client 1 --canvases 1 --steps 2 --api openai -- --set max_sequences=2".split(),
     "loading": "--no-build --rounds 1 --sequences 1".split(),
@@ -48,6 +49,7 @@ COMMANDS = {
 TAKES = {
     "generation": "checkpoint engine",
     "prefill": "checkpoint engine",
+    "agreement": "checkpoint engine",
     "parameters": "engine",
     "server": "engine",
     "serving": "engine",
@@ -83,6 +85,16 @@ def test_every_command_ends_with_its_report(run, name):
     report = run(name)
     assert report.rows
     assert all(row.value > 0 for row in report.rows if not row.case.endswith("added") and row.system != "unseen")
+
+
+def test_an_engine_further_off_than_transformers_is_told():
+    from agreement import THEIRS, Distance, _goals
+
+    errors = torch.linspace(0.01, 0.1, 11)
+    distances = {name: Distance(errors=errors * factor, same=torch.ones(11)) for name, factor in ((THEIRS, 1), ("e", 1.6))}
+    assert [goal.value for goal in _goals("e", distances, "bfloat16")] == [1.6, 1.6]
+    assert not any(goal.is_met for dtype in ("bfloat16", "float32") for goal in _goals("e", distances, dtype))
+    assert all(goal.is_met for goal in _goals(THEIRS, distances, "bfloat16"))
 
 
 REFUSALS = {
