@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from backend.encode_budget import most_in_one_pass
 from backend.errors import refused
 from backend.images.placeholders import image_spans
 from backend.images.preprocess import ImagePatches
@@ -10,6 +11,7 @@ from backend.prompt_tokens import check_positions, most_positions
 from backend.sampling_config import ResolvedSampling
 from contract.manifest import Manifest
 from contract.model_config import ModelConfig
+from plugins.batch_invariance import CUT_TOKENS
 
 
 def most_cached_tokens(
@@ -57,13 +59,19 @@ def check_images(manifest: Manifest, prompt_ids: Sequence[int], images: Sequence
     """Safe to call from any thread.
 
     Raises:
-        RequestError INVALID_ARGUMENT: the prompt's image tokens are not those of `images`, or one has more than fit into an
-            encode pass, which must take it whole.
+        RequestError INVALID_ARGUMENT: the prompt's image tokens are not those of `images`, or what must go in one encode pass
+            has more than fit: an image, in a batch-invariant engine several that are close together.
     """
-    image_spans(prompt_ids, images, manifest.model)
+    spans = image_spans(prompt_ids, images, manifest.model)
     most, most_allowed = max((image.num_soft_tokens for image in images), default=0), manifest.build.max_encode_tokens
+    remedy = "lower image_soft_tokens, or rebuild the engine with a larger --max-encode-tokens"
     if most > most_allowed:
         raise refused(
-            f"images: got one of {most} soft tokens, expected at most {most_allowed}, the tokens of one encode pass; "
-            "lower image_soft_tokens, or rebuild the engine with a larger --max-encode-tokens",
+            f"images: got one of {most} soft tokens, expected at most {most_allowed}, the tokens of one encode pass; {remedy}"
+        )
+    together = most_in_one_pass(len(prompt_ids), [(span.start, span.end) for span in spans], manifest.build)
+    if together > most_allowed:
+        raise refused(
+            f"images: got {together} tokens of images that a batch-invariant engine cannot encode apart, expected at most "
+            f"{most_allowed}, the tokens of one encode pass; put {CUT_TOKENS} tokens of text between them, {remedy}"
         )

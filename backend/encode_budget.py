@@ -12,7 +12,8 @@ rows, or an eighth of the largest pass if that is more: a step takes about twice
 
 A batch-invariant engine cuts prompts at multiples of a number of tokens, and canvases not at all (`plugins.batch_invariance`):
 a row's part ends at the last such place, and the one that has waited longest gets at least its tokens up to the first. What
-cannot be cut goes before what can, and where a canvas is to be committed there is room for one.
+cannot be cut goes before what can, and where a canvas is to be committed there is room for one. Images with no such place
+between them go in one pass, all of them.
 """
 
 from collections.abc import Sequence
@@ -46,6 +47,18 @@ def one_for_a_step(waiting: Sequence[Job], canvas_length: int) -> Job | None:
     text, no more than a canvas. Of several, one pass for all takes less than a step of each with its own."""
     [job] = waiting if len(waiting) == 1 else [None]
     return job if job and job.num_pending <= canvas_length and not (job.images_left or job.ended) else None
+
+
+def most_in_one_pass(num_tokens: int, images: Spans, build: BuildConfig) -> int:
+    """Of a prompt's tokens: those of its largest image, or of images with the text that stays with them."""
+    multiple = CUT_TOKENS if build.batch_invariant else 1
+    most = start = end = 0
+    for first, behind in images:
+        if first - first % multiple >= end:  # it may be cut before this image
+            start = first - first % multiple
+        end = min(-(-behind // multiple) * multiple, num_tokens)
+        most = max(most, end - start)
+    return most
 
 
 def encode_budget(max_encode_tokens: int, num_canvas_rows: int) -> int:

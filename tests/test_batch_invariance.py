@@ -4,15 +4,17 @@ from random import Random
 
 import pytest
 import torch
-from small_checkpoints import TINY, network_session, random_checkpoint
+from small_checkpoints import TINY, network_session, random_checkpoint, random_image
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from backend.admission import check_images
 from backend.batch_invariance import check_batch_invariance
-from backend.encode_budget import share_encode_budget
+from backend.encode_budget import most_in_one_pass, share_encode_budget
 from backend.engine import Engine, EngineLimits
 from backend.errors import RequestError
 from backend.generation_defaults import GenerationDefaults
+from backend.images.placeholders import expand
 from backend.kv_cache import PagedKVCache
 from backend.sampling_config import SamplingConfig
 from builder.__main__ import app
@@ -81,6 +83,47 @@ def test_rows_are_cut_where_they_may_be_and_come_to_their_end(seed):
             assert not any(a < done[row] < b for a, b in images[row])
         passes += 1
     assert passes <= 6 * 900 / CUT_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("images", "most"),
+    [
+        ([], 0),
+        ([(64, 128)], 64),
+        ([(63, 129)], 192),
+        ([(30, 310), (312, 400)], 448),
+        ([(30, 310), (320, 400)], 320),  # and then 128
+        ([(30, 310), (800, 990)], 320),
+        ([(900, 990)], 104),  # to the end
+    ],
+    ids=str,
+)
+def test_what_goes_in_one_pass_by_hand(images, most):
+    build = BuildConfig(target="inductor", dtype="bfloat16", batch_invariant=True)
+    assert most_in_one_pass(1000, images, build) == most
+    done, passes = 0, []
+    while images and done < 1000:  # each as small as it may be
+        ahead = [(start - done, end - done) for start, end in images if start >= done]
+        passes += share_encode_budget([1000 - done], [0], 1, [ahead], CUT_TOKENS)
+        done += passes[-1]
+    assert max(passes, default=0) == most
+
+
+def test_images_that_no_pass_takes_together_are_refused(session):
+    """Where a prompt could be cut, one of them would be."""
+    manifest = session.manifest.model_copy(update={"model": read_model_config(TINY)})
+    images = [random_image(200, manifest.model.vision)] * 4
+    placeholder, text = manifest.model.image_token_id, [20] * CUT_TOKENS
+    for prompt in ([placeholder] * 3, [placeholder, *text, *[placeholder] * 3]):
+        count = prompt.count(placeholder)
+        check_images(manifest, expand(prompt, images[:count], manifest.model), images[:count])
+    with pytest.raises(RequestError) as refused:
+        check_images(manifest, expand([placeholder] * 4, images, manifest.model), images)
+    assert str(refused.value) == (
+        "images: got 808 tokens of images that a batch-invariant engine cannot encode apart, expected at most 768, the tokens "
+        "of one encode pass; put 64 tokens of text between them, lower image_soft_tokens, or rebuild the engine with a larger "
+        "--max-encode-tokens"
+    )
 
 
 # -- Passes
