@@ -563,6 +563,13 @@ def test_a_response_says_what_was_asked_for():
     assert plain["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
 
 
+@pytest.mark.parametrize("key", ["defer_loading", "allowed_callers", "output_schema", "async"])
+def test_what_else_a_tool_says_is_not_repeated(key):
+    with connected() as client:
+        response = client.responses.create(**ASKED, extra_body={"tools": [{"type": "function", **TOOL, key: [5]}]})
+    assert response.tools[0].model_dump(exclude_none=True) == {"type": "function", **TOOL}
+
+
 # -- What is refused
 
 MISSING = "but this server does not have it"

@@ -20,6 +20,7 @@ from backend.openai_server.balancer import Balancer
 from backend.openai_server.choices import Choice, parts_of_choices
 from backend.openai_server.errors import ApiError
 from backend.openai_server.parameters import chat_inputs, client_names, new_id
+from backend.openai_server.response_body import FunctionTool
 from backend.openai_server.response_output import Event, Events, Output
 from backend.openai_server.response_parameters import chat_body
 from backend.openai_server.triton_model import Part
@@ -108,7 +109,8 @@ class Responses:
 
 
 def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What a response says of its request. `store` is not in OpenAI's type, but in what its API answers."""
+    """What a response says of its request. `store` is not in OpenAI's type, but in what its API answers. Of tools it says only
+    what has been checked: other keys, which OpenAI's type may know, may have any value."""
     reasoning, text = body.get("reasoning", {}), body.get("text", {})
     return {
         "background": False,
@@ -127,7 +129,7 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": body.get("temperature"),
         "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity") or "medium"},
         "tool_choice": body.get("tool_choice", "auto"),
-        "tools": [{"description": None, "parameters": None, "strict": None, **tool} for tool in body.get("tools", ())],
+        "tools": [{name: tool.get(name) for name in FunctionTool.model_fields} for tool in body.get("tools", ())],
         "top_logprobs": body.get("top_logprobs", 0),
         "top_p": body.get("top_p"),
         "truncation": "disabled",
