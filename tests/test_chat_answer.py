@@ -203,7 +203,8 @@ def test_calls_by_hand(text, expected):
         "", "f{}", "call:{}", "call:f", "call:f{", "call:f{}}", "call:f{}x", "call:f{a}", "call:f{a:}", "call:f{a:1,}",
         "call:f{a:1 b:2}", "call:f{a:Paris}", 'call:f{a:"Paris"}', 'call:f{a:<|"|>x}', "call:f{a:01}", "call:f{a:1.}",
         "call:f{a:+1}", "call:f{a:1-2}", "call:f{a:NaN}", "call:f{a:[1}", "call:f{[1]}", "call:f{a:True}",
-        'call:f{"a":1}', "call:f{a:" + "9" * 301 + "}", "call:f{a:" + "[" * 5000 + "]" * 5000 + "}",
+        'call:f{"a":1}', "call:f{a:" + "9" * 301 + "}", "call:f{a:1e309}", "call:f{a:[-1e400]}",
+        "call:f{a:" + "[" * 5000 + "]" * 5000 + "}",
     ],
 )  # fmt: skip
 def test_a_malformed_call_is_text(body):

@@ -1,12 +1,13 @@
 """Tool calls, taken out of an answer: `<|tool_call>call:name{key:value,…}<tool_call|>`.
 
     value   `<|"|>` text `<|"|>`  |  number  |  true  |  false  |  null  |  `{`key:value,…`}`  |  `[`value,…`]`
-    key     bare, or a text in `<|"|>`; numbers are as in JSON; white space between the parts is free
+    key     bare, or a text in `<|"|>`; numbers are as in JSON, and finite; white space between the parts is free
 
 What looks like a call but is none comes back as the text that it is, these tags included.
 """
 
 import json
+import math
 import re
 import secrets
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ _SPACE = re.compile(r"\s*")
 _TEXT = re.compile(re.escape(QUOTE) + "(.*?)" + re.escape(QUOTE), re.DOTALL)
 BARE_KEY = re.compile(r"[^\s:,{}\[\]<>\"]+(?: +[^\s:,{}\[\]<>\"]+)*")
 _WORD = re.compile(r"[-+.\w]+")
-_ATOM = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _MAX_NUMBER_LENGTH = 300  # readers of JSON refuse or misread longer ones
 
 
@@ -107,9 +108,14 @@ def _value(text: str, start: int, depth: int) -> tuple[str, int]:
     if quoted := _TEXT.match(text, start):
         return json.dumps(quoted[1], ensure_ascii=False), quoted.end()
     word = _WORD.match(text, start)
-    if word and len(word[0]) <= _MAX_NUMBER_LENGTH and _ATOM.fullmatch(word[0]):
+    if word and (word[0] in ("true", "false", "null") or _is_number(word[0])):
         return word[0], word.end()
     raise _Malformed
+
+
+def _is_number(word: str) -> bool:
+    """1e999 is one in JSON, but infinite for who reads it: `read_json` would refuse the call when the client sends it back."""
+    return len(word) <= _MAX_NUMBER_LENGTH and bool(_NUMBER.fullmatch(word)) and math.isfinite(float(word))
 
 
 def _object(text: str, start: int, depth: int) -> tuple[str, int]:
