@@ -335,6 +335,13 @@ def test_a_completions_response_has_its_id(client, route, body):
     assert streamed.headers["x-request-id"] == first["id"]
 
 
+@pytest.mark.parametrize(("sent", "status"), [("schlüssel", 200), ("schlussel", 401), ("\x00ü", 401)])
+def test_a_key_may_have_any_characters(sent, status):
+    with TestClient(create_app(OpenAISettings(api_keys=("schlüssel",)), Model())) as client:
+        reply = client.get("/v1/models", headers={"authorization": f"Bearer {sent}".encode()})
+    assert reply.status_code == status
+
+
 # -- Pages in a browser
 
 PAGE = "https://chat.example.com"
