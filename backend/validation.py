@@ -44,7 +44,8 @@ def _line(name: str, value: object, error: ValidationError) -> str:
     meant = [each for each in errors if not any(each["loc"][: len(place)] == place for place in others)]
     # Of other types, the one furthest out: those within it follow from it.
     fault = max(meant, key=_depth) if meant else min(others.values(), key=_depth)
-    where, got, key = _place(name, value, fault["loc"])
+    places = [_place(name, value, fault["loc"], with_tags=with_tags) for with_tags in (False, True)]
+    where, got, key = next((place for place in places if place[1] is fault["input"]), places[0])
     kind, message, context = fault["type"], fault["msg"], fault.get("ctx", {})
     if kind in ("missing", "union_tag_not_found"):
         key = context["discriminator"].strip("'") if context else fault["loc"][-1]
@@ -53,7 +54,7 @@ def _line(name: str, value: object, error: ValidationError) -> str:
         key = context["discriminator"].strip("'")
         return f"{where}.{key}: got {shown(context['tag'])}, expected one of {context['expected_tags']}"
     if not meant:
-        alternatives = [each for each in others.values() if _place(name, value, each["loc"])[0] == where]
+        alternatives = [each for each in others.values() if _place(name, value, each["loc"], with_tags=False)[0] == where]
         message = " or ".join(each["ctx"]["expected"] for each in alternatives)
     message = _EXPECTED.get(kind, message)
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
@@ -64,12 +65,15 @@ def _depth(error: ErrorDetails) -> int:
     return len(error["loc"])
 
 
-def _place(name: str, value: object, steps: Sequence[str | int]) -> tuple[str, object, str]:
+def _place(name: str, value: object, steps: Sequence[str | int], *, with_tags: bool) -> tuple[str, object, str]:
     """(where, what is there, the client's own key that it is at, if it is) of an error. Steps that are not in the data are
-    pydantic's names of the alternatives."""
-    where, got = name, value
+    pydantic's names of the alternatives. with_tags: so is the first in an object that is its `type` or `role`, also where the
+    object has a key of that name."""
+    where, got, tagged = name, value, None
     for step in steps:
-        if isinstance(step, int) and isinstance(got, list) and step < len(got):
+        if with_tags and isinstance(got, dict) and got is not tagged and step in (got.get("type"), got.get("role")):
+            tagged = got
+        elif isinstance(step, int) and isinstance(got, list) and step < len(got):
             where, got = f"{where}[{step}]", got[step]
         elif isinstance(step, str) and isinstance(got, dict) and step in got:
             if not re.fullmatch(r"[\w-]{1,64}", step):

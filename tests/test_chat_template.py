@@ -294,6 +294,10 @@ def assistant(**fields) -> list[dict]:
             ([*assistant(tool_calls=[CALL]), {"role": "tool", "tool_call_id": "c2", "content": "a"}],),
             "messages[2].tool_call_id: got 'c2', expected the id of a tool call in an earlier assistant message",
         ),
+        (  # a key that is called as the part's type
+            ([{"role": "user", "content": [{"type": "text", "text": {"text": "a"}}]}],),
+            "messages[0].content[0].text: got {'text': 'a'}, expected string",
+        ),
         (([USER], 5), "tools: got 5, expected a list"),
         (([USER], [{"type": "function"}]), "tools[0].function: got nothing"),
         (([USER], [{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name: got 'a b', expected string"),

@@ -634,6 +634,10 @@ def said(*parts: dict[str, Any]) -> dict[str, Any]:
         ({"tools": [{"type": "function"}]}, "tools[0].name: got nothing, expected a value; add it"),
         ({"tool_choice": "never"}, "tool_choice: got 'never', expected 'auto', 'none' or 'required'"),
         ({"tool_choice": "required"}, "tool_choice: given without tools; send tools, or remove it"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice.name: got nothing, expected a value; add it",
+        ),
         ({"tool_choice": {"type": "mcp"}}, "tool_choice.type: got 'mcp', expected one of 'function', 'allowed_tools'"),
         (
             {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}},
