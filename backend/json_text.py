@@ -3,6 +3,7 @@ checkpoint's files."""
 
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from backend.parameters import shown
 def read_json(text: str) -> Any:
     """The value in `text`.
 
-    Raises ValueError that says what was got: malformed JSON, a key twice, NaN, a number beyond every float, half of a surrogate
-    pair, or too many brackets within brackets.
+    Raises ValueError that says what was got: malformed JSON, a key twice, NaN, a number beyond every float, an integer of
+    thousands of digits, half of a surrogate pair, or too many brackets within brackets.
     """
     try:
         text.encode()
@@ -28,6 +29,10 @@ def read_json(text: str) -> Any:
         raise ValueError("half of a surrogate pair, which is no character") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+    except ValueError as error:
+        if str(error).startswith("Exceeds the limit"):  # Python's line, with advice that only a program can follow
+            raise ValueError(f"an integer of more than {sys.get_int_max_str_digits()} digits") from None
+        raise
     return value
 
 

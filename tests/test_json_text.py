@@ -24,6 +24,7 @@ def test_json_is_read(text, value):
         (r'"\ud83d"', "half of a surrogate pair, which is no character"),
         (r'{"\uDE00": 1}', "half of a surrogate pair, which is no character"),
         ('"\udcff"', "half of a surrogate pair, which is no character"),  # bytes of the command line that are not UTF-8
+        ("[-" + "9" * 5000 + "]", "an integer of more than 4300 digits"),
         ("[" * 100_000, "JSON that is nested too deeply"),
     ],
 )
