@@ -152,6 +152,8 @@ def test_a_reload_under_load_loses_nothing(server, client):
     running.close()
     wait_until(lambda: len(engine_workers(server)) == 1)
     assert before.isdisjoint(engine_workers(server))
+    wait_until(lambda: len(stubs(server)) == 1)  # the old instance has cleared the gauges, which are the new one's too
+    wait_until(lambda: metrics(server.metrics_url, "diffusiongemma_kv_pages") > 0)
 
     running = Stream(server.grpc_url, text_input=QUESTION, stream=True, **LONG)
     next(iter(running))

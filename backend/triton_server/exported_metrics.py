@@ -13,7 +13,8 @@ from backend.metrics import MetricsDelta, flat_series
 
 class ExportedMetrics:
     """Every series of the table with `labels`, at 0 from the start. Counters go on where an earlier load of the model left
-    them: the server keeps them. One thread."""
+    them: the server keeps them. When the model is loaded again, the instance that was there sets the same gauges until it has
+    ended, so what is set has to be said again from time to time. One thread."""
 
     def __init__(self, labels: Mapping[str, str]):
         # Looked up here, because the server adds these to the module only after it has imported the model.
@@ -43,6 +44,10 @@ class ExportedMetrics:
         """What a worker had is gone with it."""
         for metric in self._gauges:
             self._set(metric, 0.0)
+
+    def say_gauges_again(self) -> None:
+        for metric, value in self._gauges.items():
+            metric.set(value)
 
     def _set(self, metric, value: float) -> None:
         if self._gauges.get(metric) != value:  # a call costs a message to the server
