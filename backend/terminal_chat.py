@@ -5,6 +5,7 @@ is being denoised dimmed. Elsewhere the lines of standard input are read, comman
 what else there is to say goes to a console of its own.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class TerminalChat:
                 for each in (self._messages, self._images, self._attached):
                     each.clear()
             elif said.startswith("/image "):
-                self._attached.append(Path(said.partition(" ")[2].strip()).expanduser())
+                path = os.path.expanduser(said.partition(" ")[2].strip())  # pathlib's raises where nobody has that name
+                self._attached.append(Path(path))
                 self._note(
                     f"{len(self._attached)} {'picture' if len(self._attached) == 1 else 'pictures'} for the next question"
                 )

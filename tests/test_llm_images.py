@@ -116,6 +116,22 @@ def test_images_in_the_terminal_chat(llm, tmp_path):
     assert refused == "error: image[1]: nothing.png cannot be read (No such file or directory), expected the file of an image"
 
 
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("/dev/zero", "/dev/zero cannot be read (is a device, expected a file)"),
+        ("~nobody_has_this_name/a.png", "~nobody_has_this_name/a.png cannot be read (No such file or directory)"),
+        ("a\0.png", r"a\x00.png cannot be read (embedded null byte)"),
+    ],
+)
+def test_a_picture_that_is_none_does_not_end_the_terminal_chat(llm, path, line):
+    consoles = [Console(file=io.StringIO(), width=20) for _ in range(2)]
+    assert not TerminalChat(llm, consoles[0], GREEDY, notes=consoles[1]).run([f"/image {path}", "asked", "/nonsense"])
+    refused, after = consoles[1].file.getvalue().splitlines()[1:]
+    assert refused == f"error: image[0]: {line}, expected the file of an image"
+    assert after.startswith("error: got '/nonsense'")
+
+
 def test_the_generate_command_asks_about_an_image(llm, tmp_path, monkeypatch, capsys):
     question, image = FIGURES[2]
     image.save(tmp_path / "a.png")

@@ -24,6 +24,8 @@ from backend.images.fetch import fetch
 from backend.images.limits import ImageLimits
 from backend.images.preprocess import SOFT_TOKEN_BUDGETS, ImagePatches, max_patch_bytes, preprocess
 from contract.model_config import VisionConfig
+from contract.problems import printable
+from contract.regular_file import regular
 
 ImageSource = str | bytes | os.PathLike | Image.Image
 Reserve = Callable[[str, int], AbstractContextManager]
@@ -98,6 +100,7 @@ def is_url(source: ImageSource) -> bool:
 
 def _content(name: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise refused(f"{name}: {path} cannot be read ({error.strerror}), expected the file of an image") from None
+        return regular(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: no file's name has a character 0
+        reason = getattr(error, "strerror", None) or error
+        raise refused(f"{name}: {printable(str(path))} cannot be read ({reason}), expected the file of an image") from None
