@@ -112,7 +112,7 @@ def user_turn(text: str, num_images: int) -> dict[str, Any]:
 
 def drawn(result: Generation, draft: Piece | None = None) -> Text:
     """The answer so far, its thought first and in italics, the draft dimmed."""
-    text = Text(result.reasoning, style="italic")
+    text = Text().append(result.reasoning, style="italic")  # the style of a Text itself is that of all of it
     if draft:
         text.append(draft.reasoning, style="italic dim")
     if text and (result.text or (draft and draft.text)):

@@ -195,6 +195,9 @@ def test_the_terminal_chat(llm):
     assert first.answer in shown and "denoising steps a canvas" in notes
     thought, notes, _ = typed(llm, "/think", question, terminal=False)
     assert notes == "thinking on\n" and thought.endswith(f"\n{first.answer}\n") and "=" in thought
+    shown, _, _ = typed(llm, "/think", question, terminal=True)
+    *_, thought, answer, _ = shown.splitlines()  # the last one shows the cursor again
+    assert "\x1b[3m" in thought and "\x1b[3m" not in answer and first.answer in answer
     nothing, notes, all_answered = typed(llm, "/nonsense", terminal=False)
     assert (nothing, all_answered) == ("", False)
     assert notes.startswith("error: got '/nonsense', which is no command; ") and "/quit" in notes
