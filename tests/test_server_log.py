@@ -58,3 +58,9 @@ def test_a_gpu_that_is_not_there(there, expected):
 def test_a_log_without_a_known_reason():
     assert failure_reason("a\nb\n") == "b"
     assert failure_reason("") == "its log is empty"
+
+
+def test_what_every_server_without_a_gpu_says_is_no_reason():
+    usual = 'E1130 14:11:03.0 1 server.cc:241] "CudaDriverHelper has not been initialized."\n'
+    assert failure_reason(f"{usual}[err] socketpair: Too many open files\n") == "[err] socketpair: Too many open files"
+    assert failure_reason(f'{usual}E1130 14:11:04.0 1 server.cc:1] "no room"\n') == "no room"

@@ -58,7 +58,7 @@ def failure_reason(log: str, gpus: Sequence[int] = ()) -> str:
         r"Poll failed for model directory (.*?)\"?$",
         r"failed to start (\w+ service: .*?)\s*\"?$",
         r"^error: (.*)",
-        r"^E\d+ .*?\] \"(.*?)\"?$",
+        r"^E\d+ .*?\] \"(?!CudaDriverHelper has not been)(.*?)\"?$",  # which every server without a GPU says
     )
     for pattern in patterns:
         if match := re.search(pattern, log, re.MULTILINE):
