@@ -31,6 +31,7 @@
 | `triton_server` | the Triton Inference Server model and its launcher |
 | `openai_server` | OpenAI's API in front of it |
 | `serving` | what `python -m backend serve` runs of both |
+| `child_process` | children that end when their parent does |
 """
 
 from backend.errors import RequestError

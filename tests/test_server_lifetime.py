@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,6 +49,22 @@ def test_serve_stops_cleanly(engine_dir, stop):
     assert leftovers(name) == []
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(openai_url.split(":")[2].split("/")[0])), timeout=1).close()
+
+
+def test_what_serve_started_ends_with_it_when_it_is_killed(engine_dir):
+    command = [sys.executable, "-m", "backend", "serve", "--engine", str(engine_dir)]
+    command += [word for name in ("grpc", "http", "metrics", "openai") for word in (f"--{name}-port", "0")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=MODEL_REPOSITORY.parent) as process:
+        log = Path(re.search(r"  log (\S+)", process.stdout.readline())[1])
+        name = log.parent.name
+        assert len(leftovers(name)) > 2
+        process.kill()
+        process.wait()
+        wait_until(lambda: all(each == str(log.parent) or each.startswith("/dev/shm/") for each in leftovers(name)))
+        assert process.stdout.read() == ""
+    for path in Path("/dev/shm").glob(f"{name}*"):
+        path.unlink()
+    shutil.rmtree(log.parent)
 
 
 def test_serve_without_the_front_end_does_not_want_its_port(engine_dir):

@@ -5,6 +5,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from backend.child_process import ending_with_this_process
 from backend.openai_server.settings import OpenAISettings
 
 _STOP_TIMEOUT_S = 10.0
@@ -44,7 +45,7 @@ class FrontEnd:
             command += ["--api-key-file", "/dev/stdin"]  # not among the arguments, which every user of the machine can read
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                command,
+                ending_with_this_process(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -21,6 +21,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from backend.addresses import AddressError, free_ports, ipv4_address
+from backend.child_process import GroupGuard
 from backend.triton_server.errors import ServerError
 from backend.triton_server.model_config import Instances, seconds_to_load
 from backend.triton_server.server_log import LogNews, failure_reason
@@ -47,7 +48,7 @@ class TritonServer:
     process sees (ServerError if there are not so many); the first is number 0 for `instances`. A model may take its
     load_timeout_s to load, one instance after the other; a request may go on for `exit_timeout_s` after the stop began.
     `report` is called with what is told, a line at a time: where the log is, how far loading is, and, when `check_alive` is
-    called, that a worker died or the model unloads itself.
+    called, that a worker died or the model unloads itself. However this process ends, the server's do, too.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TritonServer:
         self._exit_timeout_s = exit_timeout_s
         self._report = report
         self._process: subprocess.Popen | None = None
+        self._guard: GroupGuard | None = None
         self._staging: Path | None = None
         self._news: LogNews | None = None
         self._seconds_to_load = self._late_at_s = 0.0
@@ -209,6 +211,7 @@ class TritonServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us, and a group can be killed whole
             )
+        self._guard = GroupGuard(self._process.pid, self._environment)
 
     def _report_news(self) -> None:
         for line in self._news.next():
@@ -232,6 +235,8 @@ class TritonServer:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # a killed or crashed server leaves its stubs behind
+            if self._guard is not None:
+                self._guard.end()  # before the group's number is anybody else's
             self._process.wait()
 
 
