@@ -222,7 +222,7 @@ def write_manifest(
     model = read_model_config(checkpoint)
     shapes = all_weights(model)
     tensors: Checkpoint | ConfigAlone = ConfigAlone(model)
-    if any(checkpoint.glob("*.safetensors*")):
+    if any(checkpoint.glob("*.safetensors")):  # an index may have come with config.json
         tensors = Checkpoint(checkpoint)
         model, shapes = checked(tensors, model)
     in_dtype = model.dtype if dtype == "auto" else dtype

@@ -538,6 +538,17 @@ def test_files_that_are_carried_along_are_kept_current_without_compiling(quick, 
     assert "up to date" in lines[-1]
 
 
+def test_an_index_without_its_files_hinders_no_manifest(checkpoint, tmp_path):
+    """As `hf download --include "*.json"` leaves it."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    for path in files[1:]:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=f"{files[1].name}: missing"):
+        write_manifest(checkpoint, tmp_path / "m")
+    files[0].unlink()
+    assert not write_manifest(checkpoint, tmp_path / "m").checkpoint.files
+
+
 @pytest.mark.parametrize("make", [build_engine, write_manifest])
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_link_stays_and_what_it_points_to_is_written(dangling, make, quick, checkpoint, tmp_path):
