@@ -86,20 +86,21 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
     """
     check_path(directory)
     config, parts = _read_config(directory / CONFIG), _read_tensors(directory / TENSORS)
-    added, unknown, wrong = {}, [], []
+    modules, added, unknown, wrong = set(), {}, [], []
     for name in sorted(parts):
-        if not name.startswith(_PREFIX) or not name.endswith((_A, _B)):
+        if name.startswith(_PREFIX) and name.endswith((_A, _B)):
+            modules.add(name.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B))
+        else:
             unknown.append(f"{name}: got a tensor that is no part of a low rank; merge this adapter with PEFT")
-        elif name.endswith(_A):
-            module = name.removeprefix(_PREFIX).removesuffix(_A)
-            a, b = parts[name], parts.get(name.removesuffix(_A) + _B)
-            rank = _of_pattern(config.rank_pattern, module, config.r)
-            if b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
-                shapes = [None if each is None else list(each.shape) for each in (a, b)]
-                wrong.append(f"{module}: got lora_A {shapes[0]} and lora_B {shapes[1]}, expected rank {rank} of both")
-                continue
-            alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
-            added[module] = LowRank(a=a, b=b, scale=alpha / (rank**0.5 if config.use_rslora else rank))
+    for module in sorted(modules):
+        a, b = (parts.get(f"{_PREFIX}{module}{part}") for part in (_A, _B))
+        rank = _of_pattern(config.rank_pattern, module, config.r)
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
+            shapes = [None if each is None else list(each.shape) for each in (a, b)]
+            wrong.append(f"{module}: got lora_A {shapes[0]} and lora_B {shapes[1]}, expected rank {rank} of both")
+            continue
+        alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
+        added[module] = LowRank(a=a, b=b, scale=alpha / (rank**0.5 if config.use_rslora else rank))
     if problems := in_few_lines(directory / TENSORS, unknown, wrong):
         raise BuildError(problems)
     if not added:

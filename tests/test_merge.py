@@ -169,6 +169,7 @@ def changed(adapter: Path, directory: Path, config: dict, tensors: dict) -> Path
         ({"r": 0}, {}, r"r: got 0"),
         ({"r": 4}, {}, r"got lora_A \[3, 48\] and lora_B \[\d+, 3\], expected rank 4 of both"),
         ({}, {NAME.replace("lora_A", "lora_B"): None}, r"got lora_A \[3, 48\] and lora_B None, expected rank 3"),
+        ({}, {NAME: None}, r"got lora_A None and lora_B \[\d+, 3\], expected rank 3"),
         ({}, {"x.weight": torch.zeros(1)}, r"adapter_model.safetensors: x.weight: got a tensor that is no part of a low rank"),
         ({}, {NAME: torch.zeros(3, 47)}, r"got a change of shape \[\d+, 47\], expected \[\d+, 48\]; the adapter is another"),
         (
