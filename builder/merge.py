@@ -8,6 +8,7 @@ adapter has a part in either: the decoder's under the name that was there, the e
 no run before has written. 3. Write the index, check all. 4. Put the finished directory in place, in one rename.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,10 @@ def merge_adapter(
     own = merged.keys() - tensors.names()
     own_bytes = sum(tensors.extent(merged[name].source).num_bytes for name in own)
     with reading(adapter):
-        of_adapter = {CONFIG: (adapter / CONFIG).read_text(), TENSORS: FileFingerprint.of(adapter / TENSORS).model_dump()}
+        of_adapter = {
+            CONFIG: json.loads((adapter / CONFIG).read_bytes()),
+            TENSORS: FileFingerprint.of(adapter / TENSORS).model_dump(),
+        }
     with unfinished(place, record(tensors, model, adapter=of_adapter)) as written:
         found = {
             name: written.metadata(name, {each: tensors.shape(merged[each].source) for each in names})

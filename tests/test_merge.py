@@ -200,6 +200,15 @@ def test_an_adapter_that_cannot_be_read_is_told_in_one_line(content, checkpoint,
     assert shown.output.startswith(f"error: {tmp_path / 'adapter' / 'adapter_config.json'}: ")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_an_adapters_configuration_may_be_in_any_encoding_of_json(encoding, checkpoint, adapter, tmp_path):
+    other = changed(adapter, tmp_path / "adapter", {}, {})
+    path = other / "adapter_config.json"
+    path.write_text(path.read_text(), encoding=encoding)
+    merge_adapter(checkpoint, other, tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
 def test_a_path_with_control_characters_is_refused_in_one_line(checkpoint, adapter, tmp_path):
     odd = tmp_path / "a\nb\x1b[2J"
     for paths in ((odd, adapter, tmp_path / "merged"), (checkpoint, odd, tmp_path / "merged"), (checkpoint, adapter, odd)):
