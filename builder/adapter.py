@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,10 +53,10 @@ class _Config(BaseModel):
 
     peft_type: Literal["LORA"]
     r: int = Field(ge=1)
-    lora_alpha: float
+    lora_alpha: FiniteFloat
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[str, FiniteFloat] = {}
     init_lora_weights: bool | str = True
 
 
@@ -98,6 +98,9 @@ def read_adapter(directory: Path) -> dict[str, LowRank]:
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
             shapes = [None if each is None else list(each.shape) for each in (a, b)]
             wrong.append(f"{module}: got lora_A {shapes[0]} and lora_B {shapes[1]}, expected rank {rank} of both")
+            continue
+        if not all(each.float().isfinite().all() for each in (a, b)):  # float: of FP8 PyTorch cannot say
+            wrong.append(f"{module}: has numbers that are not finite, expected none; take another save of the adapter")
             continue
         alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
         added[module] = LowRank(a=a, b=b, scale=alpha / (rank**0.5 if config.use_rslora else rank))

@@ -170,6 +170,9 @@ def changed(adapter: Path, directory: Path, config: dict, tensors: dict) -> Path
         ({"r": 4}, {}, r"got lora_A \[3, 48\] and lora_B \[\d+, 3\], expected rank 4 of both"),
         ({}, {NAME.replace("lora_A", "lora_B"): None}, r"got lora_A \[3, 48\] and lora_B None, expected rank 3"),
         ({}, {NAME: None}, r"got lora_A None and lora_B \[\d+, 3\], expected rank 3"),
+        ({}, {NAME: torch.full((3, 48), torch.nan)}, r"safetensors: model.decoder.layers.0.self_attn.q_proj: has numbers that"),
+        ({"lora_alpha": float("inf")}, {}, r"adapter_config.json: lora_alpha: got inf: Input should be a finite number"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, {}, r"alpha_pattern.q_proj: got nan: Input should be a finite number"),
         ({}, {"x.weight": torch.zeros(1)}, r"adapter_model.safetensors: x.weight: got a tensor that is no part of a low rank"),
         ({}, {NAME: torch.zeros(3, 47)}, r"got a change of shape \[\d+, 47\], expected \[\d+, 48\]; the adapter is another"),
         (
