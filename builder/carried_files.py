@@ -1,5 +1,6 @@
 """The checkpoint's small files that an engine carries along: tokenizer, chat template and configurations."""
 
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -19,7 +20,7 @@ def carried_files(checkpoint: Path) -> dict[str, bytes]:
     """
     if not (checkpoint / _TOKENIZER).exists():
         raise BuildError(f"{checkpoint}: missing {_TOKENIZER}; download the checkpoint again")
-    return {name: _read(checkpoint / name) for name in COPIED_FILES if (checkpoint / name).exists()}
+    return {name: _read(checkpoint / name) for name in COPIED_FILES if os.path.lexists(checkpoint / name)}
 
 
 def check_tokenizer(checkpoint: Path, files: dict[str, bytes]) -> None:

@@ -48,6 +48,10 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     try:
         values = json.loads(regular(path).read_text())
     except FileNotFoundError:
+        if path.is_symlink():  # as Hugging Face's cache has them; a container that sees a snapshot alone sees none of its files
+            raise BuildError(
+                f"{path}: is a link to {os.readlink(path)}, which is not there; let it be seen here, or download it again"
+            ) from None
         raise BuildError(f"{path}: no such file; expected the directory of a Hugging Face checkpoint") from None
     except OSError as error:
         got = "is a file" if os.path.isfile(checkpoint) else f"config.json cannot be read ({error.strerror})"

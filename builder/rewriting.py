@@ -57,7 +57,9 @@ def carried(checkpoint: Path, *, without: Sequence[str] = ()) -> dict[str, bytes
     files = {}
     with reading(checkpoint):
         paths = [
-            path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _CARRIED and path.name not in without
+            path
+            for path in checkpoint.iterdir()
+            if (path.is_file() or not path.exists()) and path.suffix in _CARRIED and path.name not in without
         ]
     for path in paths:
         with reading(path):

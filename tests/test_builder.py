@@ -742,6 +742,24 @@ def test_a_damaged_tokenizer_is_told_before_anything_long(refused, checkpoint, t
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_links_to_nothing_are_told(refused, quick, checkpoint, tmp_path):
+    """Of files that a checkpoint may lack, too: Hugging Face's cache has links."""
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = checkpoint / name
+        path.unlink(missing_ok=True)
+        path.symlink_to("../blobs/1")
+        for command in (["build", checkpoint], ["quantize", checkpoint]):
+            line = refused(*command, tmp_path / "made")
+            assert line.startswith(f"error: {path}: cannot be read ([Errno 2] No such file or directory")
+        path.unlink()
+    path = checkpoint / "config.json"
+    path.unlink()
+    path.symlink_to("../blobs/1")
+    assert refused("build", checkpoint, tmp_path / "made") == (
+        f"error: {path}: is a link to ../blobs/1, which is not there; let it be seen here, or download it again"
+    )
+
+
 def test_the_operators_are_compiled_first(quick, checkpoint, tmp_path, monkeypatch):
     """They need the newest compiler, and take seconds where programs take minutes."""
 
