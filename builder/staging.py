@@ -54,13 +54,17 @@ def staged(engine: Path, *, force: bool = False) -> Iterator[Path]:
     a build which was killed vanishes with the next one.
 
     Raises:
-        BuildError: `engine` may not be replaced (`check_replaceable`), before the block or after it, or the directory cannot
-            be made or put in place; what is there stays.
+        BuildError: `engine` is a mount point, or may not be replaced (`check_replaceable`), before the block or after it, or
+            the directory cannot be made or put in place; what is there stays.
     """
     with ExitStack() as opened:
         with writing(engine):
             engine.parent.mkdir(parents=True, exist_ok=True)
             check_replaceable(engine, force=force)
+            if os.path.ismount(engine):
+                raise BuildError(
+                    f"{engine}: is a mount point, whose place no other directory can take; choose a directory in it"
+                )
             staging = opened.enter_context(own_directory(f".{engine.name}.building-", engine.parent))
             staging.chmod(0o755)
         yield staging

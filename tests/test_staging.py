@@ -90,3 +90,11 @@ def test_only_what_puts_it_in_place_is_called_writing(engine):
         raise FileNotFoundError("a checkpoint's")
     with pytest.raises(BuildError, match=r"e/manifest\.json/e: cannot be written"), staged(engine / "manifest.json" / "e"):
         pass
+
+
+def test_a_mount_point_is_told_before_anything_long(engine, monkeypatch):
+    """Of a volume that a container has there: it can be written to, but neither renamed nor exchanged."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == engine)
+    with pytest.raises(BuildError, match="e: is a mount point, whose place no other directory can take"), staged(engine):
+        pytest.fail("is not to begin")
+    assert (engine / "manifest.json").read_text() == OLD
