@@ -81,6 +81,8 @@ class Session:
                 f"{engine_dir}: got a manifest alone, expected an engine with its programs; build it with: "
                 "python -m builder build CHECKPOINT ENGINE"
             )
+        if manifest.build.target == "inductor":
+            _check_torch(manifest, engine_dir)
         for file in manifest.program_files:  # all of them before one is loaded, which for a damaged one may end the process
             if fault := manifest.files[file].fault(engine_dir / file):
                 raise ManifestError(f"{engine_dir / file}: {fault}; build the engine again with --force")
@@ -230,6 +232,17 @@ def _check_gpu(built_for: Gpu | None, engine_dir: Path) -> None:
     here = Gpu(name=torch.cuda.get_device_name(), compute_capability=torch.cuda.get_device_capability())
     if here.compute_capability != built_for.compute_capability:
         raise ManifestError(f"{engine_dir}: built for {built_for}, but the GPU here is {here}; build it again on this machine")
+
+
+def _check_torch(manifest: Manifest, engine_dir: Path) -> None:
+    """Packages and operators are C++ compiled against one PyTorch, whose classes another may lay out otherwise: calls may then
+    end the process. Builds of a version for other devices ("+cpu") are alike in this."""
+    built_with, here = (str(each).partition("+")[0] for each in (manifest.tools.get("torch"), torch.__version__))
+    if built_with != here:
+        raise ManifestError(
+            f"{engine_dir}: built with PyTorch {built_with}, here is {here}; programs run only in their own version: build the "
+            "engine again here"
+        )
 
 
 def _load_operators(path: Path) -> None:

@@ -20,6 +20,7 @@ from small_checkpoints import LEAST_VISION, TINY, random_checkpoint
 from sparse_checkpoint import sparse_checkpoint
 from typer.testing import CliRunner
 
+from backend.session import Session
 from builder import build as building
 from builder.__main__ import app, main
 from builder.build import build_engine, write_manifest
@@ -1028,6 +1029,26 @@ def test_a_manifest_that_says_what_cannot_be(change, where, engine_dir, tmp_path
     edit_json(tmp_path / "manifest.json", change)
     with pytest.raises(ManifestError, match=rf"format 3 \({where}"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(plugin_abi=0), "e: got plugin ABI 0, expected"),
+        (lambda m: m["tools"].update(torch="2.0.1+cpu"), "e: built with PyTorch 2.0.1, here is [0-9.]+; programs run"),
+        (lambda m: m["tools"].update(torch=f"{torch.__version__.partition('+')[0]}+cu130"), "the programs are read"),
+    ],
+    ids=["other operators", "another PyTorch", "the same for another device"],
+)
+def test_an_engine_of_other_versions_is_not_loaded(change, message, quick, checkpoint, tmp_path, monkeypatch):
+    def read(path):
+        raise ManifestError("the programs are read")
+
+    monkeypatch.setattr("backend.session._load_operators", read)
+    build_engine(checkpoint, tmp_path / "e")
+    edit_json(tmp_path / "e" / "manifest.json", change)
+    with pytest.raises(ManifestError, match=message):
+        Session.load(tmp_path / "e")
 
 
 def test_a_manifest_that_cannot_be_read(tmp_path):
