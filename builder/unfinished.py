@@ -81,9 +81,10 @@ class Unfinished:
                 leftover.unlink()
             for path in (*self.directory.iterdir(), self.directory):
                 _to_disk(path)
-            (self.directory / _SOURCE).unlink()
             os.replace(self.directory, self.place)
-            _to_disk(self.place.parent)
+            (self.place / _SOURCE).unlink()  # not before: without it the next run would keep nothing
+            for path in (self.place, self.place.parent):
+                _to_disk(path)
 
 
 def check_is_new(place: Path) -> None:

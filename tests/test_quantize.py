@@ -180,6 +180,25 @@ def test_an_output_that_another_run_finishes_meanwhile_is_kept(original, tmp_pat
     assert [path.name for path in output.iterdir()] == ["file"]
 
 
+def test_an_output_that_is_there_in_the_end_costs_no_file(original, quantized, tmp_path, monkeypatch):
+    output, add, lines = tmp_path / "out", unfinished.Unfinished.add, []
+
+    def meanwhile(*arguments):
+        add(*arguments)
+        output.mkdir()
+        (output / "file").touch()
+
+    with monkeypatch.context() as patched, pytest.raises(BuildError, match="out: cannot be written"):
+        patched.setattr(unfinished.Unfinished, "add", meanwhile)
+        quantize_checkpoint(original, output)
+    assert [path.name for path in output.iterdir()] == ["file"]
+    (output / "file").unlink()
+    output.rmdir()
+    quantize_checkpoint(original, output, report=lines.append)
+    assert lines[0].endswith("4 files to write, 4 of them written before")
+    assert {path.name for path in output.iterdir()} == {path.name for path in quantized.iterdir()}
+
+
 def test_a_file_that_cannot_be_read_is_named(original, tmp_path, monkeypatch):
     read = Path.read_bytes
 
