@@ -136,6 +136,12 @@ def _read_config(path: Path) -> _Config:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    pickled = path.with_suffix(".bin")
+    if pickled.exists() and not path.exists():
+        raise BuildError(
+            f"{pickled}: got a pickle, as older versions of PEFT save, expected {TENSORS}; load the adapter with PEFT and save "
+            "it again"
+        )
     with reading(path):
         return load_file(regular(path))
 

@@ -203,6 +203,15 @@ def test_an_adapter_that_cannot_be_read_is_told_in_one_line(content, checkpoint,
     assert shown.output.startswith(f"error: {tmp_path / 'adapter' / 'adapter_config.json'}: ")
 
 
+def test_a_pickled_adapter_is_named(checkpoint, adapter, tmp_path):
+    other = changed(adapter, tmp_path / "adapter", {}, {})
+    (other / "adapter_model.safetensors").rename(other / "adapter_model.bin")
+    with pytest.raises(
+        BuildError, match=r"adapter/adapter_model\.bin: got a pickle, .* load the adapter with PEFT and save it"
+    ):
+        merge_adapter(checkpoint, other, tmp_path / "merged")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
 def test_an_adapters_configuration_may_be_in_any_encoding_of_json(encoding, checkpoint, adapter, tmp_path):
     other = changed(adapter, tmp_path / "adapter", {}, {})
