@@ -29,7 +29,7 @@ from sparse_checkpoint import headers_26b, sparse_checkpoint  # noqa: E402
 
 from contract.checkpoint import Checkpoint  # noqa: E402
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 VOCAB_SIZE = 262_144
 NUM_WRITERS = 8  # a gigabyte of memory each
 

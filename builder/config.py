@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import BuildError
-from builder.fields import COUNT, FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, TOKEN_ID, TOKEN_IDS, Fields
+from builder.fields import COUNT, FLAG, FRACTION, LIST, OBJECT, POSITIVE, SIZE, SOFT_TOKENS, TOKEN_ID, TOKEN_IDS, Fields
+from builder.image_processor import read_soft_tokens
 from builder.paths import check_path
 from builder.quantization import NVFP4, NVFP4_GROUP, read_quantization
 from contract.model_config import AttentionConfig, LayerType, ModelConfig, RopeConfig, VisionConfig
@@ -38,10 +39,11 @@ _COUNTS = ("num_hidden_layers", "num_experts")
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
-    """Reads and checks `checkpoint/config.json`.
+    """Reads and checks `checkpoint/config.json`, and what the checkpoint says of images.
 
     Raises:
-        BuildError: the file is missing or not JSON, or one line for each key that is missing, wrong, unsupported or unknown.
+        BuildError: the file is missing or not JSON, or one line for each key that is missing, wrong, unsupported or unknown;
+            see also `read_soft_tokens`.
     """
     path = checkpoint / "config.json"
     check_path(checkpoint)
@@ -69,7 +71,10 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     config = _parse(values, problems)
     if problems or config is None:
         raise BuildError("\n".join(f"{path}: {printable(problem)}" for problem in problems))
-    return config
+    if config.vision is None:
+        return config
+    soft_tokens = read_soft_tokens(checkpoint, config.vision)
+    return config.model_copy(update={"vision": config.vision.model_copy(update={"soft_tokens_per_image": soft_tokens})})
 
 
 def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
@@ -226,7 +231,8 @@ def _rope(parameters: dict[str, Any] | None, kind: str, head_dim: int, problems:
 
 def _vision(top: Fields, problems: list[str]) -> VisionConfig | None:
     """Defaults are those of transformers' `Gemma4VisionConfig`."""
-    values, soft_tokens = top.take_a(OBJECT.or_null(), "vision_config"), top.take_size("vision_soft_tokens_per_image", 280)
+    values = top.take_a(OBJECT.or_null(), "vision_config")
+    soft_tokens = top.take_a(SOFT_TOKENS, "vision_soft_tokens_per_image", 280)
     if values is None:
         return None
     fields = Fields(values, "vision_config.", problems)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from contract.model_config import INT32_MAX
+from contract.model_config import INT32_MAX, SOFT_TOKEN_BUDGETS
 
 _MOST_COUNTED = 4096
 
@@ -50,6 +50,10 @@ TOKEN_ID = Kind("a token id", _is_token_id)
 TOKEN_IDS = Kind(
     "a token id or a list of them",
     lambda value: _is_token_id(value) or (isinstance(value, list) and all(map(_is_token_id, value))),
+)
+SOFT_TOKENS = Kind(
+    f"one of {', '.join(map(str, SOFT_TOKEN_BUDGETS))}",
+    lambda value: _is_integer(value, SOFT_TOKEN_BUDGETS[0], SOFT_TOKEN_BUDGETS[-1]) and value in SOFT_TOKEN_BUDGETS,
 )
 
 

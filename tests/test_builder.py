@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoints import LEAST_VISION, TINY, random_checkpoint
 from sparse_checkpoint import sparse_checkpoint
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from typer.testing import CliRunner
 
 from backend.session import Session
@@ -181,6 +182,10 @@ def test_real_tensor_names_and_shapes():
         ),
         (lambda c: c.update(vision_config="x"), "vision_config: got 'x', expected an object or null"),
         (
+            lambda c: c.update(vision_soft_tokens_per_image=100),
+            "vision_soft_tokens_per_image: got 100, expected one of 70, 140",
+        ),
+        (
             lambda c: c["vision_config"].update(rope_parameters=[1]),
             "vision_config.rope_parameters: got [1], expected an object",
         ),
@@ -235,6 +240,76 @@ def test_all_problems_of_a_config_at_once(checkpoint):
 def test_config_that_is_no_json_object(text, message, checkpoint):
     (checkpoint / "config.json").write_text(text)
     with pytest.raises(BuildError, match=message):
+        read_model_config(checkpoint)
+
+
+def image_processor(**change) -> dict:
+    """As checkpoints of the family say it, but for `change`."""
+    return json.loads((TINY / "processor_config.json").read_text())["image_processor"] | change
+
+
+@pytest.mark.parametrize(
+    ("nested", "alone", "expected"),
+    [
+        (None, None, 280),  # of config.json
+        ({}, {"max_soft_tokens": 560}, 560),
+        ({"image_processor": image_processor(max_soft_tokens=1120)}, image_processor(max_soft_tokens=560), 1120),
+        ({"image_processor": image_processor(max_soft_tokens=140, size=None, do_pad=True, patch_size=None)}, None, 140),
+    ],
+)
+def test_soft_tokens_of_an_image_are_those_of_transformers(nested, alone, expected, checkpoint):
+    for name, values in (("processor_config.json", nested), ("preprocessor_config.json", alone)):
+        if values is not None:
+            (checkpoint / name).write_text(json.dumps(values))
+    assert read_model_config(checkpoint).vision.soft_tokens_per_image == expected
+    if nested or alone:
+        theirs = Gemma4ImageProcessorPil.from_pretrained(checkpoint)
+        assert theirs.max_soft_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_soft_tokens": 100}, "max_soft_tokens: got 100, expected one of 70, 140, 280, 560, 1120"),
+        ({"do_resize": False}, "do_resize: got False, expected True; images are not made ready otherwise"),
+        ({"resample": 2}, "resample: got 2, expected 3; images"),
+        ({"rescale_factor": 1.0}, "rescale_factor: got 1.0, expected 1 / 255; images"),
+        ({"do_normalize": True, "image_mean": [0.5] * 3}, "do_normalize: got True, expected False; images"),
+        ({"patch_size": 14}, "patch_size: got 14, expected 16; config.json says so of the vision tower"),
+        ({"pooling_kernel_size": 2}, "pooling_kernel_size: got 2, expected 3; config.json says so"),
+    ],
+)
+def test_images_that_are_made_ready_otherwise_are_refused(change, message, checkpoint):
+    for name, where in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor.")):
+        values = image_processor(**change)
+        (checkpoint / name).write_text(json.dumps({"image_processor": values} if where else values))
+        with pytest.raises(BuildError) as raised:
+            read_model_config(checkpoint)
+        assert str(raised.value).startswith(f"{checkpoint / name}: {where}{message}")
+    edit_json(checkpoint / "config.json", lambda config: config.pop("vision_config"))  # of text alone nobody asks
+    assert read_model_config(checkpoint).vision is None
+
+
+def test_normalization_that_changes_nothing_is_not_refused(checkpoint):
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(image_processor(do_normalize=True)))
+    assert read_model_config(checkpoint).vision.soft_tokens_per_image == 70
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "got a JSON list, expected an object"),
+        ('{"image_processor": [1]}', "image_processor: got a JSON list, expected an object"),
+    ],
+)
+def test_a_processor_config_that_is_no_json_object(text, message, checkpoint):
+    (checkpoint / "processor_config.json").write_text(text)
+    with pytest.raises(BuildError, match=re.escape(f"{checkpoint / 'processor_config.json'}: {message}")):
+        read_model_config(checkpoint)
+    (checkpoint / "processor_config.json").unlink()
+    (checkpoint / "processor_config.json").mkdir()
+    with pytest.raises(BuildError, match=r"processor_config\.json: cannot be read"):
         read_model_config(checkpoint)
 
 
