@@ -135,6 +135,9 @@ def _parse(values: dict[str, Any], problems: list[str]) -> ModelConfig | None:
         "dtype": dtype,
         "experts_dtype": experts_dtype,
     }
+    for key in ("image_token_id", "boi_token_id", "eoi_token_id") if vision else ():
+        if fields[key] is None:
+            problems.append(f"{key}: got null, expected a token id, or vision_config null for a model that reads text alone")
     top.finish(_INERT)
     text.finish(_INERT)
     return None if problems else ModelConfig(**fields)

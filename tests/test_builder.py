@@ -181,6 +181,9 @@ def test_real_tensor_names_and_shapes():
             "full_attention.rope_theta: got nothing, expected a positive number",
         ),
         (lambda c: c.update(vision_config="x"), "vision_config: got 'x', expected an object or null"),
+        (lambda c: c.update(image_token_id=None), "image_token_id: got null, expected a token id, or vision_config null"),
+        (lambda c: c.update(boi_token_id=None), "boi_token_id: got null, expected a token id, or vision_config null"),
+        (lambda c: c.update(eoi_token_id=None), "eoi_token_id: got null, expected a token id, or vision_config null"),
         (
             lambda c: c.update(vision_soft_tokens_per_image=100),
             "vision_soft_tokens_per_image: got 100, expected one of 70, 140",
