@@ -66,8 +66,8 @@ class Session:
         manifest = read_manifest(engine_dir)
         if manifest.plugin_abi != PLUGIN_ABI:
             raise ManifestError(
-                f"{engine_dir}: got plugin ABI {manifest.plugin_abi}, expected {PLUGIN_ABI}; "
-                "build the engine again with --force"
+                f"{engine_dir}: got plugin ABI {manifest.plugin_abi}, which is another version's of this project, expected "
+                f"{PLUGIN_ABI}; build it again with: python -m builder build CHECKPOINT ENGINE, or make engine"
             )
         _check_gpu(manifest.gpu, engine_dir)
         if manifest.build.expert_gpus > 1:

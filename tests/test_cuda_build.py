@@ -139,6 +139,15 @@ def test_an_engine_for_another_gpu_is_refused(engine_of_an_h200, gpu, monkeypatc
         Session.load(engine_of_an_h200)
 
 
+def test_an_engine_of_another_version_says_how_to_build_it_again(engine_of_an_h200):
+    """Without --force, which no command that serves has, and a build does not need."""
+    manifest = read_manifest(engine_of_an_h200)
+    manifest.model_copy(update={"plugin_abi": manifest.plugin_abi - 1}).write(engine_of_an_h200)
+    told = rf"got plugin ABI {manifest.plugin_abi - 1}, .* build it again with: python -m builder build CHECKPOINT ENGINE"
+    with pytest.raises(ManifestError, match=told):
+        Session.load(engine_of_an_h200)
+
+
 # -- Variants
 
 
