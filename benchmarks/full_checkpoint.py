@@ -1,5 +1,6 @@
-"""Writes a checkpoint of the 26B model's size with random weights, 51.7 GB: for the whole way from `python -m builder build` to
-a server at full size, where the published weights are not to be had.
+"""Writes a checkpoint of the 26B model's size with random weights, 51.7 GB.
+
+It is for the whole way from `python -m builder build` to a server at full size, where the published weights are not to be had.
 
     python benchmarks/full_checkpoint.py build/benchmarks/full
 

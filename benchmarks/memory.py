@@ -1,5 +1,4 @@
-"""Bytes a sequence: peak memory with 1, 16 and 64 active sequences at the real vocabulary (262,144) and canvas (256), on the
-CPU.
+"""Bytes a sequence on the CPU: peak memory with 1, 16 and 64 active sequences, real vocabulary (262,144) and canvas (256).
 
 Each count is measured in a process of its own: the high-water mark of its resident memory. Between two counts may lie the KV
 pages that the sequences use, and 2 MB a sequence (keeping probabilities would take 268 MB). Checked: all of them were active

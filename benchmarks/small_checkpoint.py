@@ -1,5 +1,7 @@
-"""Writes `small`, a checkpoint of some 230 million parameters with random weights: large enough that a step is bound by
-arithmetic and memory instead of calls, small enough for a laptop. Never committed: it is made again from its seed.
+"""Writes `small`, a checkpoint of 239 million parameters with random weights.
+
+It is large enough that a step is bound by arithmetic and memory instead of calls, small enough for a laptop. Never committed:
+it is made again from its seed.
 
     python benchmarks/small_checkpoint.py build/benchmarks/small
 

@@ -1,10 +1,9 @@
-"""Where a denoising step's time goes: PyTorch's profiler over one canvas, by operator, beside the floor of each kind of
-product.
+"""Where a denoising step's time goes: by operator, with PyTorch's profiler, beside the floor of each kind of product.
 
     python benchmarks/step_profile.py --engine build/benchmarks/engines/small
 
-Self time of the operators that take most, the rest together; "unseen" is what no operator accounts for: loops that the
-compiler made, and Python. The tokens with and without the profiler are compared first. The last line is JSON.
+Self time of the operators that take most of one canvas, the rest together; "unseen" is what no operator accounts for: loops
+that the compiler made, and Python. The tokens with and without the profiler are compared first. The last line is JSON.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The benchmarks' commands at sizes for every day, what they refuse to time, and what they count."""
 
 import argparse
+import ast
 import asyncio
 import contextlib
 import importlib
@@ -121,6 +122,13 @@ def test_what_cannot_be_measured_is_refused_in_one_line(command, monkeypatch, ca
         importlib.import_module(name).main()
     assert f"error: {REFUSALS[command].format(**places)}" in (ended.value.code, *error_lines(name, capsys.readouterr().err))
     assert ended.value.code
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_the_first_line_says_what_a_file_is(path):
+    """In a whole sentence: `--help` prints it alone."""
+    first, *others = ast.get_docstring(ast.parse(path.read_text())).split("\n")
+    assert first.endswith(".") and others[:1] in ([], [""])
 
 
 def error_lines(name: str, text: str) -> list[str]:
