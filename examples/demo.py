@@ -45,7 +45,7 @@ def main() -> None:
 
     leave_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    with TritonServer(engine_dir=options.engine_dir, grpc_port=0, http_port=0, metrics_port=0) as server:
+    with TritonServer(engine_dir=options.engine_dir, grpc_port=0, http_port=0, metrics_port=0, report=print) as server:
         console.print(f"tritonserver serves {options.engine_dir} on {server.grpc_url} (gRPC)")
         tokenizer = AutoTokenizer.from_pretrained(options.engine_dir)
         with grpcclient.InferenceServerClient(server.grpc_url, channel_args=NO_PROXY) as client:
