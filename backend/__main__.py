@@ -42,7 +42,7 @@ _GpuGroups = Annotated[
 def serve(
     engine: Annotated[Path | None, typer.Option(help="Engine directory; without it, the one in config.pbtxt.")] = None,
     model_repository: Annotated[Path, typer.Option(help="Triton model repository.")] = MODEL_REPOSITORY,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on, with all ports; Triton's know no keys.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8002,

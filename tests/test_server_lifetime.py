@@ -1,5 +1,6 @@
 """Starting and stopping the real Triton server, and what is left of it."""
 
+import http.client
 import os
 import re
 import shutil
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as grpcclient
 from openai import OpenAI
-from server_clients import ANY_PORTS, ENDLESS, QUESTION, Refused, Stream, ask_once
+from server_clients import ANY_PORTS, ENDLESS, NO_PROXY, QUESTION, Refused, Stream, ask_once
 from server_processes import engine_workers, leftovers
+from tritonclient.utils import InferenceServerException
 from waiting import wait_until
 
 from backend.triton_server.launch import MODEL_REPOSITORY, ServerError, TritonServer
@@ -78,6 +82,22 @@ def test_serve_without_the_front_end_does_not_want_its_port(engine_dir):
             assert "OpenAI" not in process.stdout.readline()
             process.send_signal(signal.SIGTERM)
         assert process.returncode == 0
+
+
+def test_whoever_reaches_an_open_server_may_ask_it_but_not_load_models(engine_dir):
+    """Loading models is running code; `test_start_script` has the same of the container."""
+    with TritonServer(engine_dir=engine_dir, host="0.0.0.0", **ANY_PORTS) as server:
+        url, http_url = (each.replace("0.0.0.0", "127.0.0.1") for each in (server.grpc_url, server.http_url))
+        address = http_url.removeprefix("http://")
+        for path in ("index", "models/diffusiongemma/load", "models/diffusiongemma/unload"):
+            with closing(http.client.HTTPConnection(address, timeout=60)) as connection:
+                connection.request("POST", f"/v2/repository/{path}", body="{}")
+                assert connection.getresponse().status == 403
+        with grpcclient.InferenceServerClient(url, channel_args=NO_PROXY) as client:
+            for call in (client.get_model_repository_index, client.get_trace_settings, client.get_system_shared_memory_status):
+                with pytest.raises(InferenceServerException, match="restricted"):
+                    call()
+        assert ask_once(url, text_input=QUESTION, max_tokens=1).num_output_tokens == 1
 
 
 def test_a_stop_does_not_wait_for_long_requests(engine_dir):

@@ -9,7 +9,9 @@ the logs if what ends the `with` block is an error, or if the server's log tells
 
 import http.client
 import importlib.metadata
+import ipaddress
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -200,6 +202,10 @@ class TritonServer:
         }
         for name, port in self._ports.items():
             arguments |= {f"{name}-address": self._host, f"{name}-port": port}
+        if not ipaddress.ip_address(self._host).is_loopback:
+            # As deploy/start.sh: whoever may load models may have the server run code. The key is told nobody.
+            closed = f"model-repository,shared-memory,trace,logging:closed={secrets.token_hex(16)}"
+            arguments |= {"http-restricted-api": closed, "grpc-restricted-protocol": closed}
         options = [f"--{name}={value}" for name, value in arguments.items()]
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
