@@ -1,6 +1,7 @@
 """Addresses that this machine may listen on, and those of servers elsewhere, checked before anything long begins."""
 
 import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Iterable
@@ -22,6 +23,11 @@ def ipv4_address(host: str) -> str:
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that no domain name can be
         reason = getattr(error, "strerror", None) or "not a host's name"
         raise AddressError(f"--host: got {host!r}, which has no IPv4 address ({reason}); pass another --host") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it. host: numbers."""
+    return ipaddress.ip_address(host).is_loopback
 
 
 def free_ports(host: str, ports: Iterable[tuple[str, int]]) -> list[int]:

@@ -4,7 +4,16 @@ import socket
 
 import pytest
 
-from backend.addresses import AddressError, answers, free_ports, host_and_port, host_and_port_of_url, ipv4_address, listening
+from backend.addresses import (
+    AddressError,
+    answers,
+    free_ports,
+    host_and_port,
+    host_and_port_of_url,
+    ipv4_address,
+    is_loopback,
+    listening,
+)
 
 HOST = "127.0.0.1"
 
@@ -36,6 +45,10 @@ def test_an_address_of_another_machine_and_a_name_of_none():
         with pytest.raises(AddressError, match=r"--host: got '.*', which has no IPv4 address \(.+\); pass another --host"):
             ipv4_address(host)
     assert ipv4_address("localhost") == HOST
+
+
+def test_what_only_this_machine_reaches():
+    assert [is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "0.0.0.0", "10.0.0.1")] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("text", ["localhost", "localhost:", ":8001", "a:0", "a:65536", "a:b", "http://a:1", "u@a:1", ""])

@@ -84,11 +84,11 @@ def test_serve_without_the_front_end_does_not_want_its_port(engine_dir):
         assert process.returncode == 0
 
 
-def test_whoever_reaches_an_open_server_may_ask_it_but_not_load_models(engine_dir):
+def test_whoever_reaches_an_open_server_may_ask_it_but_not_load_models(engine_dir, monkeypatch):
     """Loading models is running code; `test_start_script` has the same of the container."""
-    with TritonServer(engine_dir=engine_dir, host="0.0.0.0", **ANY_PORTS) as server:
-        url, http_url = (each.replace("0.0.0.0", "127.0.0.1") for each in (server.grpc_url, server.http_url))
-        address = http_url.removeprefix("http://")
+    monkeypatch.setattr("backend.triton_server.launch.is_loopback", lambda host: False)
+    with TritonServer(engine_dir=engine_dir, **ANY_PORTS) as server:
+        url, address = server.grpc_url, server.http_url.removeprefix("http://")
         for path in ("index", "models/diffusiongemma/load", "models/diffusiongemma/unload"):
             with closing(http.client.HTTPConnection(address, timeout=60)) as connection:
                 connection.request("POST", f"/v2/repository/{path}", body="{}")

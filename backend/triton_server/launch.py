@@ -9,7 +9,6 @@ the logs if what ends the `with` block is an error, or if the server's log tells
 
 import http.client
 import importlib.metadata
-import ipaddress
 import os
 import secrets
 import shutil
@@ -22,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from backend.addresses import AddressError, free_ports, ipv4_address
+from backend.addresses import AddressError, free_ports, ipv4_address, is_loopback
 from backend.child_process import GroupGuard
 from backend.triton_server.errors import ServerError
 from backend.triton_server.model_config import Instances, seconds_to_load
@@ -202,7 +201,7 @@ class TritonServer:
         }
         for name, port in self._ports.items():
             arguments |= {f"{name}-address": self._host, f"{name}-port": port}
-        if not ipaddress.ip_address(self._host).is_loopback:
+        if not is_loopback(self._host):
             # As deploy/start.sh: whoever may load models may have the server run code. The key is told nobody.
             closed = f"model-repository,shared-memory,trace,logging:closed={secrets.token_hex(16)}"
             arguments |= {"http-restricted-api": closed, "grpc-restricted-protocol": closed}
