@@ -16,6 +16,7 @@ The state of a row is a few tensors of canvas size; logits live only inside a ch
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import IntEnum
 
 import torch
 
@@ -31,6 +32,20 @@ from backend.row_extras import RowExtras
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 from contract.model_config import LayerType
+
+
+class CanvasState(IntEnum):
+    """Of a canvas after a step. NOT_FINITE: the entropy of a position is no number, as its logits are none; nothing can come of
+    it."""
+
+    DENOISING = 0
+    FINISHED = 1
+    NOT_FINITE = 2
+
+
+def states_after(finished: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """`CanvasState` of canvases, [B] int8. finished: [B] bool, whether they would be; entropy: [B, C] float32, of the step."""
+    return finished.to(torch.int8).masked_fill(~entropy.isfinite().all(dim=-1), CanvasState.NOT_FINITE)
 
 
 class CanvasLoop:
@@ -116,9 +131,9 @@ class CanvasLoop:
     can_mix = False
     """Whether `step` takes new tokens, as many as a canvas has at most, without images."""
 
-    def step(self, slots: Sequence[int], new_tokens: NewTokens | None = None) -> list[bool]:
-        """One denoising step of each of `slots`; returns which of their canvases are finished. new_tokens: encoded in the same
-        pass, before a canvas of their sequence sees them."""
+    def step(self, slots: Sequence[int], new_tokens: NewTokens | None = None) -> list[CanvasState]:
+        """One denoising step of each of `slots`; returns how their canvases are after it. new_tokens: encoded in the same pass,
+        before a canvas of their sequence sees them."""
         rows = torch.tensor(slots, device=self._session.device)
         # 1.
         hidden = self._denoise(slots, rows)
@@ -135,7 +150,8 @@ class CanvasLoop:
         self._argmax[rows] = argmax
         self._stable_steps[rows] = stable_steps
         self._step[rows] += 1
-        return (converged | (self._step[rows] >= self._num_steps[rows])).tolist()
+        finished = converged | (self._step[rows] >= self._num_steps[rows])
+        return [CanvasState(each) for each in states_after(finished, entropy).tolist()]
 
     def _denoise(self, slots: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
         """Hidden states of the rows' canvases [B, C, D]."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backend import sampler
+from backend.canvas_loop import CanvasState, states_after
 from backend.captured_step import Inputs, NewInputs, Results, Step, buckets
 from backend.encode_pass import NewTokens
 from backend.graphs import Graphs
@@ -83,7 +84,7 @@ class CapturedLoop(TableLoop):
         self._num_steps[self._idle] = 1
         self._greedy[self._idle] = True
 
-    def step(self, slots: Sequence[int], new_tokens: NewTokens | None = None) -> list[bool]:
+    def step(self, slots: Sequence[int], new_tokens: NewTokens | None = None) -> list[CanvasState]:
         """See `CanvasLoop.step`. Waits for the device until the results are there, not until the step is over."""
         key = self._bucket(slots), new_tokens is not None
         step = self._steps.get(key) or self._prepare(*key)
@@ -96,7 +97,7 @@ class CapturedLoop(TableLoop):
             if self._on_gpu:
                 self._first_done.synchronize()
         self._results = {slot: (step.results, row) for row, slot in enumerate(slots)}
-        return step.results.finished[: len(slots)].tolist()
+        return [CanvasState(each) for each in step.results.states[: len(slots)].tolist()]
 
     def start_canvas(self, slot: int, canvas_index: int, sampling: ResolvedSampling, opening: Opening | None = None) -> None:
         """See `CanvasLoop.start_canvas`."""
@@ -278,7 +279,7 @@ class CapturedLoop(TableLoop):
             steps=step,
             vocab_size=self._model.vocab_size,
         )
-        finished = accepted.converged | (step + 1 >= num_steps)
+        states = states_after(accepted.converged | (step + 1 >= num_steps), entropy)
         for state, value in (
             (self._canvas, accepted.canvas),
             (self._argmax, argmax),
@@ -286,7 +287,7 @@ class CapturedLoop(TableLoop):
             (self._step, step + 1),
         ):
             state.index_copy_(0, rows, value)
-        results.finished.copy_(finished, non_blocking=True)
+        results.states.copy_(states, non_blocking=True)
         results.argmax.copy_(argmax, non_blocking=True)
         results.steps.copy_(step + 1, non_blocking=True)
 

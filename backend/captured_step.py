@@ -13,14 +13,14 @@ from contract.model_config import LayerType
 class Results:
     """What the host reads of a step, in memory that copies from the device do not wait for. One entry a row of the bucket."""
 
-    finished: Tensor  # [B] bool
+    states: Tensor  # [B] int8: `CanvasState`
     argmax: Tensor  # [B, C] int64
     steps: Tensor  # [B] int64
 
     @classmethod
     def of(cls, size: int, canvas_length: int, *, pinned: bool) -> "Results":
         return cls(
-            finished=torch.zeros(size, dtype=torch.bool, pin_memory=pinned),
+            states=torch.zeros(size, dtype=torch.int8, pin_memory=pinned),
             argmax=torch.zeros(size, canvas_length, dtype=torch.int64, pin_memory=pinned),
             steps=torch.zeros(size, dtype=torch.int64, pin_memory=pinned),
         )

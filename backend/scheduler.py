@@ -15,8 +15,8 @@ A canvas that ends its request is not committed: that would cost an encode pass 
 encodes those tokens, one canvas at most, together with its own. With `commit_last` it is, up to its end, once its output is
 sent.
 
-A row's failure is its own: an error in its text, or in its `on_output`, ends that request. A device step that fails ends every
-request in flight; those in the queue stay, and the next tick starts clean.
+A row's failure is its own: an error in its text, in its `on_output`, or numbers that are not finite end that request. A device
+step that fails ends every request in flight; those in the queue stay, and the next tick starts clean.
 
 Not thread-safe: it is called by one thread, the engine worker's (`worker.py`) or that of an `LLM` (`llm.py`).
 """
@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 from tokenizers import Tokenizer
 
@@ -37,15 +38,13 @@ from backend.encode_pass import NewTokens, encode_new_tokens
 from backend.errors import RequestError
 from backend.images.placeholders import image_spans
 from backend.images.preprocess import ImagePatches
-from backend.job import CanvasOutput, DraftOutput, Job, OnOutput
+from backend.job import CanvasOutput, Job, OnOutput
 from backend.kv_cache import PagedKVCache
 from backend.metrics import MetricValues, Outcome
 from backend.prefix_cache import extend_page_keys
 from backend.sampling_config import ResolvedSampling
 from backend.session import Session
 from backend.text_stream import EVERYWHERE, StopScope, TextStream
-
-__all__ = ["CanvasOutput", "DraftOutput", "Job", "OnOutput", "Scheduler"]
 
 _logger = logging.getLogger(__name__)
 
@@ -133,7 +132,7 @@ class Scheduler:
             prefix=list(prompt_ids),
         )
         if self._prefix_cache:
-            self._extend_page_keys(job)
+            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size, job.image_spans)
         self._queue.append(job)
         return job
 
@@ -259,9 +258,9 @@ class Scheduler:
         stepped: list[Callable[[], None]] = []
         for start in range(0, len(rows), self._max_pass_sequences):
             group = rows[start : start + self._max_pass_sequences]
-            for job, is_finished in zip(group, self._loop.step([job.slot for job in group], new_tokens), strict=True):
-                if is_finished or job.draft_is_due(self._clock()):
-                    deliver = self._finish_canvas if is_finished else self._send_draft
+            for job, state in zip(group, self._loop.step([job.slot for job in group], new_tokens), strict=True):
+                if state or job.draft_is_due(self._clock()):
+                    deliver = (self._send_draft, self._finish_canvas, _refuse_canvas)[state]
                     canvas, num_steps = self._loop.argmax_canvas(job.slot), self._loop.num_steps(job.slot)
                     stepped.append(partial(self._isolated, deliver, job, canvas, num_steps))
         return stepped
@@ -307,14 +306,15 @@ class Scheduler:
     def _commit(self, job: Job, canvas: list[int]) -> None:
         job.prefix += canvas
         if self._share_answers:
-            self._extend_page_keys(job)
+            extend_page_keys(job.page_keys, job.prefix, self._cache.page_size, job.image_spans)
         self._wait_for_encode(job, len(canvas))
-
-    def _extend_page_keys(self, job: Job) -> None:
-        extend_page_keys(job.page_keys, job.prefix, self._cache.page_size, job.image_spans)
 
     def _set_gauges(self) -> None:
         self.metrics.set("active_requests", len(self._active))
         self.metrics.set_each("kv_pages", self._cache.num_pages)
         self.metrics.set_each("kv_pages_used", self._cache.num_pages_used)
         self.metrics.set_each("kv_pages_cached", self._cache.num_pages_kept)
+
+
+def _refuse_canvas(*_) -> NoReturn:
+    raise RequestError("INTERNAL", "the model's numbers are not finite; check the checkpoint's weights, and the device")

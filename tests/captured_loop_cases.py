@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from triton_interpreter import let_casts_round_to_bfloat16, save_the_interpreters_time
 
 from backend import engine, sampler
-from backend.canvas_loop import CanvasLoop
+from backend.canvas_loop import CanvasLoop, CanvasState
 from backend.captured_loop import CapturedLoop
 from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
@@ -131,6 +131,16 @@ def test_steps_are_those_of_the_plain_loop(session, chunk_rows):
     captured = run(session, *loop_of(CapturedLoop, session, prefixes, workspace_bytes=chunk_rows))
     assert captured == plain
     assert {slot for _, slot, is_finished, *_ in plain if is_finished} == {slot for _, slot, *_ in plain}
+
+
+@pytest.mark.parametrize("kind", [CanvasLoop, CapturedLoop])
+def test_a_canvas_of_numbers_that_are_not_finite_is_told(kind, session):
+    loop, slots = loop_of(kind, session, [30, 5, 41])
+    for slot in slots:
+        loop.start_canvas(slot, 0, SamplingConfig(seed=slot, max_denoising_steps=2).resolve(DEFAULTS))
+    assert loop.step(slots) == [CanvasState.DENOISING] * 3
+    loop._soft_embeds[slots[1]] = torch.nan
+    assert loop.step(slots) == [CanvasState.FINISHED, CanvasState.NOT_FINITE, CanvasState.FINISHED]
 
 
 def test_what_is_prepared_before_the_first_step_is_used_by_it(session, monkeypatch):

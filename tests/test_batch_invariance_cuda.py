@@ -19,9 +19,10 @@ from random_model import random_session, random_weights, read_text_model  # noqa
 from backend.batch_invariance import check_batch_invariance  # noqa: E402
 from backend.errors import RequestError  # noqa: E402
 from backend.generation_defaults import GenerationDefaults  # noqa: E402
+from backend.job import CanvasOutput  # noqa: E402
 from backend.kv_cache import PagedKVCache  # noqa: E402
 from backend.sampling_config import SamplingConfig  # noqa: E402
-from backend.scheduler import CanvasOutput, Scheduler  # noqa: E402
+from backend.scheduler import Scheduler  # noqa: E402
 from backend.session import Session  # noqa: E402
 from builder.quantization import FP8, NVFP4  # noqa: E402
 from contract.manifest import BuildConfig  # noqa: E402

@@ -14,9 +14,10 @@ from backend.encode_pass import encode_new_tokens
 from backend.engine import Engine, EngineLimits
 from backend.errors import RequestError
 from backend.generation_defaults import GenerationDefaults
+from backend.job import CanvasOutput, DraftOutput
 from backend.metrics import Series
 from backend.sampling_config import SamplingConfig
-from backend.scheduler import CanvasOutput, DraftOutput, Scheduler
+from backend.scheduler import Scheduler
 
 CANVAS = 16
 DEFAULTS = GenerationDefaults.from_json({"max_denoising_steps": 4, "eos_token_id": []})
@@ -277,6 +278,19 @@ def test_an_on_output_that_raises_ends_its_request_alone(checkpoint, alone):
     _, sent = alone[1][0].add(scheduler)
     run(scheduler)
     assert sent.token_ids == alone[1][1]
+
+
+def test_numbers_that_are_not_finite_end_their_request_alone(checkpoint, alone):
+    scheduler = scheduler_of(checkpoint)
+    (request, expected), prompt = alone[0], prompt_of(30, seed=9)
+    (job, broken), (_, other) = add(scheduler, prompt, max_denoising_steps=40), request.add(scheduler)
+    while job.slot < 0 or job.is_encoding:
+        scheduler.tick()
+    scheduler._loop._soft_embeds[job.slot] = torch.nan
+    run(scheduler)
+    assert broken.error.code == "INTERNAL" and "numbers are not finite" in str(broken.error) and not broken.outputs
+    assert other.token_ids == expected
+    assert not scheduler.num_active and not any(scheduler._cache.num_pages_used.values())
 
 
 @pytest.mark.parametrize("program", ["encode", "denoise", "head"])
