@@ -381,7 +381,11 @@ def test_another_page_may_not_call(origins, status):
     with TestClient(create_app(OpenAISettings(allowed_origins=origins), Model())) as client:
         asked = client.options("/v1/chat/completions", headers=preflight(elsewhere))
         reply = client.get("/v1/models", headers={"origin": elsewhere})
+        posted = client.post("/v1/chat/completions", json=CHAT, headers={"origin": elsewhere})
+        of_its_own = client.post("/v1/chat/completions", json=CHAT, headers={"origin": str(client.base_url)})
     assert (asked.status_code, reply.status_code) == (status, 200)
+    assert (posted.status_code, of_its_own.status_code) == (403, 200)
+    assert posted.json()["error"]["message"].startswith(f"origin: got '{elsewhere}', expected a page that may call; start")
     assert "access-control-allow-origin" not in {**asked.headers, **reply.headers}
 
 

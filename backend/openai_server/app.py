@@ -42,6 +42,7 @@ from backend.openai_server.responses import Responses
 from backend.openai_server.routes import no_such_method, no_such_route
 from backend.openai_server.settings import OpenAISettings
 from backend.openai_server.triton_model import TritonModel
+from backend.parameters import shown
 
 T = TypeVar("T")
 _DONE = "data: [DONE]\n\n"
@@ -61,12 +62,13 @@ def create_app(settings: OpenAISettings, model: Balancer | None = None) -> FastA
     created = int(time.time())
     guarded = [Depends(_key_check(settings.api_keys))]
     documented = {}
+    posted = [*guarded, Depends(_page_check(settings.allowed_origins))]
 
     def post(path: str, adapter) -> Any:
         schema, components = body_schema(adapter, settings.served_name, path.removeprefix("/v1/").replace("/", "."))
         documented.update(components)
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        return app.post(path, dependencies=guarded, openapi_extra={"requestBody": body})
+        return app.post(path, dependencies=posted, openapi_extra={"requestBody": body})
 
     @post("/v1/chat/completions", CHAT)
     async def chat_completions(request: Request) -> Response:
@@ -245,6 +247,17 @@ def _key_check(keys: tuple[str, ...]):
         right = [hmac.compare_digest(sent, key.encode()) for key in keys]
         if keys and not any(right):
             raise ApiError(401, "API key: missing or wrong; send the header Authorization: Bearer KEY", code="invalid_api_key")
+
+    return check
+
+
+def _page_check(allowed_origins: Sequence[str]):
+    async def check(request: Request) -> None:
+        """A browser lets any page post to any server, so long as it sends what it calls text; only the answer stays hidden."""
+        origin, own = request.headers.get("origin"), request.headers.get("host")
+        if origin is not None and not {origin, "*"} & set(allowed_origins) and origin.rpartition("://")[2] != own:
+            got = f"origin: got {shown(origin)}, expected a page that may call"
+            raise ApiError(403, f"{got}; start the server with --allowed-origin and the page's origin")
 
     return check
 
