@@ -4,22 +4,24 @@
 
 PYTHON     ?= $(firstword $(wildcard $(BIN)/python) python3)
 VENV       ?= .venv
-CHECKPOINT ?= checkpoints/tiny
-ENGINE     ?= engines/diffusiongemma
-TARGET     ?= auto
-DTYPE      ?= auto
-DEVICE     ?= auto
-EXPERT_WEIGHTS ?= auto
 BENCH      ?=
+
+# What the command line or the environment says of ENGINE. Whether an engine that is there is such a one, the builder knows.
+# Who passes variables on passes empty ones, too: these say nothing.
+ASKED := $(strip $(foreach each,CHECKPOINT TARGET DTYPE DEVICE EXPERT_WEIGHTS,$(if $($(each)),$(each))))
+
+override CHECKPOINT     := $(or $(CHECKPOINT),checkpoints/tiny)
+override ENGINE         := $(or $(ENGINE),engines/diffusiongemma)
+override TARGET         := $(or $(TARGET),auto)
+override DTYPE          := $(or $(DTYPE),auto)
+override DEVICE         := $(or $(DEVICE),auto)
+override EXPERT_WEIGHTS := $(or $(EXPERT_WEIGHTS),auto)
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 $(foreach each,VENV PYTHON,$(if $(filter-out 1,$(words $($(each)))),$(error \
 	$(each): got "$($(each))", expected one path without spaces, which make takes for several; choose another)))
-
-# What the command line or the environment says of ENGINE. Whether an engine that is there is such a one, the builder knows.
-ASKED := $(strip $(foreach each,CHECKPOINT TARGET DTYPE DEVICE EXPERT_WEIGHTS,$(filter-out file,$(origin $(each)))))
 
 # pip would look at this only after it has downloaded PyTorch.
 REQUIRED := $(shell sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)

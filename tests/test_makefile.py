@@ -94,6 +94,14 @@ def test_the_builder_is_asked_whether_what_is_there_is_what_was_asked_for(variab
     assert build.startswith("-m|builder|build|") and f"|{value}|" in build
 
 
+def test_an_empty_variable_of_the_environment_says_nothing(make, built):
+    empty = dict.fromkeys(("CHECKPOINT", "TARGET", "DTYPE", "DEVICE", "EXPERT_WEIGHTS"), "")
+    assert make("serve", **empty).returncode == 0
+    assert make.asked() == [f"-m|backend|serve|--engine|{built}|"]
+    assert make("engine", **empty).returncode == 0
+    assert "|--target|auto|--dtype|auto|--device|auto|--expert-weights|auto|" in make.asked()[0]
+
+
 def test_what_the_builder_refuses_is_not_served(make, built):
     make.python("venv/bin/python", "3.11.7", status=1)
     assert make("serve", "CHECKPOINT=another").returncode
