@@ -55,6 +55,13 @@ def test_a_gpu_that_is_not_there(there, expected):
     assert failure_reason(log, [3, 4]).startswith("--gpus: got 3+4, expected a GPU")
 
 
+def test_a_load_that_failed_in_place_of_a_model_that_is_there_is_no_reason():
+    failed = "E1128 20:05:13.8 7 lifecycle.cc:642] \"failed to load 'diffusiongemma' version 1: Internal: ValueError: got 0\"\n"
+    assert failure_reason(failed) == "got 0"
+    loaded = "I1128 20:04:34.8 1 model_lifecycle.cc:839] \"successfully loaded 'diffusiongemma'\"\n"
+    assert failure_reason(f"{loaded}{failed}the last line\n") == "the last line"
+
+
 def test_a_log_without_a_known_reason():
     assert failure_reason("a\nb\n") == "b"
     assert failure_reason("") == "its log is empty"

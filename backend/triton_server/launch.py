@@ -156,7 +156,8 @@ class TritonServer:
         if self._process.poll() is not None:
             reason = failure_reason(self.log_path.read_text(), self._gpus)
             code = self._process.returncode
-            raise ServerError(f"tritonserver ended with exit code {code}: {reason}; its log is {self.log_path}")
+            ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise ServerError(f"tritonserver {ended}: {reason}; its log is {self.log_path}")
 
     def begin_to_stop(self) -> None:
         """Has the server refuse new requests and end those under way, without waiting for it; `stop` has to follow."""

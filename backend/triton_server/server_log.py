@@ -11,6 +11,7 @@ _NEWS = re.compile(r"(?:[\d-]+ [\d:,]+ backend\.engine: )?(?P<line>(?:weights:|m
 # Lines of the front: of `service` about a worker that has ended, of `model` about one that unloads itself.
 _DEATH = re.compile(r'(?:E\d+ .* model\.py:\d+\] ")?(?P<line>(?:engine worker|server|model [^ :]+): .*?)"?')
 _INTERNAL_ERROR = b"Traceback (most recent call last)"
+_LOADED = "successfully loaded 'diffusiongemma'"
 _NO_SUCH_GPU = re.compile(r"specifies invalid or unsupported gpu id (?P<number>\d+)\..* are: *(?P<there>[\d ]*)", re.MULTILINE)
 
 
@@ -52,15 +53,19 @@ def failure_reason(log: str, gpus: Sequence[int] = ()) -> str:
         there = ", ".join(found["there"].split())
         why = f"expected some of {there}, which Triton can use here" if there else "but Triton finds no GPU here; leave it out"
         return f"--gpus: got {found['number']}, {why}"
-    patterns = (
+    of_loading = (
         # What the model raised, without the traceback that follows it in the same line
         r"failed to load '.*?' version \d+: (?:Internal: )?(?:[\w.]+(?:Error|Exception): )?(.*?)(?:\\n|\"$)",
         r"Poll failed for model directory (.*?)\"?$",
+    )
+    of_the_server = (
         r"failed to start (\w+ service: .*?)\s*\"?$",
         r"^error: (.*)",
-        r"^E\d+ .*?\] \"(?!CudaDriverHelper has not been)(.*?)\"?$",  # which every server without a GPU says
+        # CudaDriverHelper: what every server without a GPU says
+        r"^E\d+ .*?\] \"(?!CudaDriverHelper has not been|failed to load ')(.*?)\"?$",
     )
-    for pattern in patterns:
+    # A model that is there is not lost by another that cannot be loaded in its place.
+    for pattern in of_the_server if _LOADED in log else of_loading + of_the_server:
         if match := re.search(pattern, log, re.MULTILINE):
             return match[1]
     return log.strip().rpartition("\n")[2] or "its log is empty"
