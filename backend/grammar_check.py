@@ -14,6 +14,7 @@ from backend.errors import RequestError
 from backend.grammar import Grammar
 
 _SCRIPT = Path(__file__).with_name("grammar_process.py")
+_COERCION = ". Enable 'coerce_one_of' option to approximate oneOf with anyOf"  # no client has such an option
 _TIMEOUT_S = 20  # of a machine that is busy; the process itself limits its time on a processor
 
 
@@ -46,4 +47,5 @@ def told(problem: str) -> str:
     """What llguidance says, in a line: its first, and of a regular expression the one that says what is wrong."""
     lines = [" ".join(line.split()) for line in problem.strip().splitlines()]
     errors = [line for line in lines[1:] if line.startswith("error:")]
-    return " ".join(line.rstrip(":") for line in lines[:1] + errors[:1])[:300]
+    line = " ".join(line.rstrip(":") for line in lines[:1] + errors[:1])
+    return line.replace(_COERCION, ", but where no two alternatives can both fit; use anyOf")[:300]

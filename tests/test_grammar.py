@@ -126,6 +126,10 @@ RULES = "\n".join(f"r{number}: r{number + 1}" for number in range(4600))
     [
         ({"json": {"type": "objekt"}}, "Invalid type: objekt"),
         ({"json": {"if": {}}}, 'Unimplemented keys: ["if"]'),
+        (
+            {"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+            "oneOf constraints are not supported, but where no two alternatives can both fit; use anyOf",
+        ),
         ({"regex": "a("}, 'at 1(8): invalid regex "a(" (in regex): regex parse error error: unclosed group'),
         ({"grammar": "start: missing"}, 'at 1(8): unknown name: "missing"'),
         ({"json": {"type": "string", **PATTERNS}}, "got a grammar that takes more than a second or 2 GB to make"),
