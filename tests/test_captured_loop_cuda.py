@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tolerances import assert_close
 
 from backend import LLM, SamplingConfig
-from backend.canvas_loop import CanvasLoop
+from backend.canvas_loop import CanvasLoop, CanvasState
 from backend.encode_pass import NewTokens
 from backend.engine import Engine, EngineLimits
 from backend.generation_defaults import GenerationDefaults
@@ -87,6 +87,17 @@ def test_float32_tokens_of_requests_with_extras_are_those_of_the_uncompiled_netw
         assert (own.logprobs or []) == pytest.approx(other.logprobs or [], abs=1e-4)
         tops = [[token for token, _ in place] for result in (own, other) for place in result.top_logprobs or ()]
         assert tops[: len(tops) // 2] == tops[len(tops) // 2 :]
+
+
+def test_numbers_that_are_not_finite_are_told(engine):
+    llm = LLM(engine("float32"), max_sequences=2)
+    loop = llm._engine.scheduler._loop
+    slots = [loop._cache.open(64) for _ in range(2)]
+    for slot in slots:
+        loop.start_canvas(slot, 0, SamplingConfig(seed=slot, max_denoising_steps=2).resolve(llm._engine.defaults))
+    assert loop.step(slots) == [CanvasState.DENOISING] * 2
+    loop._soft_embeds[slots[1]] = torch.nan
+    assert loop.step(slots) == [CanvasState.FINISHED, CanvasState.NOT_FINITE]
 
 
 def test_float32_image_features_are_those_of_the_network_on_the_cpu(engine):
