@@ -41,7 +41,6 @@ from backend.worker_process import WorkerError
 
 _POLL_INTERVAL_S = 0.05  # is_cancelled() takes 35 us: 300 requests cost a fifth of one core
 _EXPORT_INTERVAL_S = 0.2
-_GAUGES_INTERVAL_S = 5.0  # Prometheus asks every 15 s
 _TEXT_THREADS = 2
 _SHORT_TEXT = 16384  # characters; their tokens take 10 ms, not much more than a way through other threads
 _ACCEPTED, _WORKER_DIED, _CLOSED = object(), object(), object()
@@ -186,7 +185,7 @@ class DiffusionGemmaModel:
 
     def _answer_until_closed(self) -> None:
         active: set[Answer] = set()
-        poll_at_s = export_at_s = gauges_at_s = time.monotonic()
+        poll_at_s = export_at_s = time.monotonic()
         while True:
             try:
                 answer, event = self._events.get(timeout=max(0.0, poll_at_s - time.monotonic()))
@@ -210,9 +209,6 @@ class DiffusionGemmaModel:
             if now_s >= export_at_s:
                 self._exported.apply(self._metrics.drain())
                 export_at_s = now_s + _EXPORT_INTERVAL_S
-            if now_s >= gauges_at_s:
-                self._exported.say_gauges_again()
-                gauges_at_s = now_s + _GAUGES_INTERVAL_S
             for answer in [answer for answer in active if answer.finished]:
                 active.remove(answer)
                 self._service.withdraw(answer)
