@@ -8,7 +8,7 @@ implementations differ by much at single positions, where a rounding chooses ano
 positions are from the exact ones. So an engine in bfloat16 is judged by transformers in bfloat16, and one in float32 by the
 rounding of float32. The last line is JSON; where the engine is further off than it may be, the exit status is 1.
 
-transformers' weights are in memory in float32, on the GPU where the engine is for one: 103 GB for the 26B model.
+transformers' weights are in memory in float32, 103 GB for the 26B model; on a smaller GPU than an H200: --exact-on cpu.
 """
 
 import argparse
@@ -144,6 +144,8 @@ class Transformers:
 
 def main() -> None:
     options = _parser().parse_args()
+    if len({engine.name for engine in options.engine}) < len(options.engine):
+        refuse("--engine: got two directories of one name, expected names that tell them apart")
     manifests = {engine: read_manifest(engine) for engine in options.engine}
     build = next(iter(manifests.values())).build
     for engine, manifest in manifests.items():
@@ -163,7 +165,7 @@ def main() -> None:
         # In a process of its own, which leaves nothing on the GPU.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             systems[engine.name] = pool.submit(of_engine, engine, cases).result()
-    exact = Transformers(options.checkpoint, torch.float32, build.device)
+    exact = Transformers(options.checkpoint, torch.float32, options.exact_on or build.device)
     report = Report(benchmark=f"agreement, {build.dtype} on {build.device}")
     distances = {name: defaultdict(list) for name in systems}
     for at, case in enumerate(tracked(cases, "exact")):
@@ -221,6 +223,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=command_line.count, nargs="+", default=LENGTHS, help="about")
     parser.add_argument("--steps", type=command_line.count, nargs="+", default=(1, 3), help="denoising steps of a canvas")
     parser.add_argument("--canvases", type=command_line.count, default=1, help="each from other noise")
+    parser.add_argument(
+        "--exact-on", choices=("cpu", "cuda"), help="where to compute the exact ones, if not where the engine runs"
+    )
     return parser
 
 
