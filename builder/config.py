@@ -235,9 +235,10 @@ def _rope(parameters: dict[str, Any] | None, kind: str, head_dim: int, problems:
 def _vision(top: Fields, problems: list[str]) -> VisionConfig | None:
     """Defaults are those of transformers' `Gemma4VisionConfig`."""
     values = top.take_a(OBJECT.or_null(), "vision_config")
-    soft_tokens = top.take_a(SOFT_TOKENS, "vision_soft_tokens_per_image", 280)
     if values is None:
+        top.take("vision_soft_tokens_per_image")
         return None
+    soft_tokens = top.take_a(SOFT_TOKENS, "vision_soft_tokens_per_image", 280)
     fields = Fields(values, "vision_config.", problems)
     fields.take_fixed("model_type", "gemma4_vision", "no other vision tower is supported")
     fields.take_fixed("attention_bias", False, "projections with a bias are not supported")

@@ -9,6 +9,7 @@ it. transformers reads it from the first of these that is there, and not from co
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from contract.model_config import VisionConfig
 from contract.problems import printable
 from contract.regular_file import regular
 
+_TYPE = "Gemma4ImageProcessor"
+_SOFT_TOKENS = 280  # what transformers takes where its file does not say
 _BICUBIC = 3  # Pillow's number
 _WHY = "images are not made ready otherwise"
 
@@ -33,8 +36,9 @@ def read_soft_tokens(checkpoint: Path, vision: VisionConfig) -> int:
     for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         path = checkpoint / name
         values = _read(path)
-        values = values.get(key) if key else values
-        if values:
+        if values is not None and key:
+            values = values.get(key)
+        if values is not None:
             problems: list[str] = []
             soft_tokens = _checked(values, f"{key}." if key else "", vision, problems)
             if problems:
@@ -43,10 +47,12 @@ def read_soft_tokens(checkpoint: Path, vision: VisionConfig) -> int:
     return vision.soft_tokens_per_image
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Nothing where there is no file."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """None where there is no file."""
+    if not os.path.lexists(path):
+        return None
     try:
-        values = json.loads(regular(path).read_text()) if path.exists() else {}
+        values = json.loads(regular(path).read_text())
     except OSError as error:
         raise BuildError(f"{path}: cannot be read ({error}); give access to it, or replace it") from None
     except (ValueError, RecursionError) as error:
@@ -61,6 +67,9 @@ def _checked(values: object, where: str, vision: VisionConfig, problems: list[st
         problems.append(f"{where.rstrip('.')}: got a JSON {type(values).__name__}, expected an object")
         return vision.soft_tokens_per_image
     fields = Fields({key: value for key, value in values.items() if value is not None}, where, problems)
+    kind = fields.take("image_processor_type", _TYPE)
+    if not str(kind).startswith(_TYPE):  # there are variants of it, for other libraries
+        problems.append(f"{where}image_processor_type: got {kind!r}, expected {_TYPE}; {_WHY}")
     for key in ("do_convert_rgb", "do_resize", "do_rescale"):
         fields.take_fixed(key, True, _WHY)
     fields.take_fixed("resample", _BICUBIC, _WHY)
@@ -72,4 +81,4 @@ def _checked(values: object, where: str, vision: VisionConfig, problems: list[st
     mean, deviation = fields.take("image_mean", [0.0] * 3), fields.take("image_std", [1.0] * 3)
     if (mean, deviation) != ([0.0] * 3, [1.0] * 3):  # else it changes nothing
         fields.take_fixed("do_normalize", False, _WHY)
-    return fields.take_a(SOFT_TOKENS, "max_soft_tokens", vision.soft_tokens_per_image)
+    return fields.take_a(SOFT_TOKENS, "max_soft_tokens", _SOFT_TOKENS)

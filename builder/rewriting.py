@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from builder.errors import BuildError
-from builder.unfinished import Unfinished
+from builder.unfinished import SOURCE, Unfinished
 from builder.weights import CLIPPING, layer_prefix
 from contract.checkpoint import Checkpoint
 from contract.model_config import ModelConfig
@@ -49,7 +49,8 @@ def record(tensors: Checkpoint, model: ModelConfig, **others: object) -> bytes:
 
 
 def carried(checkpoint: Path, *, without: Sequence[str] = ()) -> dict[str, bytes]:
-    """Name → content of the small files that go along; the index, which does not, is among them.
+    """Name → content of the small files that go along; the index, which does not, is among them. What a run that was killed
+    at its end has left in the checkpoint is not.
 
     Raises:
         BuildError: one of them cannot be read.
@@ -59,7 +60,7 @@ def carried(checkpoint: Path, *, without: Sequence[str] = ()) -> dict[str, bytes
         paths = [
             path
             for path in checkpoint.iterdir()
-            if (path.is_file() or not path.exists()) and path.suffix in _CARRIED and path.name not in without
+            if (path.is_file() or not path.exists()) and path.suffix in _CARRIED and path.name not in (*without, SOURCE)
         ]
     for path in paths:
         with reading(path):

@@ -19,8 +19,8 @@ from builder.errors import BuildError
 from builder.staging import writing
 from builder.weights import Shapes
 
-_SOURCE = "source.json"
-"""In the directory: what its files are made from."""
+SOURCE = "source.json"
+"""In the directory, until it is finished: what its files are made from."""
 
 
 @contextmanager
@@ -82,7 +82,7 @@ class Unfinished:
             for path in (*self.directory.iterdir(), self.directory):
                 _to_disk(path)
             os.replace(self.directory, self.place)
-            (self.place / _SOURCE).unlink()  # not before: without it the next run would keep nothing
+            (self.place / SOURCE).unlink()  # not before: without it the next run would keep nothing
             for path in (self.place, self.place.parent):
                 _to_disk(path)
 
@@ -105,7 +105,7 @@ def _lock(opened: int, place: Path) -> None:
 
 
 def _begin(directory: Path, source: bytes) -> None:
-    record = directory / _SOURCE
+    record = directory / SOURCE
     if record.exists() and record.read_bytes() == source:
         return
     for each in directory.iterdir():

@@ -258,6 +258,8 @@ def image_processor(**change) -> dict:
         ({}, {"max_soft_tokens": 560}, 560),
         ({"image_processor": image_processor(max_soft_tokens=1120)}, image_processor(max_soft_tokens=560), 1120),
         ({"image_processor": image_processor(max_soft_tokens=140, size=None, do_pad=True, patch_size=None)}, None, 140),
+        ({"image_processor": {}}, {"max_soft_tokens": 560}, 280),
+        (None, {"image_processor_type": "Gemma4ImageProcessorPil", "patch_size": 16}, 280),
     ],
 )
 def test_soft_tokens_of_an_image_are_those_of_transformers(nested, alone, expected, checkpoint):
@@ -265,7 +267,7 @@ def test_soft_tokens_of_an_image_are_those_of_transformers(nested, alone, expect
         if values is not None:
             (checkpoint / name).write_text(json.dumps(values))
     assert read_model_config(checkpoint).vision.soft_tokens_per_image == expected
-    if nested or alone:
+    if nested is not None or alone:
         theirs = Gemma4ImageProcessorPil.from_pretrained(checkpoint)
         assert theirs.max_soft_tokens == expected
 
@@ -274,6 +276,7 @@ def test_soft_tokens_of_an_image_are_those_of_transformers(nested, alone, expect
     ("change", "message"),
     [
         ({"max_soft_tokens": 100}, "max_soft_tokens: got 100, expected one of 70, 140, 280, 560, 1120"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "image_processor_type: got 'SiglipImageProcessor', expected Gemma4"),
         ({"do_resize": False}, "do_resize: got False, expected True; images are not made ready otherwise"),
         ({"resample": 2}, "resample: got 2, expected 3; images"),
         ({"rescale_factor": 1.0}, "rescale_factor: got 1.0, expected 1 / 255; images"),
@@ -289,7 +292,8 @@ def test_images_that_are_made_ready_otherwise_are_refused(change, message, check
         with pytest.raises(BuildError) as raised:
             read_model_config(checkpoint)
         assert str(raised.value).startswith(f"{checkpoint / name}: {where}{message}")
-    edit_json(checkpoint / "config.json", lambda config: config.pop("vision_config"))  # of text alone nobody asks
+    of_text_alone = {"vision_config": None, "vision_soft_tokens_per_image": 256}  # where nobody asks
+    edit_json(checkpoint / "config.json", lambda config: config.update(of_text_alone))
     assert read_model_config(checkpoint).vision is None
 
 

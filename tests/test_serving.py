@@ -113,6 +113,15 @@ def test_with_the_front_end_each_gpu_has_a_server(served):
     )
 
 
+def test_one_gpu_has_a_server_whose_metrics_the_front_end_passes_on(served):
+    told = []
+    (server, front_end), _ = served(OpenAISettings(port=0), gpu_groups=[(1,)], report=told.append)
+    assert (server.options["gpus"], server.options["instances"]) == ((1,), Instances(gpus=(0,)))
+    assert front_end.settings.triton_metrics_url == "http://a:0/metrics"
+    server.options["report"]("starting")
+    assert told == ["GPU 1: starting"]
+
+
 @pytest.mark.parametrize("openai", [OpenAISettings(port=0), None], ids=["with the front end", "without"])
 def test_gpus_that_an_engine_needs_together_have_a_server(openai, served):
     told = []
