@@ -69,9 +69,11 @@ def check_images(manifest: Manifest, prompt_ids: Sequence[int], images: Sequence
         raise refused(
             f"images: got one of {most} soft tokens, expected at most {most_allowed}, the tokens of one encode pass; {remedy}"
         )
+    if len(images) > 1:
+        remedy = f"put {CUT_TOKENS} tokens of text between them, {remedy}"
     together = most_in_one_pass(len(prompt_ids), [(span.start, span.end) for span in spans], manifest.build)
     if together > most_allowed:
         raise refused(
             f"images: got {together} tokens of images that a batch-invariant engine cannot encode apart, expected at most "
-            f"{most_allowed}, the tokens of one encode pass; put {CUT_TOKENS} tokens of text between them, {remedy}"
+            f"{most_allowed}, the tokens of one encode pass; {remedy}"
         )

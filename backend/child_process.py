@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from contract.end_with_parent import end_with
 
@@ -26,12 +27,14 @@ class GroupGuard:
     def __init__(self, group: int, environment: dict[str, str]):
         """environment: with which this package can be imported."""
         command = [sys.executable, "-m", "backend.child_process", str(group)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        here = Path(__file__).resolve().parents[1]  # not where this process runs: there may be another package of this name
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=here, start_new_session=True)
 
-    def end(self) -> None:
-        """Ends the group now."""
-        self._process.stdin.close()
+    def close(self) -> None:
+        """The group has ended, and its number may be anybody's."""
+        self._process.kill()
         self._process.wait()
+        self._process.stdin.close()
 
 
 def _guard(group: int) -> None:

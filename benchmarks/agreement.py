@@ -144,8 +144,8 @@ class Transformers:
 
 def main() -> None:
     options = _parser().parse_args()
-    if len({engine.name for engine in options.engine}) < len(options.engine):
-        refuse("--engine: got two directories of one name, expected names that tell them apart")
+    if len({THEIRS, *(engine.name for engine in options.engine)}) <= len(options.engine):
+        refuse(f"--engine: got one name twice, or {THEIRS}; expected names that tell the rows apart")
     manifests = {engine: read_manifest(engine) for engine in options.engine}
     build = next(iter(manifests.values())).build
     for engine, manifest in manifests.items():

@@ -122,7 +122,7 @@ class Report:
 
 def figure(row: Row) -> str:
     digits = 0 if abs(row.value) >= 100 else 1 if abs(row.value) >= 10 else 3
-    return f"{row.value:,.{digits}f} {row.unit}" if row.value >= 1e-3 or not row.value else f"{row.value:.1e} {row.unit}"
+    return f"{row.value:,.{digits}f} {row.unit}" if abs(row.value) >= 1e-3 or not row.value else f"{row.value:.1e} {row.unit}"
 
 
 def refuse(reason: str) -> NoReturn:

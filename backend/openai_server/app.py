@@ -257,7 +257,7 @@ def _page_check(allowed_origins: Sequence[str]):
         origin, own = request.headers.get("origin"), request.headers.get("host")
         if origin is not None and not {origin, "*"} & set(allowed_origins) and origin.rpartition("://")[2] != own:
             got = f"origin: got {shown(origin)}, expected a page that may call"
-            raise ApiError(403, f"{got}; start the server with --allowed-origin and the page's origin")
+            raise ApiError(403, f"{got}; start the server with --allowed-origin and the page's origin, or *")
 
     return check
 

@@ -203,7 +203,7 @@ class TritonServer:
         for name, port in self._ports.items():
             arguments |= {f"{name}-address": self._host, f"{name}-port": port}
         if not is_loopback(self._host):
-            # As deploy/start.sh: whoever may load models may have the server run code. The key is told nobody.
+            # As deploy/start.sh: whoever may load models may have the server run code. The key is told nobody there.
             closed = f"model-repository,shared-memory,trace,logging:closed={secrets.token_hex(16)}"
             arguments |= {"http-restricted-api": closed, "grpc-restricted-protocol": closed}
         options = [f"--{name}={value}" for name, value in arguments.items()]
@@ -241,9 +241,9 @@ class TritonServer:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # a killed or crashed server leaves its stubs behind
-            if self._guard is not None:
-                self._guard.end()  # before the group's number is anybody else's
             self._process.wait()
+            if self._guard is not None:
+                self._guard.close()
 
 
 def _check_environment() -> None:

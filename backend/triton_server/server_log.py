@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backend.gpu_groups import group_name
+from backend.triton_server.staging import MODEL_NAME
 
 # Lines of the engine worker: of `load_progress`, and of `engine` about the memory plan.
 _NEWS = re.compile(r"(?:[\d-]+ [\d:,]+ backend\.engine: )?(?P<line>(?:weights:|memory  |fits  ).*)")
 # Lines of the front: of `service` about a worker that has ended, of `model` about one that unloads itself.
 _DEATH = re.compile(r'(?:E\d+ .* model\.py:\d+\] ")?(?P<line>(?:engine worker|server|model [^ :]+): .*?)"?')
 _INTERNAL_ERROR = b"Traceback (most recent call last)"
-_LOADED = "successfully loaded 'diffusiongemma'"
+_LOADED = f"successfully loaded '{MODEL_NAME}'"
 _NO_SUCH_GPU = re.compile(r"specifies invalid or unsupported gpu id (?P<number>\d+)\..* are: *(?P<there>[\d ]*)", re.MULTILINE)
 
 
