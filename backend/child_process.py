@@ -1,4 +1,4 @@
-"""Children of this process that end when it does, however it ends.
+"""Children of this process: how they ended, and such that end when it does, however it ends.
 
 `python -m backend.child_process PARENT COMMAND...` becomes the command, which need not know of it.
 `python -m backend.child_process GROUP` ends a group of processes when its standard input ends.
@@ -18,6 +18,11 @@ from contract.end_with_parent import end_with
 def ending_with_this_process(command: Sequence[str]) -> list[str]:
     """For a child that can import this package. It ends with the thread that starts it."""
     return [sys.executable, "-m", "backend.child_process", str(os.getpid()), *command]
+
+
+def how_ended(code: int) -> str:
+    """In words, from the return code of a child."""
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class GroupGuard:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import backend
+from backend.child_process import how_ended
 from backend.worker_messages import Cancel, LoadFailed, Ready, Report, Submit
 from contract.own_directory import own_directory
 
@@ -84,7 +84,7 @@ class WorkerProcess:
             code = self._process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "closed its connection"
-        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return how_ended(code)
 
     def _write(self) -> None:
         try:

@@ -22,7 +22,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from backend.addresses import AddressError, free_ports, ipv4_address, is_loopback
-from backend.child_process import GroupGuard
+from backend.child_process import GroupGuard, how_ended
 from backend.triton_server.errors import ServerError
 from backend.triton_server.model_config import Instances, seconds_to_load
 from backend.triton_server.server_log import LogNews, failure_reason
@@ -155,8 +155,7 @@ class TritonServer:
         self._report_news()
         if self._process.poll() is not None:
             reason = failure_reason(self.log_path.read_text(), self._gpus)
-            code = self._process.returncode
-            ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            ended = how_ended(self._process.returncode)
             raise ServerError(f"tritonserver {ended}: {reason}; its log is {self.log_path}")
 
     def begin_to_stop(self) -> None:
